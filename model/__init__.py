@@ -1,0 +1,109 @@
+"""The door to every network: `create_model(name, **kwargs)`."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from .checkpoint import load_checkpoint
+from .lib_teacher import TEACHERS, create_teacher
+from .mobilemamba import VARIANTS, MobileMamba
+
+__all__ = ["MobileMamba", "create_model", "list_models", "variant_shapes"]
+
+TIMM_PREFIX = "timm_"
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+
+
+def list_models() -> list[str]:
+    """Return the names of the MobileMamba variants."""
+    return list(VARIANTS)
+
+
+def create_model(
+    name: str,
+    *,
+    pretrained: bool = False,
+    checkpoint_path: str | Path = "",
+    ema: bool = False,
+    strict: bool = True,
+    fuse: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a network by name and load its weights.
+
+    Args:
+        name: A variant (`list_models`, upper or lower case), ``timm_<name>`` for any timm model, or a teacher.
+        pretrained: Load the released checkpoint from ``weights/``; timm's own for a timm model.
+        checkpoint_path: Checkpoint to load instead.
+        ema: Take the averaged weights (``net_E``) from it.
+        strict: Refuse a checkpoint whose entries are not exactly the network's.
+        fuse: Fold for inference after loading; see `MobileMamba.fuse`.
+        **kwargs: Arguments of the network: ``num_classes``, ``in_chans``, ``distillation``, ``drop_path``, ...
+
+    Raises:
+        ValueError: If the name is unknown, or ``fuse`` is asked of a network that cannot.
+        FileNotFoundError: If the checkpoint does not exist.
+    """
+    if name.lower() in TEACHERS:
+        loading: dict[str, Any] = {
+            "pretrained": pretrained,
+            "checkpoint_path": str(checkpoint_path),
+            "ema": ema,
+            "strict": strict,
+        }
+        return create_teacher(name, **loading, **kwargs)
+    network = _build(name, pretrained, kwargs)
+    if pretrained and not checkpoint_path and isinstance(network, MobileMamba):
+        checkpoint_path = _released_checkpoint(name)
+    if checkpoint_path:
+        load_checkpoint(network, checkpoint_path, ema=ema, strict=strict, variants=variant_shapes)
+    if fuse:
+        if not isinstance(network, MobileMamba):
+            raise ValueError(f"fuse is for MobileMamba networks, not for {name}")
+        network.fuse()
+    return network
+
+
+def _build(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    if name.startswith(TIMM_PREFIX):
+        return _build_timm(name.removeprefix(TIMM_PREFIX), pretrained, kwargs)
+    known = {variant.lower(): variant for variant in VARIANTS}
+    if name.lower() not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
+        raise ValueError(
+            f"no model {name!r}, the nearest is {known[near[0]]}; known: {', '.join(VARIANTS)}, "
+            f"{', '.join(TEACHERS)}, and {TIMM_PREFIX}<name> for any timm model"
+        )
+    return MobileMamba(**{**VARIANTS[known[name.lower()]], **kwargs})
+
+
+def _build_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}; the nearest is {TIMM_PREFIX}{near[0]}")
+    return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+
+def _released_checkpoint(name: str) -> Path:
+    """Return where the released checkpoint of a variant lies."""
+    variant = next(variant for variant in VARIANTS if variant.lower() == name.lower())
+    path = WEIGHTS / variant / f"{variant.lower()}.pth"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"pretrained weights of {variant} are not at {path}: download them as the README's table of results says, "
+            "or name another file with checkpoint_path"
+        )
+    return path
+
+
+def variant_shapes(num_classes: int = 1000) -> dict[str, dict[str, torch.Size]]:
+    """Return the state-dict shapes of every variant, without allocating any weights."""
+    with torch.device("meta"):
+        networks = {name: MobileMamba(num_classes=num_classes, **settings) for name, settings in VARIANTS.items()}
+    return {name: {key: value.shape for key, value in net.state_dict().items()} for name, net in networks.items()}

@@ -1,0 +1,68 @@
+"""Leaves that the whole network is made of.
+
+The attribute names `c`, `bn`, `l` and `m` are those of the released checkpoints.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+__all__ = ["BatchNormLinear", "ConvBN", "Residual"]
+
+
+class ConvBN(nn.Module):
+    """Convolution without bias, then batch normalisation: (B, C, H, W) -> (B, C', H', W').
+
+    Args:
+        in_channels: C.
+        out_channels: C'.
+        kernel_size: Side of the kernel, in pixels.
+        stride: Step of the kernel, in pixels.
+        padding: Zeros around the input, in pixels.
+        groups: Groups of channels; C for a depthwise convolution.
+        bn_weight: First value of the normalisation's weight; 0 makes a residual branch start as nothing.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int = 1,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        bn_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+        nn.init.constant_(self.bn.weight, bn_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.c(x))
+
+
+class BatchNormLinear(nn.Module):
+    """Batch normalisation, then a linear classifier: (B, C) -> (B, num_classes)."""
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(in_features)
+        self.l = nn.Linear(in_features, num_classes)
+        nn.init.trunc_normal_(self.l.weight, std=0.02)
+        nn.init.zeros_(self.l.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.l(self.bn(x))
+
+
+class Residual(nn.Module):
+    """Add a branch to its input."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.m = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.m(x)

@@ -1,0 +1,178 @@
+"""The selective scan in plain PyTorch: what every other backend is measured against, and the one that runs anywhere.
+
+B batch, L length, D channels, K directions, N state, R rank of the time step. Sequences are channels-last (B, L, D).
+
+Notable:
+  - The recurrence is solved by odd-even reduction: log2(L) levels, O(L) work, no division, hence no underflow.
+  - A direction that runs backwards indexes from the end; nothing is flipped.
+  - One direction and one state component at a time: no tensor is larger than (B, L, D).
+  - The backward pass keeps the inputs alone and recomputes the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["linear_recurrence", "scan_backward", "scan_forward", "state_dtype"]
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of the hidden state: at least float32, whatever the input's."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def linear_recurrence(decay: Tensor, inputs: Tensor, *, is_reverse: bool = False) -> Tensor:
+    """Solve ``h_t = decay_t * h_{t-1} + inputs_t`` with ``h_{-1} = 0`` along dimension 1.
+
+    Args:
+        decay: (B, L, D).
+        inputs: (B, L, D).
+        is_reverse: Run from the last position to the first: ``h_{t-1}`` becomes ``h_{t+1}``.
+
+    Returns:
+        Every state, (B, L, D), contiguous.
+    """
+    length = inputs.shape[1]
+    if length == 1:
+        return inputs.contiguous()
+    # Pairs in the order of travel: (leader, follower). With an odd length the last leader stands alone.
+    first = (length - 1) % 2 if is_reverse else 0
+    leaders, followers = slice(first, None, 2), slice(1 - first, None, 2)
+    num_pairs = length // 2
+    paired = slice(-num_pairs, None) if is_reverse else slice(None, num_pairs)
+    decay_leaders, inputs_leaders = decay[:, leaders], inputs[:, leaders]
+    decay_followers = decay[:, followers]
+
+    states_followers = linear_recurrence(
+        decay_followers * decay_leaders[:, paired],
+        torch.addcmul(inputs[:, followers], decay_followers, inputs_leaders[:, paired]),
+        is_reverse=is_reverse,
+    )
+
+    states = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    states[:, followers] = states_followers
+    states_leaders = states[:, leaders]
+    num_later = inputs_leaders.shape[1] - 1  # all leaders but the one that travels first
+    start, later = (num_later, slice(None, num_later)) if is_reverse else (0, slice(1, None))
+    before = slice(-num_later, None) if is_reverse else slice(None, num_later)
+    states_leaders[:, start] = inputs_leaders[:, start]
+    if num_later:
+        states_leaders[:, later] = torch.addcmul(
+            inputs_leaders[:, later], decay_leaders[:, later], states_followers[:, before]
+        )
+    return states
+
+
+def _previous(states: Tensor, *, is_reverse: bool) -> Tensor:
+    """Shift the states (B, L, D) by one step of travel: zero where there is none before."""
+    shifted = torch.zeros_like(states)
+    if is_reverse:
+        shifted[:, :-1] = states[:, 1:]
+    else:
+        shifted[:, 1:] = states[:, :-1]
+    return shifted
+
+
+def _split(projection: Tensor, direction: int, rank: int, num_directions: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dt (B, L, R), B (B, L, N) and C (B, L, N) of one direction, as views."""
+    width = projection.shape[-1] // num_directions
+    num_states = (width - rank) // 2
+    own = projection[..., direction * width : (direction + 1) * width]
+    return own.split([rank, num_states, num_states], dim=-1)
+
+
+def scan_forward(
+    x: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    reverse: Sequence[bool],
+) -> Tensor:
+    """Run every direction over ``x`` and add them up; see `selective_scan` for the arguments.
+
+    Returns:
+        (B, L, D) in the type of the state.
+    """
+    dtype = state_dtype(x.dtype)
+    x, projection, dt_weight, dt_bias, A_log, D_skip = (
+        tensor.to(dtype) for tensor in (x, projection, dt_weight, dt_bias, A_log, D_skip)
+    )
+    num_directions, channels, rank = dt_weight.shape
+    A = -A_log.exp().view(num_directions, channels, -1)
+    y = x * D_skip.view(num_directions, channels).sum(0)
+    for k, is_reverse in enumerate(reverse):
+        dt, B, C = _split(projection, k, rank, num_directions)
+        delta = F.softplus(F.linear(dt, dt_weight[k], dt_bias[k]))
+        delta_x = delta * x
+        for n in range(A.shape[-1]):
+            states = linear_recurrence((delta * A[k, :, n]).exp_(), delta_x * B[..., n, None], is_reverse=is_reverse)
+            y.addcmul_(states, C[..., n, None])
+    return y
+
+
+def scan_backward(
+    grad: Tensor,
+    x: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    reverse: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Return the gradients of `scan_forward` for its six tensors, each in its tensor's type.
+
+    Args:
+        grad: Gradient of the output, (B, L, D).
+        x: As given to `scan_forward`, and so the rest.
+        projection: (B, L, K * (R + 2N)).
+        dt_weight: (K, D, R).
+        dt_bias: (K, D).
+        A_log: (K * D, N).
+        D_skip: (K * D,).
+        reverse: K flags.
+    """
+    inputs = (x, projection, dt_weight, dt_bias, A_log, D_skip)
+    dtype = state_dtype(x.dtype)
+    grad, x, projection, dt_weight, dt_bias, A_log, D_skip = (tensor.to(dtype) for tensor in (grad, *inputs))
+    num_directions, channels, rank = dt_weight.shape
+    A = -A_log.exp().view(num_directions, channels, -1)
+
+    dx = grad * D_skip.view(num_directions, channels).sum(0)
+    dD = torch.sum(grad * x, dim=(0, 1)).repeat(num_directions)
+    dprojection = torch.empty_like(projection, memory_format=torch.contiguous_format)
+    ddt_weight, ddt_bias, dA = torch.empty_like(dt_weight), torch.empty_like(dt_bias), torch.empty_like(A)
+    for k, is_reverse in enumerate(reverse):
+        dt, B, C = _split(projection, k, rank, num_directions)
+        grad_dt, grad_B, grad_C = _split(dprojection, k, rank, num_directions)
+        raw = F.linear(dt, dt_weight[k], dt_bias[k])
+        delta = F.softplus(raw)
+        delta_x = delta * x
+        ddelta = torch.zeros_like(delta)
+        for n in range(A.shape[-1]):
+            B_n, C_n = B[..., n, None], C[..., n, None]
+            decay = (delta * A[k, :, n]).exp_()
+            states = linear_recurrence(decay, delta_x * B_n, is_reverse=is_reverse)
+            grad_C[..., n] = torch.sum(grad * states, dim=-1)
+            # The state's gradient obeys the same recurrence the other way round, with the decay of the next step.
+            next_decay = _previous(decay, is_reverse=not is_reverse)
+            dstates = linear_recurrence(next_decay, grad * C_n, is_reverse=not is_reverse)
+            grad_B[..., n] = torch.sum(dstates * delta_x, dim=-1)
+            dlog_decay = _previous(states, is_reverse=is_reverse).mul_(dstates).mul_(decay)
+            dA[k, :, n] = torch.sum(dlog_decay * delta, dim=(0, 1))
+            ddelta.addcmul_(dlog_decay, A[k, :, n])
+            dstates = dstates.mul_(B_n)
+            ddelta.addcmul_(dstates, x)
+            dx.addcmul_(dstates, delta)
+        draw = ddelta.mul_(raw.sigmoid_())
+        grad_dt.copy_(draw @ dt_weight[k])
+        ddt_weight[k] = torch.einsum("bld,blr->dr", draw, dt)
+        ddt_bias[k] = draw.sum((0, 1))
+    grads = (dx, dprojection, ddt_weight, ddt_bias, (dA * A).view_as(A_log), dD)
+    return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(grads, inputs, strict=True))

@@ -1,0 +1,97 @@
+"""SS2D: a selective state-space layer over the pixels of a feature map (paper, section 3.2).
+
+The parameter names `A_logs`, `Ds`, `dt_projs_*`, `x_proj_weight` and the module names are those of the released
+checkpoints. B batch, C channels in and out, D inner channels, H height, W width, L = H * W, K directions, N state,
+R rank of the time step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import ConvBN
+from .selective_scan import selective_scan
+
+__all__ = ["SCANS", "SS2D"]
+
+# Per kind of scan: the orders in which the pixels are visited, and in each order the directions (is_reverse) with
+# their places in the parameters. "cross" has the order of directions that is customary for four-way scans.
+_ROWS, _COLUMNS = False, True
+SCANS: dict[str, list[tuple[bool, dict[int, bool]]]] = {
+    "single": [(_ROWS, {0: False})],
+    "bidirectional": [(_ROWS, {0: False, 1: True})],
+    "cross": [(_ROWS, {0: False, 2: True}), (_COLUMNS, {1: False, 3: True})],
+}
+
+
+class SS2D(nn.Module):
+    """Gated selective scan of a feature map: (B, C, H, W) -> (B, C, H, W).
+
+    Args:
+        channels: C.
+        ssm_ratio: D / C.
+        d_state: N.
+        scan: "bidirectional" (raster order, forward and backward; the released networks), "single" (forward
+            alone) or "cross" (rows and columns, both ways).
+
+    Raises:
+        ValueError: If ``scan`` is none of these.
+    """
+
+    def __init__(self, channels: int, *, ssm_ratio: float = 2.0, d_state: int = 1, scan: str = "bidirectional") -> None:
+        super().__init__()
+        if scan not in SCANS:
+            raise ValueError(f"scan must be one of {', '.join(SCANS)}, got {scan!r}")
+        self.scan = scan
+        inner = int(ssm_ratio * channels)
+        rank = math.ceil(channels / 16)
+        num_directions = sum(len(directions) for _, directions in SCANS[scan])
+        self.in_proj = ConvBN(channels, 2 * inner)
+        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        bound = inner**-0.5  # nn.Linear's default
+        self.x_proj_weight = nn.Parameter(
+            torch.empty(num_directions, rank + 2 * d_state, inner).uniform_(-bound, bound)
+        )
+        self.dt_projs_weight = nn.Parameter(0.1 * torch.rand(num_directions, inner, rank))
+        self.dt_projs_bias = nn.Parameter(0.1 * torch.rand(num_directions, inner))
+        self.A_logs = nn.Parameter(torch.zeros(num_directions * inner, d_state))
+        self.Ds = nn.Parameter(torch.ones(num_directions * inner))
+        self.out_norm = nn.LayerNorm(inner, eps=1e-5)
+        self.out_proj = ConvBN(inner, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=1)
+        x = F.silu(self.conv2d(x))
+        z = F.silu(z)
+        y = self.scan_pixels(x.permute(0, 2, 3, 1))
+        y = self.out_norm(y.to(self.out_norm.weight.dtype)) * z.permute(0, 2, 3, 1)
+        return self.out_proj(y.permute(0, 3, 1, 2))
+
+    def scan_pixels(self, x: Tensor) -> Tensor:
+        """Scan in all directions and add up: (B, H, W, D) -> (B, H, W, D), in the type of the state."""
+        outputs = [self._scan_order(x, is_columns, directions) for is_columns, directions in SCANS[self.scan]]
+        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).sum(0)
+
+    def _scan_order(self, x: Tensor, is_columns: bool, directions: dict[int, bool]) -> Tensor:
+        if is_columns:
+            x = x.transpose(1, 2)
+        batch, rows, columns, inner = x.shape
+        sequence = x.reshape(batch, rows * columns, inner)
+        parameters = (self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds)
+        if len(directions) < len(self.x_proj_weight):
+            parameters = tuple(self._take(parameter, list(directions)) for parameter in parameters)
+        x_weight, dt_weight, dt_bias, A_log, D_skip = parameters
+        # A reversed sequence has the reversed projection: one product serves both ways.
+        projection = F.linear(sequence, x_weight.flatten(0, 1))
+        y = selective_scan(sequence, projection, dt_weight, dt_bias, A_log, D_skip, reverse=tuple(directions.values()))
+        y = y.view(batch, rows, columns, inner)
+        return y.transpose(1, 2) if is_columns else y
+
+    def _take(self, parameter: Tensor, directions: list[int]) -> Tensor:
+        """Pick directions out of a parameter whose first dimension is K or K * D."""
+        num_directions = len(self.x_proj_weight)
+        return parameter.unflatten(0, (num_directions, -1))[directions].flatten(0, 1)

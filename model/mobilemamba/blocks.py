@@ -1,0 +1,96 @@
+"""Feed-forward, block, downsampling: what the stages are made of (paper, section 3.1).
+
+The names `pw1`, `pw2`, `conv1..3`, `se`, `dw0`, `ffn0`, `mixer`, `dw1`, `ffn1` are those of the released checkpoints.
+B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch.nn.functional as F
+from timm.layers import DropPath, SqueezeExcite
+from torch import Tensor, nn
+
+from ..layers import ConvBN, Residual
+from .mixer import MRFFI, Mixer
+
+__all__ = ["FFN", "Block", "PatchMerging", "depthwise", "downsample", "patch_embed"]
+
+
+class FFN(nn.Module):
+    """Pointwise to twice the channels, ReLU, pointwise back: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pw1 = ConvBN(channels, 2 * channels)
+        self.pw2 = ConvBN(2 * channels, channels, bn_weight=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.pw1(x), inplace=True)
+        return self.pw2(x)
+
+
+def depthwise(channels: int) -> Residual:
+    """Return a residual depthwise 3 x 3 convolution."""
+    return Residual(ConvBN(channels, channels, kernel_size=3, padding=1, groups=channels, bn_weight=0.0))
+
+
+class Block(nn.Module):
+    """Depthwise, FFN, mixer, depthwise, FFN, each residual, within a residual of their own.
+
+    (B, C, H, W) -> (B, C, H, W).
+
+    Args:
+        channels: C.
+        drop_path: Probability with which the block is left out for an image in training.
+        mixer: Arguments of `MRFFI`.
+    """
+
+    def __init__(self, channels: int, *, drop_path: float = 0.0, **mixer: float | int | str) -> None:
+        super().__init__()
+        self.dw0 = depthwise(channels)
+        self.ffn0 = Residual(FFN(channels))
+        self.mixer = Residual(Mixer(MRFFI(channels, **mixer)))
+        self.dw1 = depthwise(channels)
+        self.ffn1 = Residual(FFN(channels))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ffn0(self.dw0(x))
+        y = self.mixer(y)
+        y = self.ffn1(self.dw1(y))
+        return x + self.drop_path(y)
+
+
+class PatchMerging(nn.Module):
+    """Inverted bottleneck of stride 2 with squeeze-excite: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        hidden = 4 * in_channels
+        self.conv1 = ConvBN(in_channels, hidden)
+        self.conv2 = ConvBN(hidden, hidden, kernel_size=3, stride=2, padding=1, groups=hidden)
+        self.se = SqueezeExcite(hidden, rd_ratio=0.25)
+        self.conv3 = ConvBN(hidden, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x), inplace=True)
+        x = F.relu(self.conv2(x), inplace=True)
+        return self.conv3(self.se(x))
+
+
+def downsample(in_channels: int, out_channels: int) -> list[nn.Module]:
+    """Return what stands between two stages: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
+    before = nn.Sequential(depthwise(in_channels), Residual(FFN(in_channels)))
+    after = nn.Sequential(depthwise(out_channels), Residual(FFN(out_channels)))
+    return [before, PatchMerging(in_channels, out_channels), after]
+
+
+def patch_embed(in_channels: int, channels: int) -> nn.Sequential:
+    """Return the stem: four 3 x 3 convolutions of stride 2, (B, C_in, H, W) -> (B, C, ceil(H/16), ceil(W/16))."""
+    widths = [in_channels, channels // 8, channels // 4, channels // 2, channels]
+    layers: list[nn.Module] = []
+    for narrow, wide in pairwise(widths):
+        layers += [ConvBN(narrow, wide, kernel_size=3, stride=2, padding=1), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])

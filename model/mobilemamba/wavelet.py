@@ -1,0 +1,80 @@
+"""WTE-Mamba: a global scan beside a convolution in the wavelet domain (paper, section 3.3).
+
+The names `global_atten`, `wavelet_convs`, `wavelet_scale`, `base_scale`, `wt_filter`, `iwt_filter` are those of the
+released checkpoints. B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..lib_mamba import SS2D
+
+__all__ = ["ChannelScale", "WTEMamba", "haar_filters"]
+
+
+def haar_filters(channels: int) -> Tensor:
+    """Return the one-level Haar (db1) filters, (4C, 1, 2, 2): per channel low-low, low-high, high-low, high-high.
+
+    The transform is orthogonal, so that the same filters take the bands back to pixels.
+    """
+    low, high = torch.tensor([[0.5, 0.5], [0.5, -0.5]])
+    bands = [torch.outer(vertical, horizontal) * 2 for horizontal in (low, high) for vertical in (low, high)]
+    return torch.stack(bands).repeat(channels, 1, 1).unsqueeze(1)
+
+
+class ChannelScale(nn.Module):
+    """Multiply every channel by a learnt number: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1, channels, 1, 1), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x
+
+
+class WTEMamba(nn.Module):
+    """Scaled SS2D plus a depthwise convolution of the four Haar bands: (B, C, H, W) -> (B, C, H, W).
+
+    Args:
+        channels: C.
+        kernel_size: Side of the kernel on the bands; in pixels of the map it reaches twice as far.
+        ssm_ratio: See `SS2D`.
+        d_state: See `SS2D`.
+        scan: See `SS2D`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        *,
+        ssm_ratio: float = 2.0,
+        d_state: int = 1,
+        scan: str = "bidirectional",
+    ) -> None:
+        super().__init__()
+        bands = 4 * channels
+        self.wt_filter = nn.Parameter(haar_filters(channels), requires_grad=False)
+        self.iwt_filter = nn.Parameter(haar_filters(channels), requires_grad=False)
+        self.global_atten = SS2D(channels, ssm_ratio=ssm_ratio, d_state=d_state, scan=scan)
+        self.base_scale = ChannelScale(channels, 1.0)
+        self.wavelet_convs = nn.ModuleList(
+            [nn.Conv2d(bands, bands, kernel_size, padding="same", groups=bands, bias=False)]
+        )
+        self.wavelet_scale = nn.ModuleList([ChannelScale(bands, 0.1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_scale(self.global_atten(x)) + self.enhance(x)
+
+    def enhance(self, x: Tensor) -> Tensor:
+        """Return the wavelet branch, (B, C, H, W) -> (B, C, H, W); odd sides are padded by a zero, then cropped."""
+        channels, height, width = x.shape[1:]
+        x = F.pad(x, (0, width % 2, 0, height % 2))
+        bands = F.conv2d(x, self.wt_filter, stride=2, groups=channels)
+        bands = self.wavelet_scale[0](self.wavelet_convs[0](bands))
+        x = F.conv_transpose2d(bands, self.iwt_filter, stride=2, groups=channels)
+        return x[..., :height, :width]

@@ -1,0 +1,32 @@
+"""What several test folders share: the parity kit and small threads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+PARITY = Path(__file__).parent / "parity"
+
+
+@pytest.fixture(scope="session")
+def parity_fill() -> ModuleType:
+    """The kit's `fill_` and `image`, which derive weights and inputs from names and seeds."""
+    spec = importlib.util.spec_from_file_location("parity_fill", PARITY / "fill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def parity_json():
+    return lambda name: json.loads((PARITY / name).read_text())
+
+
+@pytest.fixture(scope="session")
+def parity_arrays():
+    return lambda name: np.load(PARITY / name)

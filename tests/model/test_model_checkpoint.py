@@ -1,0 +1,439 @@
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.checkpoint import load_checkpoint, read_checkpoint, select_state_dict
+
+
+class Head(nn.Module):
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(width)
+        self.l = nn.Linear(width, num_classes)
+
+
+class Net(nn.Module):
+    """The names of MobileMamba's modules at a toy size."""
+
+    def __init__(self, width: int = 8, depth: int = 2, num_classes: int = 5) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, width, 3)
+        self.blocks1 = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+        self.head = Head(width, num_classes)
+
+
+VARIANTS = {"Small": {"width": 8}, "Large": {"width": 16, "depth": 6}, "LargeToo": {"width": 16, "depth": 6}}
+
+
+def variant_shapes() -> dict[str, dict[str, torch.Size]]:
+    return {name: {k: v.shape for k, v in Net(**kw).state_dict().items()} for name, kw in VARIANTS.items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def saved(folder: Path, contents: object, name: str = "file.pth", **kwargs: object) -> Path:
+    torch.save(contents, folder / name, **kwargs)
+    return folder / name
+
+
+class Payload:
+    """Runs a command on unpickling, as a hostile checkpoint would."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.marker}'",)
+
+
+# ---- files that are no checkpoints
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    saved(tmp_path, {}, "net_E.pth")
+    saved(tmp_path, {}, "latest_ckpt.pth")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*net_e\.pth; the nearest in .*: net_E\.pth"):
+        read_checkpoint(tmp_path / "net_e.pth")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere either"):
+        read_checkpoint(tmp_path / "nowhere" / "net.pth")
+
+
+def test_folder_lists_its_files(tmp_path: Path) -> None:
+    saved(tmp_path, {}, "net.pth")
+    with pytest.raises(ValueError, match=r"is a folder, not a checkpoint: name a file in it \(it holds net\.pth\)"):
+        read_checkpoint(tmp_path)
+
+
+QUOTA_PAGE = b"\n<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
+
+
+@pytest.mark.parametrize(
+    ("contents", "cause"),
+    [
+        (b"", "is empty: the download or copy of it failed"),
+        (QUOTA_PAGE, r"is a web page \('Google Drive - Quota exceeded'\).*download quota"),
+        (b"<html>Sorry</html>", "is a web page, not a checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a Git LFS pointer.*git lfs pull"),
+        (b"\x1f\x8b\x08" + bytes(50), "is a gzip archive: unpack it"),
+        (bytes(257) + b"ustar" + bytes(250), "is a tar archive: unpack it"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "is no checkpoint of torch.save"),
+        (b"just some words\n" * 9, "is no checkpoint of torch.save"),
+        (pickle.dumps({"net": 1}, protocol=4), "is no checkpoint of torch.save"),
+    ],
+    ids=["empty", "quota", "html", "lfs", "gzip", "tar", "png", "text", "pickle"],
+)
+@pytest.mark.parametrize("mmap", [False, True], ids=["read", "mmap"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_other_file(tmp_path: Path, contents: bytes, cause: str, mmap: bool) -> None:
+    path = tmp_path / "net.pth"
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=rf"net\.pth {cause}") as caught:
+        read_checkpoint(path, mmap=mmap)
+    assert "weights_only=False" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
+def test_truncated(tmp_path: Path, zipped: bool, kept: float) -> None:
+    path = saved(tmp_path, {"net": Net().state_dict()}, _use_new_zipfile_serialization=zipped)
+    contents = path.read_bytes()
+    path.write_bytes(contents[: int(len(contents) * kept)])
+    with pytest.raises(
+        ValueError, match=r"file\.pth is (cut off or damaged|no checkpoint of torch.save, or a damaged)"
+    ):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("mmap", [False, True], ids=["read", "mmap"])
+def test_flipped_bit_in_a_weight(tmp_path: Path, mmap: bool) -> None:
+    weight = torch.arange(1000.0)
+    path = saved(tmp_path, {"weight": weight})
+    contents = bytearray(path.read_bytes())
+    contents[contents.index(weight.numpy().tobytes()) + 2000] ^= 1
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=r"is cut off or damaged .*Bad CRC-32"):
+        read_checkpoint(path, mmap=mmap)
+
+
+def test_file_without_checksums_loads(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = saved(tmp_path, {"weight": torch.arange(5.0)})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_checkpoint(path)["weight"], torch.arange(5.0))
+
+
+def test_other_zip_archive(tmp_path: Path) -> None:
+    np.savez(tmp_path / "arrays.npz", weight=np.zeros(3))
+    with pytest.raises(ValueError, match=r"is a zip archive, but not a checkpoint"):
+        read_checkpoint(tmp_path / "arrays.npz")
+
+
+@pytest.mark.parametrize("contents", [[1, 2], torch.zeros(2)], ids=["list", "tensor"])
+def test_no_dictionary(tmp_path: Path, contents: object) -> None:
+    with pytest.raises(ValueError, match=r"file\.pth holds a (list|Tensor), not the dictionary"):
+        read_checkpoint(saved(tmp_path, contents))
+
+
+# ---- files that hold code
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_code_is_refused_and_not_run(tmp_path: Path, zipped: bool) -> None:
+    marker = tmp_path / "marker"
+    contents = {"net": Net().state_dict(), "extra": Payload(marker)}
+    path = saved(tmp_path, contents, _use_new_zipfile_serialization=zipped)
+    network = Net()
+    before = copy.deepcopy(network.state_dict())
+    for read in (read_checkpoint, lambda path: load_checkpoint(network, path, strict=False)):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path))} holds code .*asks for \w+\.system"):
+            read(path)
+    assert not marker.exists()
+    assert same(network.state_dict(), before)
+    torch.load(path, weights_only=False)  # the payload is a working one
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("protocol", range(5))
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_bare_pickle_is_not_run(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "file.pth"
+    path.write_bytes(pickle.dumps({"net": Payload(tmp_path / "marker")}, protocol=protocol))
+    with pytest.raises(ValueError, match=r"file\.pth (holds code|is no checkpoint)"):
+        read_checkpoint(path)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [(argparse.Namespace(lr=1.0), "argparse.Namespace"), (nn.Linear(2, 2), "torch.nn.modules.linear.Linear")],
+    ids=["namespace", "module"],
+)
+def test_object_is_refused_by_name(tmp_path: Path, value: object, wanted: str) -> None:
+    path = saved(tmp_path, {"net": Net().state_dict(), "value": value})
+    with pytest.raises(ValueError, match=f"asks for {re.escape(wanted)},.*save its state dict"):
+        read_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused(tmp_path: Path) -> None:
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "file.pth"))
+    with pytest.raises(ValueError, match=r"holds code \(a TorchScript program\)"):
+        read_checkpoint(tmp_path / "file.pth")
+
+
+# ---- old layouts
+
+
+def rename_in_pickle(path: Path, old: bytes, new: bytes) -> None:
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, contents in records.items():
+            if name.endswith("data.pkl"):
+                assert old in contents or new in contents
+                contents = contents.replace(old, new)
+            archive.writestr(name, contents)
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"], ids=["numpy1", "numpy2"])
+def test_numpy_scalars_of_old_training_checkpoints(tmp_path: Path, module: bytes) -> None:
+    scores = [np.float64(73.25), np.float32(0.5), np.int64(-3), np.bool_(True), np.str_("top1")]
+    weights = OrderedDict(Net().state_dict())
+    path = saved(tmp_path, {"net": weights, "metric_recorder": {"scores": scores}, "optimizer": {"state": {0: {}}}})
+    rename_in_pickle(path, np.float64(0).__reduce__()[0].__module__.encode(), module)
+    checkpoint = read_checkpoint(path)
+    assert checkpoint["metric_recorder"]["scores"] == [73.25, 0.5, -3, True, "top1"]
+    assert same(select_state_dict(checkpoint, ema=False)[0], weights)
+
+
+def test_allowed_names_do_not_stay_allowed(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"score": np.float64(1)})
+    read_checkpoint(path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+def test_numpy_array_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds code .*asks for numpy\.\w+\.multiarray\._reconstruct"):
+        read_checkpoint(saved(tmp_path, {"array": np.zeros(2)}))
+
+
+def test_legacy_and_safetensors_files(tmp_path: Path) -> None:
+    weights = Net().state_dict()
+    assert same(read_checkpoint(saved(tmp_path, weights, _use_new_zipfile_serialization=False), mmap=True), weights)
+    save_file(weights, tmp_path / "file.safetensors")
+    read = read_checkpoint(tmp_path / "file.safetensors")
+    assert same({name: read[name] for name in weights}, weights)
+    (tmp_path / "file.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"file\.safetensors is cut off, damaged or no safetensors"):
+        read_checkpoint(tmp_path / "file.safetensors")
+
+
+PLAIN, AVERAGED = {"a": torch.tensor(0.0)}, {"a": torch.tensor(1.0)}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "ema", "source"),
+    [
+        ({"net": PLAIN, "net_E": AVERAGED, "epoch": 3}, False, "net"),
+        ({"net": PLAIN, "net_E": AVERAGED, "epoch": 3}, True, "net_E"),
+        ({"net": PLAIN, "net_E": None}, False, "net"),
+        ({"model": PLAIN, "optimizer": {}}, False, "model"),
+        ({"state_dict": PLAIN, "meta": {}}, False, "state_dict"),
+        ({"state_dict": PLAIN, "state_dict_ema": AVERAGED}, True, "state_dict_ema"),
+        ({"model": PLAIN, "model_ema": AVERAGED}, True, "model_ema"),
+        ({"net_E": AVERAGED}, False, "net_E"),
+        (PLAIN, False, "bare"),
+        (AVERAGED, True, "bare"),
+    ],
+)
+def test_rule_of_choice(checkpoint: dict, ema: bool, source: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        weights, taken = select_state_dict(checkpoint, ema=ema, origin="some.pth")
+    assert taken == source
+    assert weights["a"] is checkpoint.get(source, checkpoint)["a"]
+    assert ("some.pth holds averaged weights only: taking net_E" in caplog.text) == (source == "net_E" and not ema)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrapper_prefixes_are_stripped(prefix: str) -> None:
+    weights, _ = select_state_dict({"net": {f"{prefix}a": PLAIN["a"], f"{prefix}module.b": PLAIN["a"]}}, ema=False)
+    assert list(weights) == ["a", "module.b"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "ema", "cause"),
+    [
+        ({"net": PLAIN, "net_E": None, "epoch": 1}, True, r"x\.pth holds no averaged weights .*only net, net_E, epoch"),
+        (
+            {"epoch": 1, "lr": 0.1},
+            False,
+            r"x\.pth holds no weights, only epoch, lr: name a file with one of net, model",
+        ),
+        ({}, False, "holds no weights, only nothing"),
+        ({"net": {"a": 1.0}}, False, r"x\.pth \(net\): entry 'a' is a float, not a tensor"),
+        ({"a": torch.zeros(1), "epoch": 2}, False, "entry 'epoch' is a int"),
+    ],
+)
+def test_no_weights(checkpoint: dict, ema: bool, cause: str) -> None:
+    with pytest.raises(ValueError, match=cause):
+        select_state_dict(checkpoint, ema=ema, origin="x.pth")
+
+
+# ---- loading into a network
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_load_takes_what_was_asked_for(tmp_path: Path, ema: bool) -> None:
+    plain, averaged, network = Net(), Net(), Net()
+    path = saved(tmp_path, {"net": plain.state_dict(), "net_E": averaged.state_dict(), "epoch": 1})
+    report = load_checkpoint(network, path, ema=ema)
+    assert report.source == ("net_E" if ema else "net")
+    assert report.fits
+    assert same(network.state_dict(), (averaged if ema else plain).state_dict())
+    path.write_bytes(b"")  # the weights are copies, no longer tied to the file
+    assert same(network.state_dict(), (averaged if ema else plain).state_dict())
+
+
+def test_half_precision_weights_become_the_networks(tmp_path: Path) -> None:
+    source, network = Net().half(), Net()
+    load_checkpoint(network, saved(tmp_path, source.state_dict()))
+    assert network.patch_embed.weight.dtype == torch.float32
+    assert torch.equal(network.patch_embed.weight, source.patch_embed.weight.float())
+
+
+def test_report_is_grouped_and_network_untouched(tmp_path: Path) -> None:
+    network, other = Net(depth=40), Net(depth=40)
+    weights = {
+        name: value for name, value in other.state_dict().items() if not name.startswith(("blocks1.1", "patch_embed"))
+    }
+    weights |= {"neck.a": torch.zeros(1), "blocks1.0.weight": torch.zeros(3, 8)}
+    before = copy.deepcopy(network.state_dict())
+    path = saved(tmp_path, {"net": weights})
+    with pytest.raises(ValueError, match="does not fit Net-40") as caught:
+        load_checkpoint(network, path, name="Net-40")
+    message = str(caught.value)
+    assert message.startswith(f"{path} (net) does not fit Net-40.")
+    assert (
+        "24 missing from the file: patch_embed 2 (patch_embed.weight, patch_embed.bias); "
+        "blocks1 22 (blocks1.1.weight, blocks1.1.bias, ...)." in message
+    )
+    assert "1 unexpected in the file: neck 1 (neck.a)." in message
+    assert "1 of another shape, the file's for the network's: blocks1 1 (blocks1.0.weight 3x8 for 8x8)." in message
+    assert len(message) < 600 + len(str(path))
+    assert same(network.state_dict(), before)
+
+
+def test_not_strict_loads_what_fits_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network, other = Net(), Net(depth=3, num_classes=7)
+    weights = other.state_dict()
+    del weights["patch_embed.bias"]
+    kept = {name: network.state_dict()[name].clone() for name in ("patch_embed.bias", "head.l.weight", "head.l.bias")}
+    report = load_checkpoint(network, saved(tmp_path, weights), strict=False)
+    assert report.missing == ("patch_embed.bias",)
+    assert report.unexpected == ("blocks1.2.weight", "blocks1.2.bias")
+    assert report.mismatched == ("head.l.weight", "head.l.bias")
+    expected = {name: kept.get(name, weights.get(name)) for name in network.state_dict()}
+    assert same(network.state_dict(), expected)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "1 missing from the file" in caplog.text
+    assert "2 unexpected in the file" in caplog.text
+
+
+def test_not_strict_still_refuses_a_file_of_which_nothing_fits(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        load_checkpoint(Net(), saved(tmp_path, {"fc.weight": torch.zeros(2, 2)}), strict=False)
+
+
+def test_head_of_another_size_names_both_counts(tmp_path: Path) -> None:
+    path = saved(tmp_path, Net(num_classes=1000).state_dict())
+    with pytest.raises(ValueError, match=r"head\.l has 1000 classes in the file and 10 in the network") as caught:
+        load_checkpoint(Net(num_classes=10), path, variants=variant_shapes)
+    assert "model.model_kwargs.num_classes=1000" in str(caught.value)
+    assert "-m ft" in str(caught.value)
+    assert "looks like" not in str(caught.value)
+
+
+def test_reset_head_keeps_the_fresh_head(tmp_path: Path) -> None:
+    network, other = Net(num_classes=10), Net(num_classes=1000)
+    nn.init.constant_(other.head.bn.running_mean, 3.0)
+    fresh = copy.deepcopy(network.head.l.state_dict())
+    report = load_checkpoint(network, saved(tmp_path, other.state_dict()), reset_head=True)
+    assert report.fits
+    assert report.reset == ("head.l.weight", "head.l.bias")
+    assert same(network.head.l.state_dict(), fresh)
+    assert torch.equal(network.head.bn.running_mean, other.head.bn.running_mean)
+    assert torch.equal(network.patch_embed.weight, other.patch_embed.weight)
+
+
+def test_reset_head_loads_a_head_of_the_same_size(tmp_path: Path) -> None:
+    network, other = Net(), Net()
+    report = load_checkpoint(network, saved(tmp_path, other.state_dict()), reset_head=True)
+    assert report.reset == ()
+    assert same(network.state_dict(), other.state_dict())
+
+
+def test_reset_head_forgives_nothing_but_the_head(tmp_path: Path) -> None:
+    path = saved(tmp_path, Net(width=16, num_classes=9).state_dict())
+    with pytest.raises(ValueError, match=r"of another shape, .*: patch_embed 2"):
+        load_checkpoint(Net(), path, reset_head=True)
+
+
+def test_head_of_a_timm_network(tmp_path: Path) -> None:
+    def build(num_classes: int) -> nn.Module:
+        network = nn.Sequential(OrderedDict(stem=nn.Linear(3, 4), fc=nn.Linear(4, num_classes)))
+        network.default_cfg = {"classifier": "fc"}
+        return network
+
+    path = saved(tmp_path, build(7).state_dict())
+    with pytest.raises(ValueError, match="fc has 7 classes in the file and 2 in the network"):
+        load_checkpoint(build(2), path)
+    assert load_checkpoint(build(2), path, reset_head=True).reset == ("fc.weight", "fc.bias")
+    assert load_checkpoint(build(2), path, reset_head=True, heads=["fc"]).reset == ("fc.weight", "fc.bias")
+    with pytest.raises(ValueError, match=r"2 of another shape, .*: fc 2"):
+        load_checkpoint(build(2), path, reset_head=True, heads=["head.l"])
+
+
+def test_closest_variant_is_guessed(tmp_path: Path) -> None:
+    path = saved(tmp_path, Net(**VARIANTS["Large"], num_classes=3).state_dict())
+    with pytest.raises(ValueError, match=r"looks like Large or LargeToo: set model\.name=Large"):
+        load_checkpoint(Net(), path, variants=variant_shapes)
+    path = saved(tmp_path, {"layer1.0.weight": torch.zeros(64, 3), "fc.bias": torch.zeros(10)})
+    with pytest.raises(ValueError, match="looks like none of Small, Large, LargeToo"):
+        load_checkpoint(Net(), path, variants=variant_shapes)
+
+
+def test_variants_are_asked_for_only_to_explain(tmp_path: Path) -> None:
+    def never() -> dict:
+        raise AssertionError("building every variant costs time")
+
+    assert load_checkpoint(Net(), saved(tmp_path, Net().state_dict()), variants=never).fits
+
+
+def test_released_names_of_each_variant_are_told_apart(tmp_path: Path) -> None:
+    from model import create_model, variant_shapes
+
+    shapes = variant_shapes()
+    network = create_model("MobileMamba_T2")
+    for name in ("MobileMamba_T4", "MobileMamba_B1"):
+        weights = {entry: torch.zeros(()).expand(shape) for entry, shape in shapes[name].items()}
+        with pytest.raises(ValueError, match=rf"looks like {name}\b"):
+            load_checkpoint(network, saved(tmp_path, weights), variants=variant_shapes)
