@@ -1,0 +1,1 @@
+"""The published recipes, and fine-tuning from their checkpoints."""

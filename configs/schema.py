@@ -1,0 +1,432 @@
+"""The typed tree that describes one run.
+
+Every entry a user can override stands here once, with its unit, its meaning and the values it accepts. An entry whose
+value follows from others is ``None`` until ``configs.resolve`` fills it in after the overrides: the crop size into both
+transforms, the batch size into the learning rate, the learning rate into its minimum. A value given by the user is
+never replaced.
+
+Lists of transforms and loss terms hold one dataclass per kind; its ``type`` names the kind, as in the published
+recipes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from .tree import Node
+from .values import Count, Decay, NonNegative, Positive, PositiveCount, Range, Share, Side
+
+__all__ = [
+    "AnyLossTerm",
+    "AnyTransform",
+    "CenterCrop",
+    "Config",
+    "CrossEntropyTerm",
+    "Data",
+    "DistillationTerm",
+    "Finetune",
+    "LabelSmoothingTerm",
+    "LogTerm",
+    "Logging",
+    "Loss",
+    "LossTerm",
+    "Mixup",
+    "Model",
+    "ModelKwargs",
+    "Normalize",
+    "Optim",
+    "OptimKwargs",
+    "Resize",
+    "Scheduler",
+    "SoftTargetTerm",
+    "Teacher",
+    "TimmTrainTransform",
+    "ToTensor",
+    "Trainer",
+    "TrainerData",
+    "Transform",
+]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Transform(Node):
+    """One step of an image pipeline; ``type`` names the step."""
+
+    type: str
+
+
+@dataclass(kw_only=True, slots=True)
+class TimmTrainTransform(Transform):
+    """timm's training transform: random crop, flip, augmentation, normalisation, erasing (paper, section 4.1)."""
+
+    type: Literal["timm_create_transform"] = "timm_create_transform"
+    input_size: Side | None = None  # pixels; follows `size`
+    is_training: bool = True
+    color_jitter: NonNegative | None = 0.4
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    interpolation: Literal["random", Interpolation] = "random"
+    scale: list[Share] | None = None  # range of the crop's area; timm's (0.08, 1) when None
+    ratio: list[Positive] | None = None  # range of the crop's aspect; timm's (3/4, 4/3) when None
+    hflip: Share = 0.5
+    vflip: Share = 0.0
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    std: list[Positive] = field(default_factory=lambda: list(IMAGENET_STD))
+    re_prob: Share = 0.25
+    re_mode: Literal["const", "rand", "pixel"] = "pixel"
+    re_count: PositiveCount = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class Resize(Transform):
+    """Resize the shorter side."""
+
+    type: Literal["Resize"] = "Resize"
+    size: PositiveCount | None = None  # pixels; follows `size`: int(size / crop_pct)
+    crop_pct: Annotated[float, Range(above=0, at_most=1)] = 0.875  # share of the resized side that is kept
+    interpolation: Interpolation = "bicubic"
+
+
+@dataclass(kw_only=True, slots=True)
+class CenterCrop(Transform):
+    """Crop the centre square; smaller images are padded."""
+
+    type: Literal["CenterCrop"] = "CenterCrop"
+    size: PositiveCount | None = None  # pixels; follows `size`
+
+
+@dataclass(kw_only=True, slots=True)
+class ToTensor(Transform):
+    """PIL image to a float tensor (3, H, W) in [0, 1]."""
+
+    type: Literal["ToTensor"] = "ToTensor"
+
+
+@dataclass(kw_only=True, slots=True)
+class Normalize(Transform):
+    """Subtract the mean and divide by the standard deviation, per channel."""
+
+    type: Literal["Normalize"] = "Normalize"
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    std: list[Positive] = field(default_factory=lambda: list(IMAGENET_STD))
+    inplace: bool = True
+
+
+AnyTransform = TimmTrainTransform | Resize | CenterCrop | ToTensor | Normalize
+
+
+def evaluation_pipeline() -> list[AnyTransform]:
+    """Return the published test transform: resize, centre crop, tensor, normalise."""
+    return [Resize(), CenterCrop(), ToTensor(), Normalize()]
+
+
+@dataclass(kw_only=True, slots=True)
+class Data(Node):
+    """What is read, and how an image becomes a tensor."""
+
+    type: Literal[
+        "DefaultCLS",
+        "ImageFolderLMDB",
+        "IN22KDataset",
+        "CustomImageDataset",
+        "Cifar10CLS",
+        "Cifar100CLS",
+        "INAT18CLS",
+        "INAT19CLS",
+    ] = "DefaultCLS"
+    root: str = "data/imagenet"
+    loader_type: Literal["pil", "torchvision"] = "pil"  # who decodes the image
+    sampler: Literal["naive", "ra"] = "naive"  # ra: repeated augmentation
+    num_repeats: PositiveCount = 3  # augmented views of each image, for `ra`
+    nb_classes: PositiveCount | None = None  # tied to `nb_classes`
+    max_unreadable: Count = 100  # unreadable training images that are skipped before the run is stopped
+    train_transforms: list[AnyTransform] = field(default_factory=lambda: [TimmTrainTransform()])
+    test_transforms: list[AnyTransform] = field(default_factory=evaluation_pipeline)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelKwargs(Node):
+    """Arguments of ``model.create_model`` and of the checkpoint that it starts from."""
+
+    pretrained: bool = False  # a released checkpoint of this name, or timm's own for `timm_<name>`
+    checkpoint_path: str = ""
+    ema: bool = False  # take `net_E` rather than `net` from the checkpoint
+    strict: bool = True
+    num_classes: PositiveCount | None = None  # tied to `nb_classes`
+    in_chans: PositiveCount = 3
+    distillation: bool = False  # a second head, `head_dist`
+    drop_path: Share | None = None  # the variant's own when None
+    fuse: bool = False  # fold for inference after loading; test modes only
+    extra: dict[str, Any] = field(default_factory=dict)  # further arguments, for `timm_<name>`
+
+
+@dataclass(kw_only=True, slots=True)
+class Model(Node):
+    """The network by name."""
+
+    name: str = "MobileMamba_T2"
+    model_kwargs: ModelKwargs = field(default_factory=ModelKwargs)
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimKwargs(Node):
+    """The optimiser by its timm name, with its own arguments."""
+
+    name: str = "adamw"
+    betas: list[Share] | None = field(default_factory=lambda: [0.9, 0.999])
+    eps: NonNegative | None = 1e-8
+    weight_decay: NonNegative | None = None  # follows `weight_decay`; not applied to 1-D parameters and biases
+    amsgrad: bool = False
+    momentum: Share | None = None  # for optimisers that have one (sgd: 0.9 when None)
+    nesterov: bool | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # further arguments of the optimiser
+
+
+@dataclass(kw_only=True, slots=True)
+class Optim(Node):
+    """The learning rate as applied, and the optimiser."""
+
+    lr: NonNegative | None = None  # follows: `lr` * total batch / 512, in mode ft divided by finetune.lr_divisor
+    layer_decay: Positive | None = None  # factor of the learning rate per layer, from the head down
+    optim_kwargs: OptimKwargs = field(default_factory=OptimKwargs)
+
+
+@dataclass(kw_only=True, slots=True)
+class Scheduler(Node):
+    """The learning rate over time; iterations are optimiser steps."""
+
+    name: Literal["cosine", "tanh", "step", "multistep", "plateau", "poly", "none"] = "cosine"
+    lr_noise: list[Share] | None = None  # fractions of the run between which noise is added
+    noise_pct: NonNegative = 0.67
+    noise_std: NonNegative = 1.0
+    noise_seed: Count | None = None  # follows `seed`
+    lr_min: NonNegative | None = None  # follows: optim.lr / 100
+    warmup_lr: NonNegative | None = None  # follows: optim.lr / 1000
+    warmup_iters: Annotated[int, Range(at_least=-1)] = -1  # -1: from warmup_epochs
+    cooldown_iters: Count = 0
+    warmup_epochs: Count | None = None  # follows `warmup_epochs`
+    cooldown_epochs: Count = 0
+    use_iters: bool = True  # step every iteration rather than every epoch
+    patience_iters: Count = 0
+    patience_epochs: Count = 0
+    decay_iters: Count = 0
+    decay_epochs: Count = 0
+    decay_milestones: list[Count] = field(default_factory=list)  # epochs, for multistep
+    decay_rate: NonNegative = 0.1  # factor at each decay, for step, multistep, plateau, poly's power
+    cycle_decay: NonNegative = 0.1
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerData(Node):
+    """Batches and loader workers. Total batch = per-device batch * processes * accumulation steps."""
+
+    batch_size: PositiveCount | None = None  # images per optimiser step over all processes; tied to `batch_size`
+    batch_size_per_gpu: PositiveCount | None = None  # follows the total, or determines it where given
+    batch_size_test: PositiveCount | None = None  # images per test step over all processes, where given
+    batch_size_per_gpu_test: PositiveCount = 125  # follows the total where that is given
+    num_workers_per_gpu: Count = 8
+    drop_last: bool = True
+    pin_memory: bool = True
+    persistent_workers: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class Mixup(Node):
+    """timm's Mixup; both alphas 0 turn it off, and the loss follows."""
+
+    mixup_alpha: NonNegative = 0.8
+    cutmix_alpha: NonNegative = 1.0
+    cutmix_minmax: list[Share] | None = None
+    prob: Share = 1.0
+    switch_prob: Share = 0.5
+    mode: Literal["batch", "pair", "elem"] = "batch"
+    correct_lam: bool = True
+    label_smoothing: Share = 0.1
+    num_classes: PositiveCount | None = None  # tied to `nb_classes`
+
+    @property
+    def is_active(self) -> bool:
+        """Whether any image is mixed."""
+        return self.prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0 or self.cutmix_minmax is not None)
+
+
+@dataclass(kw_only=True, slots=True)
+class Trainer(Node):
+    """The loop: how long, how often, in what precision, kept where."""
+
+    name: str = "CLSTrainer"
+    checkpoint: str = "runs/mobilemamba"  # folder in which each run makes its own
+    resume_dir: str = ""  # a run's folder; the run goes on from its latest checkpoint
+    resume_rescale: bool = False  # accept another number of processes or batch size at a resume
+    cuda_deterministic: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    epoch_full: PositiveCount | None = None  # tied to `epoch_full`
+    scheduler_kwargs: Scheduler = field(default_factory=Scheduler)
+    data: TrainerData = field(default_factory=TrainerData)
+    mixup_kwargs: Mixup = field(default_factory=Mixup)
+    test_start_epoch: Count | None = None  # from here on every epoch is tested; tied to `test_start_epoch`
+    test_per_epoch: PositiveCount = 5  # before that, every so many
+    save_per_epoch: PositiveCount = 15
+    save_per_iter: Count = 0  # also keep the latest checkpoint every so many iterations; 0: at epoch ends only
+    find_unused_parameters: bool = False
+    sync_BN: Literal["none", "native", "apex"] = "none"
+    dist_BN: Literal["", "reduce", "broadcast"] = ""  # BN statistics over processes before each test
+    scaler: Literal["none", "native", "apex"] = "native"  # none: fp32; native: AMP
+    amp_dtype: Literal["float16", "bfloat16"] = "float16"  # float16: scaled, GPU only
+    ema: Decay | None = 0.9998  # decay of the weight average; None: no average
+    accumulation_steps: PositiveCount = 1
+    channels_last: bool = False
+    compile: bool = False  # torch.compile the training network
+    max_bad_steps: PositiveCount = 50  # consecutive steps with a NaN or Inf before the run is stopped
+    timeout_seconds: PositiveCount = 1800  # a process that waits longer for the others gives up
+
+
+@dataclass(kw_only=True, slots=True)
+class LossTerm(Node):
+    """One summand of the loss: ``lam`` times the loss of its ``type``, logged as ``name``."""
+
+    type: str
+    name: str = "CE"
+    lam: float = 1.0
+    fp32: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class CrossEntropyTerm(LossTerm):
+    """Cross-entropy with class indices."""
+
+    type: Literal["CE"] = "CE"
+
+
+@dataclass(kw_only=True, slots=True)
+class LabelSmoothingTerm(LossTerm):
+    """Cross-entropy with class indices, a share of the target spread over all classes."""
+
+    type: Literal["LabelSmoothingCE"] = "LabelSmoothingCE"
+    smoothing: Share | None = None  # follows trainer.mixup_kwargs.label_smoothing
+
+
+@dataclass(kw_only=True, slots=True)
+class SoftTargetTerm(LossTerm):
+    """Cross-entropy with target probabilities, as mixup gives them."""
+
+    type: Literal["SoftTargetCE"] = "SoftTargetCE"
+
+
+@dataclass(kw_only=True, slots=True)
+class Teacher(Node):
+    """The network distilled from."""
+
+    name: str = "tresnet_l_v2"
+    model_kwargs: ModelKwargs = field(
+        default_factory=lambda: ModelKwargs(checkpoint_path="pretrained/tresnet_l_v2_83_9.pth")
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class DistillationTerm(LossTerm):
+    """Distillation from a teacher with its own input size and normalisation (the published † recipes)."""
+
+    type: Literal["CLSKDLoss"] = "CLSKDLoss"
+    name: str = "KD"
+    lam: float = 5.0
+    cfg: Teacher = field(default_factory=Teacher)
+    kd_type: Literal["soft", "hard"] = "soft"  # soft: KL of log-softmax; hard: cross-entropy with the teacher's class
+    tau: Positive = 1.0
+    size: Side = 224  # pixels; the teacher's input is resized to it, bicubic
+    mean_t: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    std_t: list[Positive] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    mean_s: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    std_s: list[Positive] = field(default_factory=lambda: list(IMAGENET_STD))
+
+
+AnyLossTerm = CrossEntropyTerm | LabelSmoothingTerm | SoftTargetTerm | DistillationTerm
+
+
+@dataclass(kw_only=True, slots=True)
+class Loss(Node):
+    """The summands of the loss, and what happens to the gradient."""
+
+    # Without mixup, SoftTargetCE becomes LabelSmoothingCE, or CE where trainer.mixup_kwargs.label_smoothing is 0.
+    loss_terms: list[AnyLossTerm] = field(default_factory=lambda: [SoftTargetTerm()])
+    clip_grad: NonNegative | None = 5.0
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    create_graph: bool = False
+    retain_graph: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class LogTerm(Node):
+    """One column of a log line."""
+
+    name: str
+    fmt: str = ":>5.3f"
+    show_name: Literal["val", "avg", "sum"] = "val"  # what is shown
+    add_name: Literal["", "val", "avg", "sum"] = ""  # shown beside it, in brackets
+
+
+def _train_terms() -> list[LogTerm]:
+    return [
+        LogTerm(name="batch_t", add_name="avg"),
+        LogTerm(name="data_t"),
+        LogTerm(name="optim_t"),
+        LogTerm(name="lr", fmt=":>7.6f"),
+        LogTerm(name="CE", add_name="avg"),
+        LogTerm(name="KD", add_name="avg"),
+    ]
+
+
+def _test_terms() -> list[LogTerm]:
+    counts = [LogTerm(name=name, fmt=":>6.0f", show_name="sum") for name in ("top1_cnt", "top5_cnt", "top_all")]
+    return [LogTerm(name="batch_t", add_name="avg"), *counts]
+
+
+@dataclass(kw_only=True, slots=True)
+class Logging(Node):
+    """What is logged, and every how many iterations."""
+
+    log_terms_train: list[LogTerm] = field(default_factory=_train_terms)
+    log_terms_test: list[LogTerm] = field(default_factory=_test_terms)
+    train_reset_log_per: PositiveCount = 50
+    train_log_per: PositiveCount = 50
+    test_log_per: PositiveCount = 50
+
+
+@dataclass(kw_only=True, slots=True)
+class Finetune(Node):
+    """What mode ft puts in place of the entries of the same name at the top."""
+
+    epoch_full: PositiveCount = 30
+    warmup_epochs: Count = 5
+    test_start_epoch: Count = 20
+    weight_decay: NonNegative = 1e-8
+    lr_divisor: Positive = 6.0  # of optim.lr
+
+
+@dataclass(kw_only=True, slots=True)
+class Config(Node):
+    """One run. The entries at the top are shorthands that the entries below follow."""
+
+    mode: Literal["train", "ft", "test", "test_net"] = "train"  # given by -m
+    seed: Count = 42
+    size: Side = 224  # pixels, the side of the square input
+    epoch_full: PositiveCount = 300
+    warmup_epochs: Count = 20
+    test_start_epoch: Count = 200
+    batch_size: PositiveCount = 1024  # images per optimiser step over all processes
+    lr: NonNegative = 1.5e-3  # per 512 images
+    weight_decay: NonNegative = 0.05
+    nb_classes: PositiveCount = 1000
+    finetune: Finetune = field(default_factory=Finetune)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    trainer: Trainer = field(default_factory=Trainer)
+    loss: Loss = field(default_factory=Loss)
+    logging: Logging = field(default_factory=Logging)
+    derived: list[str] = field(default_factory=list)  # entries that configs.resolve filled in; it fills them anew
