@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .checkpoint import load_checkpoint
+from .lib_mamba import set_backend
 from .lib_teacher import TEACHERS, create_teacher
 from .mobilemamba import VARIANTS, MobileMamba
 
@@ -33,6 +34,7 @@ def create_model(
     ema: bool = False,
     strict: bool = True,
     fuse: bool = False,
+    scan_backend: str = "",
     **kwargs: Any,
 ) -> nn.Module:
     """Build a network by name and load its weights.
@@ -44,12 +46,16 @@ def create_model(
         ema: Take the averaged weights (``net_E``) from it.
         strict: Refuse a checkpoint whose entries are not exactly the network's.
         fuse: Fold for inference after loading; see `MobileMamba.fuse`.
+        scan_backend: Force what runs the scans, in the whole process: "reference", "cpu", "cuda" or "triton". Left
+            empty, the choice stays as it is: the fastest that is available, unless one was forced before.
         **kwargs: Arguments of the network: ``num_classes``, ``in_chans``, ``distillation``, ``drop_path``, ...
 
     Raises:
-        ValueError: If the name is unknown, or ``fuse`` is asked of a network that cannot.
+        ValueError: If the name is unknown, ``fuse`` is asked of a network that cannot, or the backend cannot run here.
         FileNotFoundError: If the checkpoint does not exist.
     """
+    if scan_backend:
+        set_backend(scan_backend)
     if name.lower() in TEACHERS:
         loading: dict[str, Any] = {
             "pretrained": pretrained,

@@ -8,7 +8,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
-__all__ = ["count_macs", "scan_macs"]
+__all__ = ["count_macs", "gated_scan_macs", "scan_macs"]
 
 
 def scan_macs(inputs: list[Any], outputs: list[Any]) -> int:
@@ -27,6 +27,18 @@ def scan_macs(inputs: list[Any], outputs: list[Any]) -> int:
     return batch * length * num_directions * channels * (9 * num_states + 1 + rank)
 
 
+def gated_scan_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Return the operations of one `mobilemamba::gated_scan`: the scan's, and 5 for the normalisation.
+
+    Args:
+        inputs: Traced arguments x (B, L, D), z, and then those of the scan.
+        outputs: Unused; fvcore's signature.
+    """
+    x, _, *scan = inputs
+    batch, length, channels = x.type().sizes()
+    return scan_macs([x, *scan], outputs) + 5 * batch * length * channels
+
+
 @torch.no_grad()
 def count_macs(network: nn.Module, size: int | tuple[int, int], *, in_chans: int = 3) -> int:
     """Return the multiply-accumulates of one image, as published tables of FLOPs count them.
@@ -42,6 +54,7 @@ def count_macs(network: nn.Module, size: int | tuple[int, int], *, in_chans: int
     was_training = network.training
     analysis = FlopCountAnalysis(network.eval(), image)
     analysis.set_op_handle("mobilemamba::selective_scan", scan_macs)
+    analysis.set_op_handle("mobilemamba::gated_scan", gated_scan_macs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     total = int(analysis.total())
     network.train(was_training)

@@ -1,6 +1,8 @@
-"""State-space parts: the selective scan and the two-dimensional block around it."""
+"""State-space parts: the selective scan, its backends, and the two-dimensional block around it."""
 
+from .backends import choose, set_backend, use_backend
+from .gated_scan import gated_scan
 from .selective_scan import selective_scan
 from .ss2d import SCANS, SS2D
 
-__all__ = ["SCANS", "SS2D", "selective_scan"]
+__all__ = ["SCANS", "SS2D", "choose", "gated_scan", "selective_scan", "set_backend", "use_backend"]

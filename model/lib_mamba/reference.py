@@ -1,4 +1,4 @@
-"""The selective scan in plain PyTorch: what every other backend is measured against, and the one that runs anywhere.
+"""The scans in plain PyTorch: what every other backend is measured against, and the one that runs anywhere.
 
 B batch, L length, D channels, K directions, N state, R rank of the time step. Sequences are channels-last (B, L, D).
 
@@ -11,13 +11,20 @@ Notable:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["linear_recurrence", "scan_backward", "scan_forward", "state_dtype"]
+__all__ = [
+    "gated_scan",
+    "gated_scan_backward",
+    "linear_recurrence",
+    "selective_scan",
+    "selective_scan_backward",
+    "state_dtype",
+]
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -85,16 +92,16 @@ def _split(projection: Tensor, direction: int, rank: int, num_directions: int) -
     return own.split([rank, num_states, num_states], dim=-1)
 
 
-def scan_forward(
+def selective_scan(
     x: Tensor,
     projection: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
     A_log: Tensor,
     D_skip: Tensor,
-    reverse: Sequence[bool],
+    reverse: Sequence[int],
 ) -> Tensor:
-    """Run every direction over ``x`` and add them up; see `selective_scan` for the arguments.
+    """Run every direction over ``x`` and add them up; see the public `selective_scan` for the arguments.
 
     Returns:
         (B, L, D) in the type of the state.
@@ -106,7 +113,7 @@ def scan_forward(
     num_directions, channels, rank = dt_weight.shape
     A = -A_log.exp().view(num_directions, channels, -1)
     y = x * D_skip.view(num_directions, channels).sum(0)
-    for k, is_reverse in enumerate(reverse):
+    for k, is_reverse in enumerate(map(bool, reverse)):
         dt, B, C = _split(projection, k, rank, num_directions)
         delta = F.softplus(F.linear(dt, dt_weight[k], dt_bias[k]))
         delta_x = delta * x
@@ -116,7 +123,7 @@ def scan_forward(
     return y
 
 
-def scan_backward(
+def selective_scan_backward(
     grad: Tensor,
     x: Tensor,
     projection: Tensor,
@@ -124,13 +131,13 @@ def scan_backward(
     dt_bias: Tensor,
     A_log: Tensor,
     D_skip: Tensor,
-    reverse: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """Return the gradients of `scan_forward` for its six tensors, each in its tensor's type.
+    reverse: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `selective_scan` for its six tensors, each in its tensor's type.
 
     Args:
         grad: Gradient of the output, (B, L, D).
-        x: As given to `scan_forward`, and so the rest.
+        x: As given to `selective_scan`, and so the rest.
         projection: (B, L, K * (R + 2N)).
         dt_weight: (K, D, R).
         dt_bias: (K, D).
@@ -148,7 +155,7 @@ def scan_backward(
     dD = torch.sum(grad * x, dim=(0, 1)).repeat(num_directions)
     dprojection = torch.empty_like(projection, memory_format=torch.contiguous_format)
     ddt_weight, ddt_bias, dA = torch.empty_like(dt_weight), torch.empty_like(dt_bias), torch.empty_like(A)
-    for k, is_reverse in enumerate(reverse):
+    for k, is_reverse in enumerate(map(bool, reverse)):
         dt, B, C = _split(projection, k, rank, num_directions)
         grad_dt, grad_B, grad_C = _split(dprojection, k, rank, num_directions)
         raw = F.linear(dt, dt_weight[k], dt_bias[k])
@@ -175,4 +182,64 @@ def scan_backward(
         ddt_weight[k] = torch.einsum("bld,blr->dr", draw, dt)
         ddt_bias[k] = draw.sum((0, 1))
     grads = (dx, dprojection, ddt_weight, ddt_bias, (dA * A).view_as(A_log), dD)
-    return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(grads, inputs, strict=True))
+    return tuple(grad.to(own.dtype) for grad, own in zip(grads, inputs, strict=True))  # type: ignore[return-value]
+
+
+def gated_scan(
+    x: Tensor,
+    z: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    reverse: Sequence[int],
+    *,
+    scan: Callable[..., Tensor] = selective_scan,
+) -> Tensor:
+    """Scan, normalise over the channels, gate: (B, L, D) in the type of ``x``.
+
+    The arguments are those of the public `gated_scan`, and ``scan``: the function above, or another backend's.
+    """
+    y = scan(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
+    y = F.layer_norm(y, y.shape[-1:], norm_weight.to(y.dtype), norm_bias.to(y.dtype), eps)
+    return y.mul_(F.silu(z.to(y.dtype))).to(x.dtype)
+
+
+def gated_scan_backward(
+    grad: Tensor,
+    x: Tensor,
+    z: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    reverse: Sequence[int],
+    *,
+    scan: Callable[..., Tensor] = selective_scan,
+    scan_backward: Callable[..., tuple[Tensor, ...]] = selective_scan_backward,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of `gated_scan` for its nine tensors, each in its tensor's type.
+
+    The arguments are the gradient of the output, (B, L, D), those of `gated_scan`, and ``scan_backward``: the
+    gradients of ``scan``.
+    """
+    y = scan(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
+    grad, gate = grad.to(y.dtype), z.to(y.dtype)
+    shape = y.shape[-1:]
+    affine = (norm_weight.to(y.dtype), norm_bias.to(y.dtype))
+    normed, mean, rstd = torch.native_layer_norm(y, shape, *affine, eps)
+    dz = torch.ops.aten.silu_backward(grad * normed, gate)
+    dy, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
+        grad * F.silu(gate), y, shape, mean, rstd, *affine, [True, True, True]
+    )
+    dx, *dparameters = scan_backward(dy, x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
+    dnorm = (dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype))
+    return (dx, dz.to(z.dtype), *dparameters, *dnorm)

@@ -1,19 +1,20 @@
 """The selective scan as one operator of `torch.library`: schema, fake kernel, autograd (paper, section 3.2).
 
-The module above calls `selective_scan` and never knows which backend ran. The plain PyTorch implementation serves
-every device; a compiled kernel registers itself for its own device type.
+The module above calls `selective_scan` and never knows which backend ran; `backends` chooses it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import backends
+from .reference import state_dtype
 
-__all__ = ["selective_scan"]
+__all__ = ["check_shapes", "selective_scan"]
 
 # The operators take `reverse` as integers: a list of booleans cannot be traced by torch.jit.
 
@@ -30,7 +31,7 @@ def _scan(
 ) -> Tensor:
     # Autocast would reach into the implementation and take the state out of fp32.
     with torch.autocast(x.device.type, enabled=False):
-        return reference.scan_forward(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
+        return backends.selective_scan(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
 
 
 @_scan.register_fake
@@ -43,7 +44,7 @@ def _(
     D_skip: Tensor,
     reverse: Sequence[int],
 ) -> Tensor:
-    return x.new_empty(x.shape, dtype=reference.state_dtype(x.dtype))
+    return x.new_empty(x.shape, dtype=state_dtype(x.dtype))
 
 
 @torch.library.custom_op("mobilemamba::selective_scan_backward", mutates_args=())
@@ -58,7 +59,7 @@ def _scan_backward(
     reverse: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        return reference.scan_backward(grad, x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
+        return backends.selective_scan_backward(grad, x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
 
 
 @_scan_backward.register_fake
@@ -73,19 +74,48 @@ def _(
     reverse: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (x, projection, dt_weight, dt_bias, A_log, D_skip)
-    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
+    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)  # type: ignore[return-value]
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.reverse = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_scan_backward(grad, *ctx.saved_tensors, ctx.reverse), None)
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_shapes(
+    x: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    reverse: Sequence[bool],
+) -> None:
+    """Raise a ValueError if the arguments of a scan do not fit together, naming the one that does not."""
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise ValueError(f"x must be (B, L, D) with L >= 1, got {tuple(x.shape)}")
+    num_directions, channels, rank = dt_weight.shape
+    num_states = A_log.shape[-1]
+    expected = {
+        "x": (tuple(x.shape), (*x.shape[:2], channels)),
+        "projection": (tuple(projection.shape), (*x.shape[:2], num_directions * (rank + 2 * num_states))),
+        "dt_bias": (tuple(dt_bias.shape), (num_directions, channels)),
+        "A_log": (tuple(A_log.shape), (num_directions * channels, num_states)),
+        "D_skip": (tuple(D_skip.shape), (num_directions * channels,)),
+        "reverse": ((len(reverse),), (num_directions,)),
+    }
+    for name, (actual, wanted) in expected.items():
+        if actual != wanted:
+            raise ValueError(
+                f"{name} must have the shape {wanted} beside dt_weight {tuple(dt_weight.shape)}, got {actual}"
+            )
 
 
 def selective_scan(
@@ -124,21 +154,5 @@ def selective_scan(
     Raises:
         ValueError: If shapes do not fit together.
     """
-    if x.dim() != 3 or x.shape[1] == 0:
-        raise ValueError(f"x must be (B, L, D) with L >= 1, got {tuple(x.shape)}")
-    num_directions, channels, rank = dt_weight.shape
-    num_states = A_log.shape[-1]
-    expected = {
-        "x": (tuple(x.shape), (*x.shape[:2], channels)),
-        "projection": (tuple(projection.shape), (*x.shape[:2], num_directions * (rank + 2 * num_states))),
-        "dt_bias": (tuple(dt_bias.shape), (num_directions, channels)),
-        "A_log": (tuple(A_log.shape), (num_directions * channels, num_states)),
-        "D_skip": (tuple(D_skip.shape), (num_directions * channels,)),
-        "reverse": ((len(reverse),), (num_directions,)),
-    }
-    for name, (actual, wanted) in expected.items():
-        if actual != wanted:
-            raise ValueError(
-                f"{name} must have the shape {wanted} beside dt_weight {tuple(dt_weight.shape)}, got {actual}"
-            )
+    check_shapes(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
     return _scan(x, projection, dt_weight, dt_bias, A_log, D_skip, [int(is_reverse) for is_reverse in reverse])

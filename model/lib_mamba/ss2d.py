@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import ConvBN
+from .gated_scan import gated_scan
 from .selective_scan import selective_scan
 
 __all__ = ["SCANS", "SS2D"]
@@ -66,10 +67,31 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=1)
         x = F.silu(self.conv2d(x))
-        z = F.silu(z)
-        y = self.scan_pixels(x.permute(0, 2, 3, 1))
-        y = self.out_norm(y.to(self.out_norm.weight.dtype)) * z.permute(0, 2, 3, 1)
+        y = self.scan_and_gate(x.permute(0, 2, 3, 1), z.permute(0, 2, 3, 1))
         return self.out_proj(y.permute(0, 3, 1, 2))
+
+    def scan_and_gate(self, x: Tensor, z: Tensor) -> Tensor:
+        """Scan x, normalise, gate with z: both (B, H, W, D) -> (B, H, W, D). One operator where one order is enough."""
+        orders = SCANS[self.scan]
+        if len(orders) > 1:
+            y = self.scan_pixels(x)
+            return self.out_norm(y.to(self.out_norm.weight.dtype)) * F.silu(z)
+        ((_, directions),) = orders
+        sequence = x.flatten(1, 2)
+        parameters = self._weights(directions)
+        projection = self._project(sequence, parameters[0])
+        norm = self.out_norm
+        y = gated_scan(
+            sequence,
+            z.flatten(1, 2),
+            projection,
+            *parameters[1:],
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            reverse=tuple(directions.values()),
+        )
+        return y.view(x.shape)
 
     def scan_pixels(self, x: Tensor) -> Tensor:
         """Scan in all directions and add up: (B, H, W, D) -> (B, H, W, D), in the type of the state."""
@@ -79,17 +101,25 @@ class SS2D(nn.Module):
     def _scan_order(self, x: Tensor, is_columns: bool, directions: dict[int, bool]) -> Tensor:
         if is_columns:
             x = x.transpose(1, 2)
-        batch, rows, columns, inner = x.shape
-        sequence = x.reshape(batch, rows * columns, inner)
-        parameters = (self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds)
-        if len(directions) < len(self.x_proj_weight):
-            parameters = tuple(self._take(parameter, list(directions)) for parameter in parameters)
-        x_weight, dt_weight, dt_bias, A_log, D_skip = parameters
-        # A reversed sequence has the reversed projection: one product serves both ways.
-        projection = F.linear(sequence, x_weight.flatten(0, 1))
-        y = selective_scan(sequence, projection, dt_weight, dt_bias, A_log, D_skip, reverse=tuple(directions.values()))
-        y = y.view(batch, rows, columns, inner)
+        sequence = x.flatten(1, 2)
+        parameters = self._weights(directions)
+        projection = self._project(sequence, parameters[0])
+        y = selective_scan(sequence, projection, *parameters[1:], reverse=tuple(directions.values()))
+        y = y.view(x.shape)
         return y.transpose(1, 2) if is_columns else y
+
+    @staticmethod
+    def _project(sequence: Tensor, x_weight: Tensor) -> Tensor:
+        """Return dt, B and C of all directions: a reversed sequence has the reversed projection."""
+        return F.linear(sequence, x_weight.flatten(0, 1))
+
+    def _weights(self, directions: dict[int, bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return x_proj's weight and the scan's dt_weight, dt_bias, A_log, D_skip of some of the directions."""
+        parameters = (self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds)
+        if len(directions) == len(self.x_proj_weight):
+            return parameters
+        places = list(directions)
+        return tuple(self._take(parameter, places) for parameter in parameters)  # type: ignore[return-value]
 
     def _take(self, parameter: Tensor, directions: list[int]) -> Tensor:
         """Pick directions out of a parameter whose first dimension is K or K * D."""

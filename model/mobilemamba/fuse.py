@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import BatchNormLinear, ConvBN, Residual
+from ..lib_mamba import SS2D
 from .mixer import MKDeConv
 from .wavelet import WTEMamba
 
@@ -50,6 +51,8 @@ def _fold(module: nn.Module) -> nn.Module:
         )
     if isinstance(module, WTEMamba):
         _scales(module)
+    if isinstance(module, SS2D):
+        _lay_out_time_steps(module)
     return module
 
 
@@ -126,3 +129,9 @@ def _scales(module: WTEMamba) -> None:
     band_conv, band_scale = module.wavelet_convs[0], module.wavelet_scale[0]
     band_conv.weight.copy_(band_conv.weight.double() * band_scale.weight.double().view(-1, 1, 1, 1))
     module.wavelet_scale[0] = nn.Identity()
+
+
+def _lay_out_time_steps(module: SS2D) -> None:
+    """Put the channels of dt_projs_weight (K, D, R) side by side in memory, as kernels read them: no copy a call."""
+    weight = module.dt_projs_weight
+    weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)

@@ -57,7 +57,7 @@ class FallbackMerge(torch.autograd.Function):
         return grad, grad
 
 
-def fallback_scan_pixels(self, x):
+def fallback_scan_and_gate(self, x, z):
     batch, height, width, inner = x.shape
     outputs = []
     for k, sequence in enumerate(FallbackSplit.apply(x.reshape(batch, height * width, inner))):
@@ -71,7 +71,8 @@ def fallback_scan_pixels(self, x):
             reverse=(k == 1,),
         )
         outputs.append(y)
-    return FallbackMerge.apply(*outputs).view(batch, height, width, inner)
+    y = FallbackMerge.apply(*outputs).view(batch, height, width, inner)
+    return self.out_norm(y) * F.silu(z)
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def merge_like_the_kit(monkeypatch):
 
     def swap(num_images):
         if num_images > 1:
-            monkeypatch.setattr(SS2D, "scan_pixels", fallback_scan_pixels)
+            monkeypatch.setattr(SS2D, "scan_and_gate", fallback_scan_and_gate)
 
     return swap
 

@@ -1,0 +1,234 @@
+"""Which implementation runs the scans: chosen once per type of device, said in one line of the log.
+
+A backend is an object (a module will do) that offers::
+
+    is_available() -> tuple[bool, str]      # with the version, or with what is missing and how to get it
+    gated_scan, gated_scan_backward         # arguments and results of the operators `mobilemamba::...`, positional
+    selective_scan, selective_scan_backward # likewise; may be absent
+
+and may answer any call with ``NotImplemented`` for inputs that it does not cover (a type, a number of states): the
+next simpler way is taken then, at the end of which stands the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from . import reference
+
+__all__ = [
+    "NAMES",
+    "Choice",
+    "availability",
+    "choose",
+    "gated_scan",
+    "gated_scan_backward",
+    "selective_scan",
+    "selective_scan_backward",
+    "serves",
+    "set_backend",
+    "use_backend",
+]
+
+logger = logging.getLogger(__name__)
+
+REFERENCE = "reference"
+NAMES = ("cuda", "triton", "cpu", REFERENCE)
+# Fastest first. A type of device that is not here has the reference alone.
+_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs on a type of device.
+
+    Attributes:
+        name: One of `NAMES`.
+        backend: The object that offers the functions.
+        reason: Version, and why nothing faster was taken.
+    """
+
+    name: str
+    backend: Any
+    reason: str
+
+
+@dataclass
+class _Request:
+    """A backend asked for by name, by `set_backend`; process-wide, as backward passes run in threads of their own."""
+
+    name: str | None = None
+
+
+_request = _Request()
+
+
+def set_backend(name: str | None) -> None:
+    """Force a backend wherever it can run; other types of device go on choosing for themselves.
+
+    Args:
+        name: One of `NAMES`; None chooses automatically again.
+
+    Raises:
+        ValueError: If there is no such backend, or it cannot run here.
+    """
+    if name is not None:
+        if name not in NAMES:
+            raise ValueError(f"scan backend must be one of {', '.join(NAMES)}, got {name!r}")
+        is_available, reason = availability(name)
+        if not is_available:
+            raise ValueError(f"scan backend {name!r} was asked for but cannot run: {reason}")
+    _request.name = name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force a backend within a ``with`` block; see `set_backend`."""
+    before = _request.name
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _request.name = before
+
+
+@functools.cache
+def availability(name: str) -> tuple[bool, str]:
+    """Return whether a backend can run here, and its version or what is missing and how to get it."""
+    try:
+        backend = _load(name)
+    except ImportError as error:
+        return False, f"{error.name or 'a module'} is not installed (pip install {error.name})"
+    return backend.is_available()
+
+
+@functools.cache
+def _load(name: str) -> Any:
+    """Return the object behind a name. Raises ImportError where its library is not installed."""
+    if name == REFERENCE:
+        return _Reference
+    if name == "triton":
+        return import_module(".kernels.triton_scan", __package__)
+    return getattr(import_module(".compiled", __package__), name)
+
+
+class _Reference:
+    """The plain PyTorch functions as a backend."""
+
+    gated_scan = staticmethod(reference.gated_scan)
+    gated_scan_backward = staticmethod(reference.gated_scan_backward)
+    selective_scan = staticmethod(reference.selective_scan)
+    selective_scan_backward = staticmethod(reference.selective_scan_backward)
+
+    @staticmethod
+    def is_available() -> tuple[bool, str]:
+        return True, "plain PyTorch"
+
+
+def _is_interpreting() -> bool:
+    """Return whether Triton interprets its kernels in Python, on any device, orders of magnitude slower."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def serves(name: str, device_type: str) -> bool:
+    """Return whether a backend is one for such a device. Triton's interpreter runs on any."""
+    if name == "triton":
+        return device_type == "cuda" or _is_interpreting()
+    return name in (device_type, REFERENCE)
+
+
+def choose(device_type: str) -> Choice:
+    """Return what runs on ``"cpu"``, ``"cuda"``, ...: the same for the whole process, unless another is forced."""
+    forced = _request.name
+    return _choose(device_type, forced if forced and serves(forced, device_type) else None)
+
+
+@functools.cache
+def _choose(device_type: str, forced: str | None) -> Choice:
+    if forced:
+        choice = Choice(forced, _load(forced), f"{availability(forced)[1]}, as asked for")
+    else:
+        choice = _first_available(device_type)
+    is_slow = device_type == "cuda" and choice.name == REFERENCE
+    logger.log(
+        logging.WARNING if is_slow else logging.INFO,
+        "scan on %s: %s backend%s (%s)",
+        device_type,
+        choice.name,
+        ", SLOW on a GPU" if is_slow else "",
+        choice.reason,
+    )
+    return choice
+
+
+def _first_available(device_type: str) -> Choice:
+    missing = ""
+    for name in _ORDER.get(device_type, ()):
+        is_available, reason = availability(name)
+        if is_available and name == "triton" and _is_interpreting():
+            is_available, reason = False, "TRITON_INTERPRET is set, which is for debugging"
+        if is_available:
+            return Choice(name, _load(name), reason + missing)
+        missing += f"; {name}: {reason}"
+    return Choice(REFERENCE, _load(REFERENCE), availability(REFERENCE)[1] + missing)
+
+
+def _attempt(choice: Choice, operation: str, *arguments: Any) -> Any:
+    """Return what the chosen backend makes of the call: NotImplemented where it has no function or declines."""
+    function = getattr(choice.backend, operation, None)
+    return NotImplemented if function is None else function(*arguments)
+
+
+@functools.cache
+def _warn(device_type: str, name: str, operation: str) -> None:
+    """Say once that a backend does not cover what it was called with."""
+    level = logging.WARNING if device_type == "cuda" else logging.INFO
+    message = "scan on %s: the %s backend does not cover such a %s, plain PyTorch runs it"
+    logger.log(level, message, device_type, name, operation)
+
+
+def selective_scan(x: Tensor, *arguments: Any) -> Tensor:
+    """Run `mobilemamba::selective_scan` on the backend of the device of ``x``."""
+    choice = choose(x.device.type)
+    result = _attempt(choice, "selective_scan", x, *arguments)
+    if result is NotImplemented:
+        _warn(x.device.type, choice.name, "selective_scan")
+        result = reference.selective_scan(x, *arguments)
+    return result
+
+
+def selective_scan_backward(grad: Tensor, x: Tensor, *arguments: Any) -> Any:
+    """Run `mobilemamba::selective_scan_backward` on the backend of the device of ``x``."""
+    choice = choose(x.device.type)
+    result = _attempt(choice, "selective_scan_backward", grad, x, *arguments)
+    if result is NotImplemented:
+        _warn(x.device.type, choice.name, "selective_scan")
+        result = reference.selective_scan_backward(grad, x, *arguments)
+    return result
+
+
+def gated_scan(x: Tensor, *arguments: Any) -> Tensor:
+    """Run `mobilemamba::gated_scan` on the backend of the device of ``x``, in parts if it does not do it as a whole."""
+    result = _attempt(choose(x.device.type), "gated_scan", x, *arguments)
+    if result is NotImplemented:
+        result = reference.gated_scan(x, *arguments, scan=selective_scan)
+    return result
+
+
+def gated_scan_backward(grad: Tensor, x: Tensor, *arguments: Any) -> Any:
+    """Run `mobilemamba::gated_scan_backward` likewise."""
+    result = _attempt(choose(x.device.type), "gated_scan_backward", grad, x, *arguments)
+    if result is NotImplemented:
+        result = reference.gated_scan_backward(
+            grad, x, *arguments, scan=selective_scan, scan_backward=selective_scan_backward
+        )
+    return result

@@ -1,0 +1,157 @@
+"""The selective scan with what follows it, normalisation and gate, as one operator of `torch.library`.
+
+One operator, so that a backend can keep the sum of the directions out of memory. It saves its inputs alone for the
+backward pass, which computes the rest again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .selective_scan import check_shapes
+
+__all__ = ["gated_scan"]
+
+
+@torch.library.custom_op("mobilemamba::gated_scan", mutates_args=())
+def _gated(
+    x: Tensor,
+    z: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    reverse: Sequence[int],
+) -> Tensor:
+    # Autocast would reach into the implementation and take the state out of fp32.
+    with torch.autocast(x.device.type, enabled=False):
+        return backends.gated_scan(
+            x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, reverse
+        )
+
+
+@_gated.register_fake
+def _(
+    x: Tensor,
+    z: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    reverse: Sequence[int],
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("mobilemamba::gated_scan_backward", mutates_args=())
+def _gated_backward(
+    grad: Tensor,
+    x: Tensor,
+    z: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    reverse: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        return backends.gated_scan_backward(
+            grad, x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, reverse
+        )
+
+
+@_gated_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    z: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    reverse: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias)
+    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.eps, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_gated_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.reverse), None, None)
+
+
+_gated.register_autograd(_backward, setup_context=_setup_context)
+
+
+def gated_scan(
+    x: Tensor,
+    z: Tensor,
+    projection: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D_skip: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    reverse: Sequence[bool] = (False, True),
+) -> Tensor:
+    """Return ``layer_norm(selective_scan(x, ...)) * silu(z)``, normalised over the channels.
+
+    State, normalisation and gate are float32 (float64 for float64 input) whatever the input's type.
+
+    Args:
+        x: Sequence, (B, L, D). Positions may lie further apart than D, as in a view of a wider tensor: no copy is made.
+        z: What opens the gate, (B, L, D), likewise.
+        projection: As for `selective_scan`, (B, L, K * (R + 2N)).
+        dt_weight: (K, D, R).
+        dt_bias: (K, D).
+        A_log: (K * D, N).
+        D_skip: (K * D,).
+        norm_weight: Scale of the normalisation, (D,).
+        norm_bias: Shift of the normalisation, (D,).
+        eps: Added to the variance.
+        reverse: For each of the K directions, whether it runs from the last position to the first.
+
+    Returns:
+        (B, L, D), in the type of ``x``.
+
+    Raises:
+        ValueError: If shapes do not fit together.
+    """
+    check_shapes(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
+    for name, tensor, wanted in (
+        ("z", z, x.shape),
+        ("norm_weight", norm_weight, x.shape[-1:]),
+        ("norm_bias", norm_bias, x.shape[-1:]),
+    ):
+        if tensor.shape != wanted:
+            raise ValueError(f"{name} must have the shape {tuple(wanted)} beside x, got {tuple(tensor.shape)}")
+    directions = [int(is_reverse) for is_reverse in reverse]
+    return _gated(x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, directions)

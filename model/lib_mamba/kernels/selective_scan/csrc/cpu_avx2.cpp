@@ -1,0 +1,36 @@
+// The kernels for x86 processors with AVX2. Compiled for them by a pragma, so that one set of flags serves all files.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "cpu_kernel.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#define LANES 8
+
+namespace mobilemamba {
+namespace avx2 {
+
+#include "cpu_vector.h"
+
+#include "cpu_scan.h"
+
+}  // namespace avx2
+
+const Kernels& avx2_kernels() {
+  static const Kernels kernels = {
+      "AVX2", LANES, avx2::scan, avx2::finish, avx2::finish_backward, avx2::scan_backward,
+      avx2::num_blocks, avx2::work_size};
+  return kernels;
+}
+
+}  // namespace mobilemamba
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

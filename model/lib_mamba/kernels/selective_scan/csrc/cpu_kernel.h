@@ -1,0 +1,69 @@
+// What the CPU operators (cpu.cpp) and the kernels for each instruction set (cpu_<set>.cpp) share.
+//
+// B batch, L length, D channels, K directions, N states, R rank of the time step. Sequences are channels-last.
+// Channels are cut into blocks of a few vectors; a block is scanned from end to end with its state at hand.
+#pragma once
+
+#include <cstdint>
+
+namespace mobilemamba {
+
+// One call: tensors by address, strides in elements. "Element" is float or bfloat16 (is_bfloat16).
+struct Problem {
+  int64_t batch, length, channels, directions, states, rank;
+  const int64_t* reverse;  // K flags
+  bool is_bfloat16;        // the type of x, z, grad (of the gated scan), y (likewise), dx and dz
+  bool is_gated;           // normalise and gate; else y and grad are float and hold the bare sum of the directions
+  const void* x;           // (B, L, D), rows x_row apart
+  int64_t x_batch, x_row;
+  const void* z;
+  int64_t z_batch, z_row;
+  const float* projection;   // (B, L, K * (R + 2N))
+  const float* dt_weight;    // (K, R, D)
+  const float* dt_bias;      // (K, D)
+  const float* A_log;        // (K, N, D)
+  const float* D_skip;       // (K, D)
+  const float* norm_weight;  // (D)
+  const float* norm_bias;    // (D)
+  float eps;
+  void* y;  // (B, L, D)
+
+  // For the backward pass.
+  const void* grad;
+  int64_t grad_batch, grad_row;
+  void* dx;  // (B, L, D)
+  void* dz;  // (B, L, D)
+
+  int64_t width() const { return directions * (rank + 2 * states); }
+};
+
+// Sums over positions and images, each (.., D padded) as the parameter of its name is laid out; added to.
+struct ParameterSums {
+  float *dt_weight, *dt_bias, *A_log, *D_skip;
+};
+
+// The functions for one instruction set. A scratch image is L * padded(D) floats: block after block, rows within.
+struct Kernels {
+  const char* name;
+  int64_t lanes;
+  // Scan a block of an image: every row of the sum of the directions, into the scratch image.
+  void (*scan)(const Problem&, int64_t image, int64_t block, float* sums, float* work);
+  // Rows [first, last) of the scratch image to the output, normalised and gated if asked for.
+  void (*finish)(const Problem&, int64_t image, int64_t first, int64_t last, const float* sums, float* work);
+  // Replace such rows by their gradient; write dz; add to the sums (D padded) for the normalisation's parameters.
+  void (*finish_backward)(
+      const Problem&, int64_t image, int64_t first, int64_t last, float* sums, float* dnorm_weight, float* dnorm_bias,
+      float* work);
+  // Gradients of a block: dx written, dprojection (L, K * (R + 2N)) and the parameters' sums added to.
+  void (*scan_backward)(
+      const Problem&, int64_t image, int64_t block, const float* dsums, float* dprojection, const ParameterSums&,
+      float* work);
+  int64_t (*num_blocks)(int64_t channels);
+  int64_t (*work_size)(const Problem&, bool is_backward);  // floats
+};
+
+const Kernels& avx512_kernels();
+const Kernels& avx2_kernels();
+const Kernels& portable_kernels();
+
+}  // namespace mobilemamba

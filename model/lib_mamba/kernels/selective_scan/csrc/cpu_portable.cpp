@@ -1,0 +1,22 @@
+// The kernels for any processor: vectors of four, as the compiler's baseline (SSE2, NEON) has them.
+#include "cpu_kernel.h"
+
+#define LANES 4
+
+namespace mobilemamba {
+namespace portable {
+
+#include "cpu_vector.h"
+
+#include "cpu_scan.h"
+
+}  // namespace portable
+
+const Kernels& portable_kernels() {
+  static const Kernels kernels = {
+      "portable", LANES, portable::scan, portable::finish, portable::finish_backward, portable::scan_backward,
+      portable::num_blocks, portable::work_size};
+  return kernels;
+}
+
+}  // namespace mobilemamba

@@ -1,0 +1,638 @@
+// The kernels for one instruction set. Included within its namespace, after cpu_vector.h.
+//
+// With s = log2(1 + 2^(v * log2 e)), v = dt_weight . dt + dt_bias: delta = s * ln 2, and the decay is 2^(-exp(A_log) * s).
+// The time steps of a tile of positions are computed first, all at once; then the state runs through the tile.
+
+constexpr int TILE = 16;  // positions, even and a multiple of LANES
+static_assert(TILE % LANES == 0, "a tile is transposed in squares of LANES");
+constexpr int WIDEST = 4;  // vectors of a block
+constexpr int64_t ROUND = 16;
+
+// Channels [start, start + num_vectors * LANES) of an image. A last vector that is not full is a block of its own.
+struct Block {
+  int64_t start;
+  int num_vectors;
+  int64_t count;  // of channels in use, in the last vector
+  bool is_part;
+};
+
+static int64_t num_blocks(int64_t channels) {
+  const int64_t full = channels / LANES;
+  const int64_t left = full % WIDEST;
+  return full / WIDEST + (left & 1) + (left >> 1) + (channels % LANES != 0);
+}
+
+// Blocks of four vectors, then of two, one, and the one that is not full.
+static Block block_at(int64_t channels, int64_t index) {
+  const int64_t full = channels / LANES;
+  const int64_t wide = full / WIDEST;
+  int64_t start = wide * WIDEST * LANES;
+  if (index < wide)
+    return {index * WIDEST * LANES, WIDEST, LANES, false};
+  index -= wide;
+  const int64_t left = full % WIDEST;
+  if (left & 2) {
+    if (index == 0)
+      return {start, 2, LANES, false};
+    index -= 1;
+    start += 2 * LANES;
+  }
+  if (left & 1) {
+    if (index == 0)
+      return {start, 1, LANES, false};
+    start += LANES;
+  }
+  return {start, 1, channels % LANES, true};
+}
+
+static int64_t padded(int64_t channels) {
+  return (channels + LANES - 1) / LANES * LANES;
+}
+
+INLINE int64_t rounded(int64_t count) {
+  return (count + ROUND - 1) / ROUND * ROUND;
+}
+
+static int64_t work_size(const Problem& p, bool is_backward) {
+  const int64_t widest = WIDEST * LANES;
+  int64_t block = (2 * p.rank + 4 * p.states + 4) * widest;
+  if (is_backward)
+    block += (p.states * (p.length + 1) + 2 * p.length + 2) * widest;
+  const int64_t row = 6 * padded(p.channels);
+  return rounded((block > row ? block : row) + ROUND);
+}
+
+// A block's share of the parameters of one direction, rows of NV * LANES, zero where there are no channels.
+template <int NV, bool IS_PART>
+INLINE void gather(float* to, const float* from, int64_t rows, int64_t stride, int64_t count) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int v = 0; v < NV; ++v)
+      store(to + (i * NV + v) * LANES, load<IS_PART>(from + i * stride + v * LANES, count));
+}
+
+template <int NV>
+struct Parameters {
+  float *weight, *bias, *rate;  // (R, .), (.), (N, .): the rate is -exp(A_log)
+
+  Parameters(float*& work, const Problem& p) {
+    weight = work;
+    bias = weight + p.rank * NV * LANES;
+    rate = bias + NV * LANES;
+    work = rate + p.states * NV * LANES;
+  }
+
+  template <bool IS_PART>
+  void read(const Problem& p, int64_t k, const Block& block) {
+    const int64_t D = p.channels;
+    gather<NV, IS_PART>(weight, p.dt_weight + k * p.rank * D + block.start, p.rank, D, block.count);
+    gather<NV, IS_PART>(bias, p.dt_bias + k * D + block.start, 1, D, block.count);
+    gather<NV, IS_PART>(rate, p.A_log + k * p.states * D + block.start, p.states, D, block.count);
+    for (int64_t i = 0; i < p.states * NV; ++i)
+      store(rate + i * LANES, -exp2(load(rate + i * LANES) * LOG2E));
+  }
+};
+
+// s for `count` positions, two at a time: `to` must hold an even number of rows.
+template <int NV>
+INLINE void time_steps(
+    float* to, const Parameters<NV>& parameters, const float* dt, int64_t width, int count, int64_t rank) {
+  for (int i = 0; i < count; i += 2) {
+    const float* first = dt + i * width;
+    const float* second = i + 1 < count ? first + width : first;
+    Vec a[NV], b[NV];
+    for (int v = 0; v < NV; ++v)
+      a[v] = b[v] = load(parameters.bias + v * LANES);
+    for (int64_t r = 0; r < rank; ++r)
+      for (int v = 0; v < NV; ++v) {
+        const Vec weight = load(parameters.weight + (r * NV + v) * LANES);
+        a[v] += weight * first[r];
+        b[v] += weight * second[r];
+      }
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      store(to + (i * NV + v) * LANES, softplus2(a[v] * LOG2E));
+      store(to + ((i + 1) * NV + v) * LANES, softplus2(b[v] * LOG2E));
+    }
+  }
+}
+
+// One state component through a tile, in the order of travel; its share of the output into `sums`.
+template <class T, int NV, bool IS_PART, bool IS_FIRST>
+INLINE void advance(
+    const Problem& p, const T* x, int64_t count, const float* steps, const float* B, const float* C, const float* rates,
+    float* states, const float* skips, float* sums, int num_rows, bool is_reverse) {
+  const int64_t width = p.width();
+  Vec state[NV], rate[NV];
+  for (int v = 0; v < NV; ++v) {
+    state[v] = load(states + v * LANES);
+    rate[v] = load(rates + v * LANES);
+  }
+  for (int i = 0; i < num_rows; ++i) {
+    const int64_t t = is_reverse ? num_rows - 1 - i : i;
+    const float b = B[t * width] * LN2;
+    const float c = C[t * width];
+    for (int v = 0; v < NV; ++v) {
+      const Vec step = load(steps + (t * NV + v) * LANES);
+      const Vec input = load<IS_PART>(x + t * p.x_row + v * LANES, count);
+      state[v] = decay(rate[v] * step, state[v], step * input * b);
+      float* out = sums + (t * NV + v) * LANES;
+      store(out, state[v] * c + (IS_FIRST ? load(skips + v * LANES) * input : load(out)));
+    }
+  }
+  for (int v = 0; v < NV; ++v)
+    store(states + v * LANES, state[v]);
+}
+
+// Asks for a tile of the sequence while its time steps are computed: rows far apart are not foreseen by the processor.
+template <int NV, class T>
+INLINE void prefetch(const T* x, int64_t stride, int num_rows) {
+  for (int i = 0; i < num_rows; ++i)
+    for (int v = 0; v < NV; ++v)
+      __builtin_prefetch(x + i * stride + v * LANES);
+}
+
+template <int NV, bool IS_PART>
+INLINE void add_up_skips(const Problem& p, const Block& block, float* skips) {
+  for (int v = 0; v < NV; ++v) {
+    Vec total{};
+    for (int64_t k = 0; k < p.directions; ++k)
+      total += load<IS_PART>(p.D_skip + k * p.channels + block.start + v * LANES, block.count);
+    store(skips + v * LANES, total);
+  }
+}
+
+template <class T, int NV, bool IS_PART>
+static void scan_block(const Problem& p, int64_t image, const Block& block, float* sums, float* work) {
+  const int64_t width = p.width(), share = p.rank + 2 * p.states;
+  const T* x = static_cast<const T*>(p.x) + image * p.x_batch + block.start;
+  alignas(64) float steps[TILE * NV * LANES], skips[NV * LANES];
+  Parameters<NV> parameters(work, p);
+  float* states = work;
+  add_up_skips<NV, IS_PART>(p, block, skips);
+  for (int64_t k = 0; k < p.directions; ++k) {
+    parameters.template read<IS_PART>(p, k, block);
+    const float* own = p.projection + image * p.length * width + k * share;
+    for (int64_t i = 0; i < p.states * NV; ++i)
+      store(states + i * LANES, Vec{});
+    const int64_t num_tiles = (p.length + TILE - 1) / TILE;
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      const int64_t t = (p.reverse[k] ? num_tiles - 1 - i : i) * TILE;
+      const int num_rows = p.length - t < TILE ? p.length - t : TILE;
+      const float* rows = own + t * width;
+      prefetch<NV>(x + t * p.x_row, p.x_row, num_rows);
+      time_steps<NV>(steps, parameters, rows, width, num_rows, p.rank);
+      for (int64_t n = 0; n < p.states; ++n) {
+        const float* B = rows + p.rank + n;
+        const auto run = k + n == 0 ? advance<T, NV, IS_PART, true> : advance<T, NV, IS_PART, false>;
+        run(p, x + t * p.x_row, block.count, steps, B, B + p.states, parameters.rate + n * NV * LANES,
+            states + n * NV * LANES, skips, sums + t * NV * LANES, num_rows, p.reverse[k]);
+      }
+    }
+  }
+}
+
+// Calls `body(channel, address of row 0 in the scratch image, its stride)` for every vector, in order.
+template <class Body>
+INLINE void for_each_vector(const Problem& p, float* sums, Body body) {
+  const int64_t blocks = num_blocks(p.channels);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const Block block = block_at(p.channels, i);
+    const int64_t stride = block.num_vectors * LANES;
+    float* rows = sums + block.start * p.length;
+    for (int v = 0; v < block.num_vectors; ++v)
+      body(block.start + v * LANES, rows + v * LANES, stride);
+  }
+}
+
+// Calls `body(channel, is_part)` for every vector of a row: is_part<true> for a last one that is not full.
+template <bool VALUE>
+struct Flag {
+  static constexpr bool value = VALUE;
+};
+
+template <class Body>
+INLINE void for_each_channel(int64_t channels, Body body) {
+  int64_t c = 0;
+  for (; c + LANES <= channels; c += LANES)
+    body(c, Flag<false>());
+  if (c < channels)
+    body(c, Flag<true>());
+}
+
+// A few rows of the scratch image side by side, with their mean over the channels and 1 / their standard deviation.
+// Several at once: the processor sums one row while another's sum is on its way through its lanes.
+struct Rows {
+  static constexpr int MOST = 4;
+  float mean[MOST], rstd[MOST];
+  float* values;  // (MOST, D padded)
+  int64_t stride;
+
+  Rows(const Problem& p, float*& work) : values(work), stride(padded(p.channels)) {
+    work += MOST * stride;
+  }
+
+  void read(const Problem& p, const float* sums, int64_t first, int count) {
+    const int64_t D = p.channels;
+    for (int i = 0; i < count; ++i) {
+      float* row = values + i * stride;
+      Vec total{};
+      for_each_vector(p, const_cast<float*>(sums), [&](int64_t c, const float* rows, int64_t step) {
+        const Vec value = load(rows + (first + i) * step);
+        store(row + c, value);
+        total += value;
+      });
+      mean[i] = sum(total) / D;
+    }
+    for (int i = 0; i < count; ++i) {
+      const float* row = values + i * stride;
+      Vec squares{};
+      for_each_channel(D, [&](int64_t c, auto is_part) {
+        Vec distance = load(row + c) - mean[i];
+        if (is_part.value)
+          distance = first_lanes(distance, D - c);
+        squares += distance * distance;
+      });
+      rstd[i] = 1.f / __builtin_sqrtf(sum(squares) / D + p.eps);
+    }
+  }
+};
+
+template <class T>
+static void finish_gated(const Problem& p, int64_t image, int64_t first, int64_t last, const float* sums, float* work) {
+  const int64_t D = p.channels;
+  Rows rows(p, work);
+  for (int64_t start = first; start < last; start += Rows::MOST) {
+    const int count = last - start < Rows::MOST ? last - start : Rows::MOST;
+    rows.read(p, sums, start, count);
+    for (int i = 0; i < count; ++i) {
+      const float *row = rows.values + i * rows.stride, mean = rows.mean[i], rstd = rows.rstd[i];
+      const T* z = static_cast<const T*>(p.z) + image * p.z_batch + (start + i) * p.z_row;
+      T* y = static_cast<T*>(p.y) + (image * p.length + start + i) * D;
+      for_each_channel(D, [&](int64_t c, auto is_part) {
+        constexpr bool part = decltype(is_part)::value;
+        const Vec gate = load<part>(z + c, D - c);
+        const Vec weight = load<part>(p.norm_weight + c, D - c) * rstd;
+        const Vec normed = (load(row + c) - mean) * weight + load<part>(p.norm_bias + c, D - c);
+        store<part>(y + c, normed * gate * sigmoid(gate), D - c);
+      });
+    }
+  }
+}
+
+static void finish_plain(const Problem& p, int64_t image, int64_t first, int64_t last, const float* sums) {
+  const int64_t D = p.channels;
+  float* y = static_cast<float*>(p.y) + image * p.length * D;
+  for_each_vector(p, const_cast<float*>(sums), [&](int64_t c, const float* rows, int64_t stride) {
+    for (int64_t t = first; t < last; ++t)
+      if (c + LANES <= D)
+        store(y + t * D + c, load(rows + t * stride));
+      else
+        store_part(y + t * D + c, load(rows + t * stride), D - c);
+  });
+}
+
+template <class T>
+static void finish_gated_backward(
+    const Problem& p, int64_t image, int64_t first, int64_t last, float* sums, float* dnorm_weight, float* dnorm_bias,
+    float* work) {
+  const int64_t D = p.channels;
+  Rows rows(p, work);
+  float* inner = work;
+  for (int64_t start = first; start < last; start += Rows::MOST) {
+    const int count = last - start < Rows::MOST ? last - start : Rows::MOST;
+    rows.read(p, sums, start, count);
+    for (int i = 0; i < count; ++i) {
+      const int64_t t = start + i;
+      float *normed = rows.values + i * rows.stride, mean = rows.mean[i], rstd = rows.rstd[i];
+      const T* z = static_cast<const T*>(p.z) + image * p.z_batch + t * p.z_row;
+      const T* grad = static_cast<const T*>(p.grad) + image * p.grad_batch + t * p.grad_row;
+      T* dz = static_cast<T*>(p.dz) + (image * p.length + t) * D;
+      Vec total{}, projected{};  // of the normalised row's gradient; it is zero where there are no channels
+      for_each_channel(D, [&](int64_t c, auto is_part) {
+        constexpr bool part = decltype(is_part)::value;
+        const Vec gate = load<part>(z + c, D - c), g = load<part>(grad + c, D - c);
+        const Vec weight = load<part>(p.norm_weight + c, D - c), bias = load<part>(p.norm_bias + c, D - c);
+        const Vec value = (load(normed + c) - mean) * rstd;
+        const Vec open = sigmoid(gate), silu = gate * open;
+        store<part>(dz + c, g * (value * weight + bias) * (open + silu * (1.f - open)), D - c);
+        const Vec dnormed = g * silu, dvalue = dnormed * weight;
+        store(dnorm_weight + c, load(dnorm_weight + c) + dnormed * value);
+        store(dnorm_bias + c, load(dnorm_bias + c) + dnormed);
+        store(normed + c, value);
+        store(inner + c, dvalue);
+        total += dvalue;
+        projected += dvalue * value;
+      });
+      const float shift = sum(total) / D, slope = sum(projected) / D;
+      for_each_vector(p, sums, [&](int64_t c, float* out, int64_t step) {
+        Vec dy = (load(inner + c) - shift - load(normed + c) * slope) * rstd;
+        if (c + LANES > D)
+          dy = first_lanes(dy, D - c);
+        store(out + t * step, dy);
+      });
+    }
+  }
+}
+
+static void finish_plain_backward(const Problem& p, int64_t image, int64_t first, int64_t last, float* sums) {
+  const int64_t D = p.channels;
+  const float* grad = static_cast<const float*>(p.grad) + image * p.grad_batch;
+  for_each_vector(p, sums, [&](int64_t c, float* rows, int64_t stride) {
+    for (int64_t t = first; t < last; ++t) {
+      const float* from = grad + t * p.grad_row + c;
+      store(rows + t * stride, c + LANES <= D ? load(from) : load_part(from, D - c));
+    }
+  });
+}
+
+// Everything the backward pass of a block keeps between its steps.
+template <int NV>
+struct Backward {
+  static constexpr int64_t W = NV * LANES;
+  const Problem& p;
+  Parameters<NV> parameters;
+  float *dweight, *dbias, *drate, *carry, *skips, *dskip;
+  float *steps, *states, *dx;  // (L, .), (N, L + 1, .), (L, .)
+  // Of the tile at hand: gradients of delta, later of what softplus takes; the same with positions innermost.
+  alignas(64) float ddelta[TILE * W], inputs[TILE * W], across[W * TILE];
+
+  Backward(const Problem& p, float* work) : p(p), parameters(work, p) {
+    const auto take = [&](int64_t rows) {
+      float* start = work;
+      work += rows * W;
+      return start;
+    };
+    dweight = take(p.rank);
+    dbias = take(1);
+    drate = take(p.states);
+    carry = take(p.states);
+    skips = take(1);
+    dskip = take(1);
+    steps = take(p.length + 1);
+    states = take(p.states * (p.length + 1));
+    dx = take(p.length);
+  }
+
+  // Row t of component n's states, where t - 1 (or t + 1, if reversed) is the one before; the first before is zero.
+  float* state(int64_t n, int64_t t, bool is_reverse) {
+    return states + (n * (p.length + 1) + t + !is_reverse) * W;
+  }
+
+  // All time steps and states of a direction.
+  template <class T, bool IS_PART>
+  void recompute(const T* x, int64_t count, const float* own, bool is_reverse) {
+    const int64_t L = p.length, width = p.width();
+    for (int64_t t = 0; t < L; t += TILE)
+      time_steps<NV>(steps + t * W, parameters, own + t * width, width, L - t < TILE ? L - t : TILE, p.rank);
+    for (int64_t n = 0; n < p.states; ++n) {
+      Vec value[NV], rate[NV];
+      for (int v = 0; v < NV; ++v) {
+        value[v] = Vec{};
+        rate[v] = load(parameters.rate + n * W + v * LANES);
+        store(state(n, is_reverse ? L : -1, is_reverse) + v * LANES, value[v]);
+      }
+      for (int64_t i = 0; i < L; ++i) {
+        const int64_t t = is_reverse ? L - 1 - i : i;
+        const float b = own[t * width + p.rank + n] * LN2;
+        float* out = state(n, t, is_reverse);
+        for (int v = 0; v < NV; ++v) {
+          const Vec step = load(steps + t * W + v * LANES);
+          const Vec input = load<IS_PART>(x + t * p.x_row + v * LANES, count);
+          value[v] = decay(rate[v] * step, value[v], step * input * b);
+          store(out + v * LANES, value[v]);
+        }
+      }
+    }
+  }
+
+  // The state's gradient through a tile, against the order of travel: gradients of delta, x, A, B and C.
+  template <class T, bool IS_PART, bool IS_FIRST>
+  void retreat(
+      const T* x, int64_t count, const float* dsums, const float* own, float* down, int64_t start, int num_rows,
+      int64_t n, bool is_reverse) {
+    const int64_t width = p.width();
+    Vec back[NV], rate[NV], change[NV];
+    for (int v = 0; v < NV; ++v) {
+      back[v] = load(carry + n * W + v * LANES);
+      rate[v] = load(parameters.rate + n * W + v * LANES);
+      change[v] = load(drate + n * W + v * LANES);
+    }
+    for (int i = 0; i < num_rows; ++i) {
+      const int64_t row = is_reverse ? i : num_rows - 1 - i, t = start + row;
+      const int64_t B = t * width + p.rank + n, C = B + p.states;
+      const float b = own[B], c = own[C];
+      const float *now = state(n, t, is_reverse), *before = now + (is_reverse ? W : -W);
+      Vec sum_B{}, sum_C{};
+      for (int v = 0; v < NV; ++v) {
+        const Vec input = load<IS_PART>(x + t * p.x_row + v * LANES, count);
+        const Vec grad = load(dsums + t * W + v * LANES);
+        const Vec step = load(steps + t * W + v * LANES), delta = step * LN2;
+        const Vec dstate = grad * c + back[v];
+        sum_C += grad * load(now + v * LANES);
+        sum_B += dstate * delta * input;
+        back[v] = decay(rate[v] * step, dstate, Vec{});
+        const Vec dlog_decay = back[v] * load(before + v * LANES);
+        change[v] += dlog_decay * delta;
+        const Vec change_delta = dlog_decay * rate[v] + dstate * b * input;
+        const Vec change_input = dstate * b * delta;
+        const int64_t at = (row * NV + v) * LANES;
+        store(ddelta + at, IS_FIRST ? change_delta : load(ddelta + at) + change_delta);
+        store(inputs + at, IS_FIRST ? change_input : load(inputs + at) + change_input);
+      }
+      down[B] += sum(sum_B);
+      down[C] += sum(sum_C);
+    }
+    for (int v = 0; v < NV; ++v) {
+      store(carry + n * W + v * LANES, back[v]);
+      store(drate + n * W + v * LANES, change[v]);
+    }
+  }
+
+  // ddelta becomes the gradient of what softplus takes; rows past the end are zero.
+  void through_softplus(int64_t start, int num_rows) {
+    for (int v = 0; v < NV; ++v) {
+      Vec total = load(dbias + v * LANES);
+      for (int row = 0; row < num_rows; ++row) {
+        float* at = ddelta + row * W + v * LANES;
+        const Vec value = load(at) * one_minus_exp2(load(steps + (start + row) * W + v * LANES));
+        store(at, value);
+        total += value;
+      }
+      for (int row = num_rows; row < TILE; ++row)
+        store(ddelta + row * W + v * LANES, Vec{});
+      store(dbias + v * LANES, total);
+    }
+  }
+
+  // The gradients of dt (summed over the channels of the block) and of its weight (over the positions of the tile).
+  void through_product(const float* dt, float* down, int num_rows) {
+    constexpr int columns = TILE / LANES;
+    constexpr int together = LANES >= 8 ? 4 : 2;
+    const int64_t width = p.width();
+    for (int v = 0; v < NV; ++v)
+      transpose(ddelta + v * LANES, W, across + v * LANES * TILE, TILE, TILE);
+    for (int64_t r = 0; r < p.rank; r += together) {
+      const int64_t left = p.rank - r < together ? p.rank - r : together;
+      const float* rows[together];
+      for (int i = 0; i < together; ++i)
+        rows[i] = parameters.weight + (r + (i < left ? i : 0)) * W;
+      Vec totals[together][columns] = {};
+      for (int64_t c = 0; c < W; ++c)
+        for (int j = 0; j < columns; ++j) {
+          const Vec value = load(across + c * TILE + j * LANES);
+          for (int i = 0; i < together; ++i)
+            totals[i][j] += value * rows[i][c];
+        }
+      for (int64_t i = 0; i < left; ++i) {
+        float lanes[TILE];
+        for (int j = 0; j < columns; ++j)
+          store(lanes + j * LANES, totals[i][j]);
+        for (int row = 0; row < num_rows; ++row)
+          down[row * width + r + i] += lanes[row];
+      }
+    }
+    for (int64_t r = 0; r < p.rank; ++r) {
+      Vec totals[NV];
+      for (int v = 0; v < NV; ++v)
+        totals[v] = load(dweight + r * W + v * LANES);
+      for (int row = 0; row < num_rows; ++row)
+        for (int v = 0; v < NV; ++v)
+          totals[v] += load(ddelta + row * W + v * LANES) * dt[row * width + r];
+      for (int v = 0; v < NV; ++v)
+        store(dweight + r * W + v * LANES, totals[v]);
+    }
+  }
+
+  // Adds a tile's gradient of x to the other directions'; the last direction writes it out.
+  template <class T, bool IS_PART>
+  void collect(const T* x, T* out, int64_t count, const float* dsums, int64_t start, int num_rows, int64_t k) {
+    for (int v = 0; v < NV; ++v) {
+      const Vec skip = load(skips + v * LANES);
+      Vec total = load(dskip + v * LANES);
+      for (int row = 0; row < num_rows; ++row) {
+        const int64_t t = start + row;
+        Vec value = load(inputs + row * W + v * LANES);
+        if (k == 0) {
+          const Vec grad = load(dsums + t * W + v * LANES);
+          value += grad * skip;
+          total += grad * load<IS_PART>(x + t * p.x_row + v * LANES, count);
+        } else {
+          value += load(dx + t * W + v * LANES);
+        }
+        if (k == p.directions - 1)
+          store<IS_PART>(out + t * p.channels + v * LANES, value, count);
+        else
+          store(dx + t * W + v * LANES, value);
+      }
+      store(dskip + v * LANES, total);
+    }
+  }
+
+  void clear(float* from, int64_t rows) {
+    for (int64_t i = 0; i < rows * NV; ++i)
+      store(from + i * LANES, Vec{});
+  }
+
+  // Adds rows of the block to a sum whose rows are `stride` apart.
+  void add(float* to, int64_t stride, const float* from, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int v = 0; v < NV; ++v) {
+        float* at = to + i * stride + v * LANES;
+        store(at, load(at) + load(from + i * W + v * LANES));
+      }
+  }
+};
+
+template <class T, int NV, bool IS_PART>
+static void scan_block_backward(
+    const Problem& p, int64_t image, const Block& block, const float* dsums, float* dprojection,
+    const ParameterSums& totals, float* work) {
+  const int64_t L = p.length, width = p.width(), share = p.rank + 2 * p.states, P = padded(p.channels);
+  const T* x = static_cast<const T*>(p.x) + image * p.x_batch + block.start;
+  T* out = static_cast<T*>(p.dx) + image * L * p.channels + block.start;
+  Backward<NV> own(p, work);
+  add_up_skips<NV, IS_PART>(p, block, own.skips);
+  own.clear(own.dskip, 1);
+  for (int64_t k = 0; k < p.directions; ++k) {
+    const bool is_reverse = p.reverse[k];
+    const float* rows = p.projection + image * L * width + k * share;
+    float* down = dprojection + k * share;
+    own.parameters.template read<IS_PART>(p, k, block);
+    own.clear(own.dweight, p.rank + 1 + 2 * p.states);  // and dbias, drate, carry behind it
+    own.template recompute<T, IS_PART>(x, block.count, rows, is_reverse);
+    const int64_t num_tiles = (L + TILE - 1) / TILE;
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      const int64_t t = (is_reverse ? i : num_tiles - 1 - i) * TILE;
+      const int num_rows = L - t < TILE ? L - t : TILE;
+      own.template retreat<T, IS_PART, true>(x, block.count, dsums, rows, down, t, num_rows, 0, is_reverse);
+      for (int64_t n = 1; n < p.states; ++n)
+        own.template retreat<T, IS_PART, false>(x, block.count, dsums, rows, down, t, num_rows, n, is_reverse);
+      own.through_softplus(t, num_rows);
+      own.through_product(rows + t * width, down + t * width, num_rows);
+      own.template collect<T, IS_PART>(x, out, block.count, dsums, t, num_rows, k);
+    }
+    for (int64_t j = 0; j < p.states * NV; ++j)  // d/dA_log = A * d/dA
+      store(own.drate + j * LANES, load(own.drate + j * LANES) * load(own.parameters.rate + j * LANES));
+    own.add(totals.dt_weight + k * p.rank * P + block.start, P, own.dweight, p.rank);
+    own.add(totals.dt_bias + k * P + block.start, P, own.dbias, 1);
+    own.add(totals.A_log + k * p.states * P + block.start, P, own.drate, p.states);
+  }
+  own.add(totals.D_skip + block.start, P, own.dskip, 1);
+}
+
+// Runtime values to template arguments: CALL(T, NV, IS_PART).
+#define DISPATCH_BLOCK(T, block, CALL) \
+  if (block.is_part)                   \
+    CALL(T, 1, true);                  \
+  else if (block.num_vectors == 4)     \
+    CALL(T, 4, false);                 \
+  else if (block.num_vectors == 2)     \
+    CALL(T, 2, false);                 \
+  else                                 \
+    CALL(T, 1, false);
+
+static void scan(const Problem& p, int64_t image, int64_t index, float* sums, float* work) {
+  const Block block = block_at(p.channels, index);
+  sums += block.start * p.length;
+#define CALL(T, NV, IS_PART) scan_block<T, NV, IS_PART>(p, image, block, sums, work)
+  if (p.is_bfloat16) {
+    DISPATCH_BLOCK(BFloat16, block, CALL)
+  } else {
+    DISPATCH_BLOCK(float, block, CALL)
+  }
+#undef CALL
+}
+
+static void scan_backward(
+    const Problem& p, int64_t image, int64_t index, const float* dsums, float* dprojection, const ParameterSums& totals,
+    float* work) {
+  const Block block = block_at(p.channels, index);
+  dsums += block.start * p.length;
+#define CALL(T, NV, IS_PART) scan_block_backward<T, NV, IS_PART>(p, image, block, dsums, dprojection, totals, work)
+  if (p.is_bfloat16) {
+    DISPATCH_BLOCK(BFloat16, block, CALL)
+  } else {
+    DISPATCH_BLOCK(float, block, CALL)
+  }
+#undef CALL
+}
+
+static void finish(const Problem& p, int64_t image, int64_t first, int64_t last, const float* sums, float* work) {
+  if (!p.is_gated)
+    finish_plain(p, image, first, last, sums);
+  else if (p.is_bfloat16)
+    finish_gated<BFloat16>(p, image, first, last, sums, work);
+  else
+    finish_gated<float>(p, image, first, last, sums, work);
+}
+
+static void finish_backward(
+    const Problem& p, int64_t image, int64_t first, int64_t last, float* sums, float* dnorm_weight, float* dnorm_bias,
+    float* work) {
+  if (!p.is_gated)
+    finish_plain_backward(p, image, first, last, sums);
+  else if (p.is_bfloat16)
+    finish_gated_backward<BFloat16>(p, image, first, last, sums, dnorm_weight, dnorm_bias, work);
+  else
+    finish_gated_backward<float>(p, image, first, last, sums, dnorm_weight, dnorm_bias, work);
+}

@@ -1,0 +1,53 @@
+// Single instructions of the GPU, and the shared memory of a block.
+#ifndef MOBILEMAMBA_DEVICE_CUH
+#define MOBILEMAMBA_DEVICE_CUH
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace mobilemamba {
+
+__device__ __forceinline__ float fast_exp2(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+__device__ __forceinline__ float fast_log2(float value) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+__device__ __forceinline__ float fast_reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+// To the nearest number with the 10 fraction bits that the tensor cores take.
+__device__ __forceinline__ float round_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return __uint_as_float(bits);
+}
+
+// c += a b for a (16, 8), b (8, 8), c (16, 8), spread over a warp. Lane l = 4 g + q holds a[g][q], a[g + 8][q],
+// a[g][q + 4], a[g + 8][q + 4]; b[q][g], b[q + 4][g]; c[g][2q], c[g][2q + 1], c[g + 8][2q], c[g + 8][2q + 1].
+__device__ __forceinline__ void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
+__device__ __forceinline__ float* shared_memory() {
+  extern __shared__ __align__(16) float mobilemamba_shared[];
+  return mobilemamba_shared;
+}
+
+}  // namespace mobilemamba
+
+#endif

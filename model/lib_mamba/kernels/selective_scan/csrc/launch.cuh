@@ -1,0 +1,120 @@
+// What the host code of the CUDA operators shares: types, layouts, launches.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <cuda_runtime.h>
+
+#include <tuple>
+#include <utility>
+
+namespace mobilemamba {
+
+using at::Tensor;
+
+constexpr size_t kPlainSharedBytes = 48 * 1024;  // beyond this a kernel must ask
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_floats, Arguments&&... arguments) {
+  const size_t bytes = sizeof(float) * shared_floats;
+  if (bytes > kPlainSharedBytes)
+    C10_CUDA_CHECK(cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = at::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+}
+
+inline int num_multiprocessors() {
+  return at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+}
+
+inline bool fits_shared(int floats) {
+  return sizeof(float) * floats <= at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin;
+}
+
+template <typename Integer>
+constexpr Integer ceil_div(Integer count, Integer size) {
+  return (count + size - 1) / size;
+}
+
+// Call `function` with a zero of the type.
+template <typename Function>
+void with_type(at::ScalarType type, Function&& function) {
+  if (type == at::kFloat)
+    function(0.f);
+  else if (type == at::kHalf)
+    function(c10::Half(0.f));
+  else if (type == at::kBFloat16)
+    function(c10::BFloat16(0.f));
+  else
+    TORCH_CHECK(false, "x must be float32, float16 or bfloat16, got ", type);
+}
+
+// (B, L, D) as rows (B * L, D) of unit stride: a view where the strides allow it.
+inline Tensor as_rows(const Tensor& tensor, at::ScalarType type) {
+  const Tensor rows = tensor.to(type).flatten(0, 1);
+  return rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
+inline Tensor as_floats(const Tensor& tensor) {
+  return tensor.to(at::kFloat).contiguous();
+}
+
+inline Tensor empty_floats(at::IntArrayRef shape, const Tensor& like) {
+  return at::empty(shape, like.options().dtype(at::kFloat));
+}
+
+inline int row_stride(const Tensor& rows) {
+  return static_cast<int>(rows.stride(0));
+}
+
+// Raise unless the arguments of a scan fit together.
+inline void check_scan(
+    const Tensor& x, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias, const Tensor& A_log,
+    const Tensor& D_skip, at::IntArrayRef reverse) {
+  TORCH_CHECK(x.dim() == 3 && x.size(1) > 0, "x must be (B, L, D) with L >= 1, got ", x.sizes());
+  TORCH_CHECK(dt_weight.dim() == 3, "dt_weight must be (K, D, R), got ", dt_weight.sizes());
+  TORCH_CHECK(A_log.dim() == 2, "A_log must be (K * D, N), got ", A_log.sizes());
+  const auto B = x.size(0), L = x.size(1), D = x.size(2), K = dt_weight.size(0), R = dt_weight.size(2);
+  const auto N = A_log.size(1);
+  TORCH_CHECK(dt_weight.size(1) == D, "dt_weight must be (K, D, R) with D = ", D, ", got ", dt_weight.sizes());
+  TORCH_CHECK(
+      projection.sizes() == at::IntArrayRef({B, L, K * (R + 2 * N)}), "projection must be (B, L, K * (R + 2 N)), got ",
+      projection.sizes());
+  TORCH_CHECK(dt_bias.sizes() == at::IntArrayRef({K, D}), "dt_bias must be (K, D), got ", dt_bias.sizes());
+  TORCH_CHECK(A_log.size(0) == K * D, "A_log must be (K * D, N), got ", A_log.sizes());
+  TORCH_CHECK(D_skip.sizes() == at::IntArrayRef({K * D}), "D_skip must be (K * D,), got ", D_skip.sizes());
+  TORCH_CHECK(static_cast<int64_t>(reverse.size()) == K, "reverse must have K = ", K, " entries");
+  for (const Tensor& tensor : {projection, dt_weight, dt_bias, A_log, D_skip})
+    TORCH_CHECK(tensor.device() == x.device(), "all tensors must be on ", x.device(), ", one is on ", tensor.device());
+}
+
+using ScanGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using GatedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Tensor selective_scan_cuda(
+    const Tensor& x, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias, const Tensor& A_log,
+    const Tensor& D_skip, at::IntArrayRef reverse);
+
+ScanGradients selective_scan_backward_cuda(
+    const Tensor& grad, const Tensor& x, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
+    const Tensor& A_log, const Tensor& D_skip, at::IntArrayRef reverse);
+
+Tensor gated_scan_cuda(
+    const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
+    const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+    at::IntArrayRef reverse);
+
+GatedGradients gated_scan_backward_cuda(
+    const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight,
+    const Tensor& dt_bias, const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight,
+    const Tensor& norm_bias, double eps, at::IntArrayRef reverse);
+
+}  // namespace mobilemamba

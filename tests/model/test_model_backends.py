@@ -1,0 +1,243 @@
+"""Which backend runs, what is said about it, and what happens where one is missing, foreign or broken."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import create_model
+from model.lib_mamba import SS2D, backends, compiled, info, reference
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "model" / "lib_mamba" / "kernels" / "selective_scan"
+CACHES = (backends.availability, backends._load, backends._choose, backends._warn, compiled.build_info, compiled.load)
+
+
+def forget():
+    for cache in CACHES:
+        cache.cache_clear()
+    backends._request.name = None
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice():
+    """Every test starts, and leaves, as if nothing had been chosen yet."""
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Make a package `mobilemamba_kernels` of a given build.json, whose library is no library."""
+
+    def make(**build):
+        folder = tmp_path / compiled.PACKAGE
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+        (folder / "_C.so").write_text("not a library")
+        running = torch.__version__.split("+")[0]
+        fields = {"version": "1.0.0", "schema": compiled.SCHEMA, "library": "_C.so", "torch": running, "cuda": None}
+        (folder / "build.json").write_text(json.dumps(fields | build))
+        monkeypatch.syspath_prepend(tmp_path)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """Make some backends available and the others not; return fakes that count their calls."""
+
+    class Fake:
+        def __init__(self):
+            self.calls = 0
+
+        def gated_scan(self, x, *arguments):
+            self.calls += 1
+            return reference.gated_scan(x, *arguments)
+
+    def set_available(*names):
+        fakes = {name: Fake() for name in names}
+        load = backends._load
+        known = {"reference": (True, "plain PyTorch")} | dict.fromkeys(names, (True, "1.0"))
+        monkeypatch.setattr(backends, "availability", lambda name: known.get(name, (False, f"no {name} here")))
+        monkeypatch.setattr(backends, "_load", lambda name: fakes[name] if name in fakes else load(name))
+        return fakes
+
+    return set_available
+
+
+def scan_once(dtype=torch.float32):
+    with torch.no_grad():
+        return SS2D(16).to(dtype)(torch.randn(1, 16, 3, 3, dtype=dtype))
+
+
+def test_the_choice_is_logged_once_with_its_reason(only, caplog):
+    only()
+    with caplog.at_level(logging.INFO, logger="model.lib_mamba.backends"):
+        scan_once()
+        scan_once()
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert caplog.messages == ["scan on cpu: reference backend (plain PyTorch; cpu: no cpu here)"]
+
+
+def test_the_fastest_available_is_taken(only):
+    fakes = only("cpu", "cuda", "triton")
+    assert [backends.choose(device).name for device in ("cpu", "cuda", "mps")] == ["cpu", "cuda", "reference"]
+    scan_once()
+    assert fakes["cpu"].calls == 1
+
+
+def test_triton_comes_next_on_a_gpu(only):
+    only("triton", "cpu")
+    choice = backends.choose("cuda")
+    assert choice.name == "triton"
+    assert "no cuda here" in choice.reason
+
+
+def test_plain_pytorch_on_a_gpu_is_a_warning(only, caplog):
+    only("cpu")
+    with caplog.at_level(logging.INFO, logger="model.lib_mamba.backends"):
+        assert backends.choose("cuda").name == "reference"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "SLOW on a GPU" in record.message
+    assert "no cuda here" in record.message
+    assert "no triton here" in record.message
+
+
+def test_tritons_interpreter_is_not_for_real_work_unless_asked_for(only, monkeypatch):
+    only("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    choice = backends.choose("cuda")
+    assert choice.name == "reference"
+    assert "TRITON_INTERPRET is set" in choice.reason
+    with backends.use_backend("triton"):
+        assert backends.choose("cuda").name == "triton"
+        assert backends.choose("cpu").name == "triton"
+
+
+def test_a_forced_backend_that_is_missing_is_an_error_that_tells_the_way_out(monkeypatch):
+    monkeypatch.setattr(compiled, "PACKAGE", "mobilemamba_kernels_of_nobody")
+    with pytest.raises(
+        ValueError, match=r"'cpu' was asked for but cannot run: .* is not installed \(cd .* pip install"
+    ):
+        backends.set_backend("cpu")
+    with pytest.raises(ValueError, match="'cuda' was asked for"):
+        create_model("MobileMamba_T2", scan_backend="cuda")
+    with pytest.raises(ValueError, match="must be one of cuda, triton, cpu, reference, got 'gpu'"):
+        create_model("MobileMamba_T2", scan_backend="gpu")
+    assert backends.choose("cpu").name == "reference"
+
+
+def test_a_forced_backend_serves_its_devices_alone(only):
+    only("cpu", "cuda")
+    backends.set_backend("cpu")
+    assert [backends.choose(device).name for device in ("cpu", "cuda")] == ["cpu", "cuda"]
+    with backends.use_backend("reference"):
+        assert [backends.choose(device).name for device in ("cpu", "cuda")] == ["reference", "reference"]
+    assert backends.choose("cpu").name == "cpu"
+    backends.set_backend(None)
+    assert "asked for" not in backends.choose("cpu").reason
+
+
+def test_a_network_can_ask_for_a_backend(only):
+    fakes = only("cpu")
+    network = create_model("MobileMamba_T2", scan_backend="reference").eval()
+    with torch.no_grad():
+        network(torch.randn(1, 3, 32, 32))
+    assert fakes["cpu"].calls == 0
+
+
+def test_what_a_backend_does_not_cover_runs_on_the_reference_and_is_said(only, caplog):
+    fakes = only("cpu")
+    fakes["cpu"].gated_scan = lambda *arguments: NotImplemented
+    with caplog.at_level(logging.INFO, logger="model.lib_mamba.backends"):
+        assert scan_once().isfinite().all()
+    assert "does not cover" in caplog.messages[-1]
+
+
+def test_a_library_for_another_pytorch_is_never_loaded(package, monkeypatch):
+    package(torch="1.13.1")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("loaded"))
+    is_available, reason = compiled.cpu.is_available()
+    assert not is_available
+    assert f"built for torch 1.13.1, this is {torch.__version__.split('+')[0]}: build it again" in reason
+    assert backends.choose("cpu").name == "reference"
+
+
+def test_a_library_for_another_version_of_the_operators_is_never_loaded(package):
+    package(schema=compiled.SCHEMA + 1)
+    assert "of another version" in compiled.cpu.is_available()[1]
+
+
+def test_a_damaged_library_is_reported(package):
+    package()
+    is_available, reason = compiled.cpu.is_available()
+    assert not is_available
+    assert "does not load, build it again" in reason
+
+
+def test_an_incomplete_package_is_reported(package):
+    (package() / "build.json").write_text("{")
+    assert "is incomplete: build it again" in compiled.cpu.is_available()[1]
+
+
+def test_info_lists_and_checks(capsys):
+    assert info.main() == 0
+    output = capsys.readouterr().out
+    assert "chosen on cpu:" in output
+    assert "self-check of reference on cpu: passed" in output
+    for name in backends.NAMES:
+        assert f"\n{name}" in output
+
+
+def test_info_fails_on_a_backend_that_is_wrong(only, capsys):
+    fakes = only("cpu")
+    fakes["cpu"].gated_scan = lambda x, *arguments: reference.gated_scan(x, *arguments) * 1.01
+    assert info.main() == 1
+    assert "self-check of cpu on cpu: FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_is_exact(capability):
+    """PyTorch's switch chooses among the kernels' instruction sets, too; it is read once a process."""
+    is_available, reason = backends.availability("cpu")
+    if not is_available:
+        pytest.skip(reason)
+    widest = torch.backends.cpu.get_cpu_capability().lower()
+    if {"avx2": widest not in ("avx2", "avx512"), "avx512": widest != "avx512"}.get(capability, False):
+        pytest.skip(f"PyTorch uses {widest} here")
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "model.lib_mamba.info"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    expected = {"default": "portable", "avx2": "AVX2", "avx512": "AVX-512"}[capability]
+    assert f", {expected})" in result.stdout
+    assert "self-check of cpu on cpu: passed" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_published_command_builds_the_kernels(tmp_path):
+    """`pip install .` with the isolation that pip has by default, against the PyTorch that is installed."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    source, target = tmp_path / "selective_scan", tmp_path / "installed"
+    shutil.copytree(KERNELS, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, "."]
+    environment = os.environ | {"FORCE_CUDA": "0", "MAX_JOBS": "2"}
+    subprocess.run(command, cwd=source, env=environment, check=True)
+    environment = os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "model.lib_mamba.info"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "self-check of cpu on cpu: passed" in result.stdout

@@ -1,0 +1,294 @@
+"""The gated scan on every backend of this machine against a float64 loop: output, gradients, threads, memory."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.lib_mamba import SS2D, backends, gated_scan, use_backend
+
+NAMES = ["x", "z", "projection", "dt_weight", "dt_bias", "A_log", "D_skip", "norm_weight", "norm_bias"]
+# Largest error of the output and of the gradients, relative to the largest value.
+TOLERANCES = {torch.float32: (3e-6, 2e-5), torch.bfloat16: (4e-3, 1e-2)}
+SLOW = pytest.mark.slow
+LENGTHS = [1, 3, 9, 16, 36, 49, 64, 144, 196, 256, pytest.param(576, marks=SLOW), 1024, pytest.param(4000, marks=SLOW)]
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Every backend that runs on a CPU; a compiled one is skipped where it is not built."""
+    is_available, reason = backends.availability(request.param)
+    if not is_available:
+        pytest.skip(reason)
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Let PyTorch fill every uninitialised tensor with NaN, those that the kernels allocate too."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def restored_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def arguments(length, *, batch=2, channels=37, rank=3, num_states=1, num_directions=2, dtype=torch.float32, seed=0):
+    """Random inputs; z is a view of a tensor twice as wide, as in the network."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    return [
+        normal(batch, length, channels).to(dtype),
+        normal(batch, length, 2 * channels).to(dtype)[..., channels:],
+        normal(batch, length, num_directions * (rank + 2 * num_states)).to(dtype),
+        normal(num_directions, channels, rank),
+        normal(num_directions, channels),
+        normal(num_directions * channels, num_states),
+        normal(num_directions * channels),
+        normal(channels),
+        normal(channels),
+    ]
+
+
+def loop(x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, *, reverse=(False, True)):
+    """The definition, one position after the other, differentiated by autograd."""
+    num_directions, channels, rank = dt_weight.shape
+    num_states = A_log.shape[1]
+    A = -A_log.exp().view(num_directions, channels, num_states)
+    total = x * D_skip.view(num_directions, channels).sum(0)
+    for k, own in enumerate(projection.chunk(num_directions, -1)):
+        dt, B, C = own.split([rank, num_states, num_states], -1)
+        delta = F.softplus(dt @ dt_weight[k].T + dt_bias[k])[..., None]
+        decay, inputs = (delta * A[k]).exp(), delta * B[:, :, None] * x[..., None]
+        state, states = torch.zeros_like(inputs[:, 0]), [None] * x.shape[1]
+        for t in reversed(range(x.shape[1])) if reverse[k] else range(x.shape[1]):
+            states[t] = state = torch.addcmul(inputs[:, t], decay[:, t], state)
+        total = total + (torch.stack(states, 1) * C[:, :, None]).sum(-1)
+    return F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, 1e-5) * F.silu(z)
+
+
+def output_and_gradients(function, tensors, **options):
+    inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+    y = function(*inputs, **options)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).cos().view_as(y).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, inputs, weights)]
+
+
+def exact(tensors, **options):
+    """Output and gradients of the definition in float64, on the rounded inputs."""
+    return output_and_gradients(loop, [tensor.double() for tensor in tensors], **options)
+
+
+@functools.cache
+def exact_of_case(length, dtype, batch):
+    return exact(arguments(length, dtype=dtype, batch=batch))
+
+
+def relative_errors(actual, expected):
+    errors = [
+        ((one.double() - other).abs().max() / other.abs().max().clamp(min=1e-12)).item()
+        for one, other in zip(actual, expected, strict=True)
+    ]
+    return dict(zip(["y", *NAMES], errors, strict=True))
+
+
+def assert_accurate(actual, expected, dtype):
+    tolerance, gradient_tolerance = TOLERANCES[dtype]
+    errors = relative_errors(actual, expected)
+    limits = dict.fromkeys(NAMES, gradient_tolerance) | {"y": tolerance}
+    assert {name: error for name, error in errors.items() if not error <= limits[name]} == {}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("length", LENGTHS)
+def test_output_and_every_gradient_against_float64(length, dtype, backend, poisoned_memory):
+    batch = 5 if length < 100 else 1
+    actual = output_and_gradients(gated_scan, arguments(length, dtype=dtype, batch=batch))
+    assert [tensor.dtype for tensor in actual] == [dtype] * 4 + [torch.float32] * 6
+    assert_accurate(actual, exact_of_case(length, dtype, batch), dtype)
+
+
+@pytest.mark.parametrize(("batch", "channels", "rank"), [(1, 1, 1), (1, 16, 17), (3, 96, 7), (1, 224, 2), (2, 70, 5)])
+def test_any_number_of_channels(batch, channels, rank, backend, poisoned_memory):
+    """Whole vectors and parts of one, for vectors of any width."""
+    tensors = arguments(19, batch=batch, channels=channels, rank=rank)
+    if channels == 1:
+        tensors[7] = torch.zeros(1)  # of one channel the normalised value is zero, but for rounding
+    actual, expected = output_and_gradients(gated_scan, tensors), exact(tensors)
+    if channels == 1:
+        torch.testing.assert_close(actual[0].double(), expected[0])
+        torch.testing.assert_close(actual[2].double(), expected[2], rtol=1e-5, atol=1e-6)
+    else:
+        assert_accurate(actual, expected, torch.float32)
+
+
+@pytest.mark.parametrize("num_states", [1, 3, 16])
+@pytest.mark.parametrize("reverse", [(False,), (True,), (True, False), (False, True, True)], ids=str)
+def test_any_set_of_directions_and_states(reverse, num_states, backend, poisoned_memory):
+    tensors = arguments(21, num_directions=len(reverse), num_states=num_states)
+    actual = output_and_gradients(gated_scan, tensors, reverse=reverse)
+    assert_accurate(actual, exact(tensors, reverse=reverse), torch.float32)
+
+
+def test_both_sequences_may_be_views(backend):
+    wide = torch.randn(2, 12, 3 * 40)
+    tensors = arguments(12, channels=40)
+    views = [wide[..., :40], wide[..., 80:], *tensors[2:]]
+    copies = [tensor.contiguous() for tensor in views]
+    for actual, expected in zip(
+        output_and_gradients(gated_scan, views), output_and_gradients(gated_scan, copies), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_channels_need_not_lie_side_by_side(backend):
+    tensors = arguments(12, channels=40)
+    spread = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in tensors]
+    for actual, expected in zip(
+        output_and_gradients(gated_scan, spread), output_and_gradients(gated_scan, tensors), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("extreme", [-200.0, -20.0, 40.0, 300.0])
+def test_extreme_time_steps_and_gates(extreme, backend):
+    """Time steps that vanish or reset the state at once, gates shut or wide open: exact, and never NaN."""
+    tensors = arguments(17)
+    tensors[4] = torch.full_like(tensors[4], extreme)
+    tensors[1] = tensors[1] * abs(extreme)
+    actual, expected = output_and_gradients(gated_scan, tensors), exact(tensors)
+    assert all(tensor.isfinite().all() for tensor in actual)
+    errors = relative_errors(actual, [tensor + 1e-30 for tensor in expected])
+    del errors["D_skip"]  # a sum of positive and negative parts that may cancel
+    assert max(errors["y"], errors["x"], errors["z"]) < 2e-5
+
+
+def test_long_memory(backend):
+    """A decay of nearly 1 over thousands of steps, from small inputs."""
+    tensors = arguments(4000, batch=1, channels=16)
+    tensors[4] = torch.full_like(tensors[4], -9.0)
+    tensors[3] = tensors[3] * 0.01
+    y = gated_scan(*tensors)
+    assert ((y.double() - loop(*(tensor.double() for tensor in tensors))).abs().max() / y.abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("place", range(3), ids=NAMES[:3])
+def test_not_a_number_is_passed_on(place, backend):
+    """Training stops on NaN only if it sees it."""
+    tensors = arguments(9)
+    tensors[place] = tensors[place].clone()
+    tensors[place][0, 4, 0] = float("nan")
+    y = gated_scan(*tensors)
+    assert y[0, 4].isnan().any()
+    assert y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 66])
+def test_gradients_are_the_same_from_run_to_run_and_for_any_number_of_threads(batch, restored_threads):
+    is_available, reason = backends.availability("cpu")
+    if not is_available:
+        pytest.skip(reason)
+    tensors = arguments(70, batch=batch, channels=75)
+    with use_backend("cpu"):
+        torch.set_num_threads(1)
+        first = output_and_gradients(gated_scan, tensors)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            again = output_and_gradients(gated_scan, tensors)
+            assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True)), threads
+
+
+def test_an_image_does_not_depend_on_its_batch(backend):
+    tensors = arguments(30, batch=4)
+    together = gated_scan(*tensors)
+    for index in range(4):
+        alone = gated_scan(*(tensor[index : index + 1] for tensor in tensors[:3]), *tensors[3:])
+        torch.testing.assert_close(alone[0], together[index], rtol=0, atol=1e-6)
+
+
+def test_empty_batch(backend):
+    tensors = arguments(5, batch=0)
+    y, *gradients = output_and_gradients(gated_scan, tensors)
+    assert y.shape == (0, 5, 37)
+    assert all(gradient.count_nonzero() == 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype, backend):
+    tensors = arguments(6, dtype=dtype)
+    inputs = tuple(tensor.clone().requires_grad_() for tensor in tensors)
+    torch.library.opcheck(torch.ops.mobilemamba.gated_scan.default, (*inputs, 1e-5, [0, 1]))
+    grad = torch.ones_like(tensors[0])
+    torch.library.opcheck(torch.ops.mobilemamba.gated_scan_backward.default, (grad, *tensors, 1e-5, [0, 1]))
+
+
+def test_compiles_without_graph_breaks(backend):
+    torch.manual_seed(0)
+    module = SS2D(16)
+    x = torch.randn(2, 16, 5, 4, requires_grad=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(module(x).square().sum(), (x, *module.parameters()))
+    actual = torch.autograd.grad(compiled(x).square().sum(), (x, *module.parameters()))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor(backend):
+    torch.manual_seed(0)
+    module = SS2D(16).eval()
+    x = torch.randn(2, 16, 5, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_keeps_the_scan_in_float32(backend):
+    """Under autocast x, z and the projection are bfloat16; the parameters, the state and the norm are not."""
+    torch.manual_seed(0)
+    module = SS2D(32).eval()
+    x = torch.randn(2, 32, 6, 5)
+    with torch.no_grad():
+        expected = module(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = module(x.contiguous(memory_format=torch.channels_last))
+    assert actual.dtype == torch.bfloat16
+    assert (actual - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_sequences_of_two_types(types, backend):
+    tensors = arguments(9)
+    tensors[0], tensors[1] = tensors[0].to(types[0]), tensors[1].to(types[1])
+    actual = output_and_gradients(gated_scan, tensors)
+    assert [tensor.dtype for tensor in actual[:3]] == [types[0], *types]
+    assert_accurate(actual, exact(tensors), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_types_that_a_kernel_is_not_made_for_run_on_the_reference(dtype, backend):
+    tensors = [tensor.to(dtype) for tensor in arguments(9)]
+    actual = output_and_gradients(gated_scan, tensors)
+    assert all(tensor.dtype == dtype for tensor in actual)
+    tolerance = 1e-12 if dtype == torch.float64 else 5e-3
+    assert max(relative_errors(actual, exact(tensors)).values()) < tolerance
+
+
+def test_bad_shapes_name_the_argument():
+    x, z, *rest = arguments(4)
+    with pytest.raises(ValueError, match="z must have the shape"):
+        gated_scan(x, z[:, :3], *rest)
+    with pytest.raises(ValueError, match="norm_bias must have the shape"):
+        gated_scan(x, z, *rest[:-1], rest[-1][:5])
+    with pytest.raises(ValueError, match="D_skip must have the shape"):
+        gated_scan(x, z, *rest[:4], rest[4][:5], *rest[5:])
