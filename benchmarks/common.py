@@ -1,0 +1,336 @@
+"""What the benchmarks share: interleaved timing, the machine's description, tables, result files.
+
+Times are in seconds, sizes in bytes, throughputs in images/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+import torch
+
+from model.lib_mamba import choose
+
+__all__ = [
+    "FULL",
+    "PRECISIONS",
+    "QUICK",
+    "Plan",
+    "Timing",
+    "add_arguments",
+    "describe_machine",
+    "measure",
+    "precision_context",
+    "result_path",
+    "save_result",
+    "set_up",
+    "speedup",
+    "summary_line",
+    "synchronize",
+    "table",
+    "take_turn",
+    "warm_up",
+]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+REPOSITORY = Path(__file__).resolve().parent.parent
+# fp32; weights in fp32 under bfloat16 autocast; weights and input in bfloat16.
+PRECISIONS = ("fp32", "amp", "bf16")
+_CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long to measure. A case runs ``seconds`` or ``runs`` times, whichever is first, spread over ``turns``.
+
+    Attributes:
+        warmup: Seconds that every case runs before the first turn.
+        seconds: Seconds measured per case.
+        runs: Runs measured per case.
+        turns: How often the cases take turns: A B A B ... Every turn has one run at least.
+        sample: Seconds that one timed sample lasts at least; shorter calls are repeated within it.
+    """
+
+    warmup: float
+    seconds: float
+    runs: int
+    turns: int
+    sample: float = 0.0
+
+
+FULL = Plan(warmup=3.0, seconds=10.0, runs=50, turns=10)
+QUICK = Plan(warmup=0.2, seconds=0.6, runs=9, turns=3)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one case, one list a turn."""
+
+    turns: list[list[float]]
+
+    @property
+    def median(self) -> float:
+        """The median of all samples."""
+        return statistics.median(self._samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and third quartile of all samples."""
+        if len(self._samples) == 1:
+            return self._samples[0], self._samples[0]
+        first, _, third = statistics.quantiles(self._samples, method="inclusive")
+        return first, third
+
+    @property
+    def _samples(self) -> list[float]:
+        return [sample for turn in self.turns for sample in turn]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a result file keeps of it."""
+        first, third = self.quartiles
+        return {
+            "median_s": self.median,
+            "first_quartile_s": first,
+            "third_quartile_s": third,
+            "samples": len(self._samples),
+            "turn_medians_s": [statistics.median(turn) for turn in self.turns],
+        }
+
+
+def speedup(fast: Timing, slow: Timing) -> float:
+    """Return how many times faster the first case is: the median over the turns of the ratio within a turn.
+
+    What slows the machine down for a while hits both cases of a turn, and so leaves the ratio alone.
+    """
+    pairs = zip(fast.turns, slow.turns, strict=True)
+    return statistics.median(statistics.median(b) / statistics.median(a) for a, b in pairs)
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _sample(run: Callable[[], Any], device: str, repeats: int) -> float:
+    """Return the seconds of one call, averaged over ``repeats`` calls in a row; events of the device on a GPU."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - begin) / repeats
+
+
+def take_turn(run: Callable[[], Any], plan: Plan, device: str, *, repeats: int = 1) -> list[float]:
+    """Return the samples of one turn: its share of the plan's seconds or runs, one at least."""
+    num_samples = max(1, -(-plan.runs // plan.turns))
+    deadline = time.perf_counter() + plan.seconds / plan.turns
+    samples = [_sample(run, device, repeats)]
+    while len(samples) < num_samples and time.perf_counter() < deadline:
+        samples.append(_sample(run, device, repeats))
+    return samples
+
+
+def warm_up(run: Callable[[], Any], plan: Plan, device: str) -> int:
+    """Run for the plan's warm-up, twice at least; return how many calls make one sample long enough."""
+    deadline = time.perf_counter() + plan.warmup
+    run()
+    duration = _sample(run, device, 1)
+    while time.perf_counter() < deadline:
+        duration = min(duration, _sample(run, device, 1))
+    return max(1, min(1000, round(plan.sample / duration)))
+
+
+def measure(cases: Mapping[Key, Callable[[], Any]], plan: Plan, device: str) -> dict[Key, Timing]:
+    """Time the cases in turns, in one process, after warming all of them up.
+
+    Args:
+        cases: What to run, without arguments, by any key.
+        plan: How long.
+        device: "cpu" or "cuda".
+    """
+    repeats = {key: warm_up(run, plan, device) for key, run in cases.items()}
+    turns: dict[Key, list[list[float]]] = {key: [] for key in cases}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(plan.turns):
+            for key, run in cases.items():
+                turns[key].append(take_turn(run, plan, device, repeats=repeats[key]))
+    finally:
+        gc.enable()
+    return {key: Timing(samples) for key, samples in turns.items()}
+
+
+def precision_context(precision: str, device: str) -> torch.autocast:
+    """Return the autocast context that a precision of `PRECISIONS` runs under."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "amp")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every benchmark has."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch on the CPU")
+    parser.add_argument("--quick", action="store_true", help="few models and short runs: a look, not a measurement")
+    parser.add_argument("--seconds", type=float, help="seconds measured per case")
+    parser.add_argument("--runs", type=int, help="runs per case that are enough in less time")
+    parser.add_argument("--turns", type=int, help="how often the cases take turns")
+    parser.add_argument("--warmup", type=float, help="seconds of warm-up per case")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+
+
+def set_up(arguments: argparse.Namespace, *, full: Plan = FULL, quick: Plan = QUICK) -> Plan:
+    """Set threads and seeds as the arguments say, and return how long to measure.
+
+    Args:
+        arguments: Of the command line.
+        full: The plan where the arguments give nothing else.
+        quick: The same with ``--quick``.
+    """
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    given = {name: getattr(arguments, name) for name in ("warmup", "seconds", "runs", "turns")}
+    return replace(
+        quick if arguments.quick else full, **{name: value for name, value in given.items() if value is not None}
+    )
+
+
+def _git(*command: str) -> str:
+    """Return what git prints; nothing outside a repository."""
+    try:
+        done = subprocess.run(["git", *command], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """Return the processor's name and those of its instruction sets that matter here."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.is_file() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    present = set(flags[1].split()) if flags else set()
+    features = [feature for feature in _CPU_FEATURES if feature in present]
+    return name[1] if name else platform.processor() or platform.machine(), features
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Return what a figure depends on: processor, threads, versions, revision, the backend of the scan, the load."""
+    cpu, features = _cpu()
+    scan = choose(device)
+    machine = {
+        "device": device,
+        "cpu": cpu,
+        "cpu_features": features,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "scan_backend": {"name": scan.name, "reason": scan.reason},
+        "revision": _git("rev-parse", "--short", "HEAD") or "unknown",
+        "has_local_changes": bool(_git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        machine["gpu"] = properties.name
+        machine["gpu_memory_bytes"] = properties.total_memory
+        machine["cuda"] = torch.version.cuda
+        machine["cudnn"] = torch.backends.cudnn.version()
+        machine["tf32"] = {
+            "convolution": torch.backends.cudnn.allow_tf32,
+            "matmul": torch.backends.cuda.matmul.allow_tf32,
+        }
+    return machine
+
+
+def summary_line(machine: Mapping[str, Any]) -> str:
+    """Return the machine in one line, for above a table."""
+    where = f"{machine['gpu']}, " if machine["device"] == "cuda" else ""
+    changes = " with local changes" if machine["has_local_changes"] else ""
+    return (
+        f"{where}{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, "
+        f"scan: {machine['scan_backend']['name']}, revision {machine['revision']}{changes}, "
+        f"load {machine['load_average']:.1f}"
+    )
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """Return a Markdown table: floats to three significant digits, None as a dash, numbers to the right."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(2, *map(len, column)) for column in zip(header, *cells, strict=True)]
+    is_number = [all(not isinstance(row[i], str) for row in rows) for i in range(len(header))]
+    rules = ["-" * (width - right) + ":" * right for width, right in zip(widths, is_number, strict=True)]
+    return "\n".join(_line(row, widths, is_number) for row in (header, rules, *cells))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], is_number: Sequence[bool]) -> str:
+    columns = zip(cells, widths, is_number, strict=True)
+    return "| " + " | ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in columns) + " |"
+
+
+def result_path(arguments: argparse.Namespace, benchmark: str, machine: Mapping[str, Any]) -> Path:
+    """Return where a benchmark's figures go, without a suffix: named after it, the machine and the threads."""
+    place = machine["gpu"] if machine["device"] == "cuda" else f"{machine['cpu']} {machine['threads']} threads"
+    name = re.sub(r"[^a-z0-9]+", "-", f"{benchmark} {place}".lower()).strip("-")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    return arguments.out / f"{name}{'-quick' if arguments.quick else ''}"
+
+
+def save_result(
+    path: Path, benchmark: str, machine: Mapping[str, Any], arguments: argparse.Namespace, **figures: Any
+) -> Path:
+    """Write a result file: what was measured, where, with which settings.
+
+    Args:
+        path: From `result_path`.
+        benchmark: Name of the module.
+        machine: From `describe_machine`.
+        arguments: Of the command line; the folder is left out.
+        **figures: What was measured, as JSON.
+
+    Returns:
+        The file's path.
+    """
+    settings = {key: value for key, value in vars(arguments).items() if key != "out"}
+    content = {"benchmark": benchmark, "machine": machine, "settings": settings, **figures}
+    path = path.with_name(path.name + ".json")
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path

@@ -1,0 +1,354 @@
+"""Throughput and latency of the variants beside their peers and beside the literal network.
+
+    python -m benchmarks.network [--quick] [--batches 1 16] [--precisions fp32 amp] [--compile] [--cuda-graph]
+
+All cases of a batch size take turns in one process. Every network is measured in both memory layouts; the tables give
+each in its better one, eager and in its best mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .common import (
+    PRECISIONS,
+    Plan,
+    Timing,
+    add_arguments,
+    describe_machine,
+    measure,
+    precision_context,
+    result_path,
+    save_result,
+    set_up,
+    speedup,
+    summary_line,
+    synchronize,
+    table,
+)
+from .networks import NAMES, Candidate, build, literal_name
+from .plots import draw
+
+__all__ = ["Case", "main", "run"]
+
+logger = logging.getLogger(__name__)
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+QUICK_NETWORKS = (
+    "MobileMamba_T2",
+    "MobileMamba_B1",
+    "MobileMamba_T2 (literal)",
+    "MobileMamba_B1 (literal)",
+    "efficientvit_m5",
+    "mobilenetv4_conv_medium",
+)
+# Whom a user would take instead; every variant is compared with its own literal network besides.
+RIVALS = {
+    "MobileMamba_T2": ("efficientvit_m5", "mobilenetv4_conv_small"),
+    "MobileMamba_T4": ("shvit_s3", "efficientvim_m2"),
+    "MobileMamba_S6": ("shvit_s3", "efficientvim_m4"),
+    "MobileMamba_B1": ("mobilenetv4_conv_medium", "shvit_s4", "repvit_m1_0"),
+    "MobileMamba_B2": ("levit_256",),
+    "MobileMamba_B4": ("edgenext_base",),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run one network.
+
+    Attributes:
+        network: One of `NAMES`.
+        precision: One of `PRECISIONS`.
+        layout: One of `LAYOUTS`.
+        mode: "eager", "compile", "graph" (eager, replayed as a CUDA graph) or "compile+graph".
+    """
+
+    network: str
+    precision: str
+    layout: str
+    mode: str
+
+
+class Measurement:
+    """The timings of one batch size, and what follows from them."""
+
+    def __init__(self, batch: int, timings: dict[Case, Timing], candidates: dict[str, Candidate]) -> None:
+        self.batch = batch
+        self.timings = timings
+        self.candidates = candidates
+
+    def best(self, network: str, precision: str, *, mode: str | None = None) -> Case | None:
+        """Return a network's fastest case, of one mode or of all; None if none was measured."""
+        cases = [
+            case
+            for case in self.timings
+            if (case.network, case.precision) == (network, precision) and mode in (None, case.mode)
+        ]
+        return min(cases, key=lambda case: self.timings[case].median, default=None)
+
+    def images_per_s(self, case: Case) -> float:
+        """Return the throughput at the median time."""
+        return self.batch / self.timings[case].median
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return every case for the result file."""
+        return [
+            {
+                **vars(case),
+                "kind": self.candidates[case.network].kind,
+                "size": self.candidates[case.network].size,
+                "parameters": self.candidates[case.network].parameters,
+                "batch": self.batch,
+                "images_per_s": self.images_per_s(case),
+                **timing.as_dict(),
+            }
+            for case, timing in self.timings.items()
+        ]
+
+    def best_rows(self) -> list[dict[str, Any]]:
+        """Return each network's best per precision, with its eager figure beside it."""
+        rows = []
+        for network, precision in dict.fromkeys((case.network, case.precision) for case in self.timings):
+            case = self.best(network, precision)
+            eager = self.best(network, precision, mode="eager")
+            assert case
+            assert eager
+            rows.append(
+                {
+                    "network": network,
+                    "kind": self.candidates[network].kind,
+                    "size": self.candidates[network].size,
+                    "batch": self.batch,
+                    "precision": precision,
+                    "images_per_s": self.images_per_s(case),
+                    "latency_s": self.timings[case].median,
+                    "layout": case.layout,
+                    "mode": case.mode,
+                    "eager_images_per_s": self.images_per_s(eager),
+                    "eager_layout": eager.layout,
+                }
+            )
+        return rows
+
+    def ratios(self) -> list[dict[str, Any]]:
+        """Return how many times faster each variant is than its literal network, its rivals, and itself in fp32."""
+        precisions = list(dict.fromkeys(case.precision for case in self.timings))
+        rows = []
+        for variant, rivals in RIVALS.items():
+            for precision in precisions:
+                others = [(name, precision) for name in (literal_name(variant), *rivals)]
+                others += [(variant, "fp32")] if precision != "fp32" else []
+                rows += [self._ratio((variant, precision), other) for other in others]
+        return [row for row in rows if row]
+
+    def _ratio(self, ours: tuple[str, str], other: tuple[str, str]) -> dict[str, Any] | None:
+        row: dict[str, Any] = {"network": ours[0], "over": other[0], "batch": self.batch}
+        row |= {"precision": ours[1], "over_precision": other[1]}
+        for key, mode in (("eager", "eager"), ("best", None)):
+            fast, slow = self.best(*ours, mode=mode), self.best(*other, mode=mode)
+            if not fast or not slow:
+                return None
+            row[key] = speedup(self.timings[fast], self.timings[slow])
+        return row
+
+
+def _modes(candidate: Candidate, arguments: argparse.Namespace) -> list[str]:
+    """Return the modes to measure; unrolling the literal network's loops for a compiler is nothing anyone would do."""
+    modes = ["eager"]
+    if arguments.compile and candidate.kind != "literal":
+        modes.append("compile")
+    if arguments.cuda_graph:
+        modes += [mode.replace("eager", "graph").replace("compile", "compile+graph") for mode in tuple(modes)]
+    return modes
+
+
+def _cases(candidate: Candidate, arguments: argparse.Namespace) -> list[Case]:
+    layouts = ["nchw"] if candidate.kind == "literal" else list(LAYOUTS)
+    return [
+        Case(candidate.name, precision, layout, mode)
+        for precision in arguments.precisions
+        for layout in layouts
+        for mode in _modes(candidate, arguments)
+    ]
+
+
+def _prepare(case: Case, candidate: Candidate, batch: int, device: str) -> Callable[[], Tensor]:
+    """Return what runs the case once, weights and input in place."""
+    network = copy.deepcopy(candidate.network).to(device=device, memory_format=LAYOUTS[case.layout])
+    image = torch.randn(batch, 3, candidate.size, candidate.size, device=device)
+    if case.precision == "bf16":
+        network, image = network.bfloat16(), image.bfloat16()
+    image = image.contiguous(memory_format=LAYOUTS[case.layout])
+    run_network: Any = torch.compile(network, dynamic=False) if "compile" in case.mode else network
+
+    def run() -> Tensor:
+        with torch.inference_mode(), precision_context(case.precision, device):
+            return run_network(image)
+
+    run()  # compiles; what fails, fails here
+    return _capture(run) if "graph" in case.mode else run
+
+
+def _capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return what replays a call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def _scan_share(run: Callable[[], Any], device: str) -> float | None:
+    """Return the part of a network's time that the scan's operator takes; None where the profiler does not see it."""
+    is_cuda = device == "cuda"
+    with torch.autograd.profiler.profile(use_device="cuda" if is_cuda else None, use_kineto=is_cuda) as profile:
+        for _ in range(3):
+            run()
+        synchronize(device)
+    time = f"{'device' if is_cuda else 'cpu'}_time_total"
+    events = profile.key_averages()
+    own = f"self_{time}"
+    total = sum(getattr(event, own) for event in events)
+    scan = sum(getattr(event, time) for event in events if event.key == "mobilemamba::gated_scan")
+    return scan / total if total and scan else None
+
+
+def measure_batch(
+    candidates: Sequence[Candidate], batch: int, arguments: argparse.Namespace, plan: Plan
+) -> tuple[Measurement, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measure every case of one batch size in turns.
+
+    Returns:
+        The timings, the cases that cannot run with the reason, and the scan's share of each variant's time.
+    """
+    torch.compiler.reset()
+    # All variants share their code, and so the number of compiled versions that it may have: never fall back unseen.
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    runs: dict[Case, Callable[[], Tensor]] = {}
+    failures = []
+    shares = []
+    for candidate in candidates:
+        for case in _cases(candidate, arguments):
+            try:
+                runs[case] = _prepare(case, candidate, batch, arguments.device)
+            except RuntimeError as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                logger.warning("%s, batch %d does not run: %s", case, batch, reason)
+                failures.append({**vars(case), "batch": batch, "reason": reason})
+                continue
+            if candidate.kind == "ours" and (case.layout, case.mode) == ("channels_last", "eager"):
+                share = _scan_share(runs[case], arguments.device)
+                shares.append({"network": case.network, "precision": case.precision, "batch": batch, "share": share})
+    timings = measure(runs, plan, arguments.device)
+    return Measurement(batch, timings, {candidate.name: candidate for candidate in candidates}), failures, shares
+
+
+def _print(measurement: Measurement, shares: list[dict[str, Any]]) -> None:
+    print(f"\nBatch {measurement.batch}: each network in its better layout, eager and in its best mode\n")
+    rows = [
+        (
+            row["network"],
+            row["size"],
+            row["precision"],
+            row["eager_images_per_s"],
+            row["eager_layout"],
+            row["images_per_s"],
+            f"{row['mode']}, {row['layout']}",
+            row["latency_s"] * 1e3,
+        )
+        for row in measurement.best_rows()
+    ]
+    header = ("network", "px", "precision", "eager images/s", "layout", "best images/s", "mode", "ms a batch")
+    print(table(rows, header))
+    rows = [
+        (row["network"], row["precision"], f"{row['over']}, {row['over_precision']}", row["eager"], row["best"])
+        for row in measurement.ratios()
+    ]
+    if rows:
+        print("\nTimes the throughput of\n")
+        print(table(rows, ("network", "precision", "over", "eager", "best")))
+    rows = [(row["network"], row["precision"], 100 * row["share"]) for row in shares if row["share"]]
+    if rows:
+        print("\nThe scan's share of the eager network's time\n")
+        print(table(rows, ("network", "precision", "%")))
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print, and write the result and its picture.
+
+    Args:
+        arguments: From `parse`.
+
+    Returns:
+        The content of the result file.
+    """
+    plan = set_up(arguments)
+    machine = describe_machine(arguments.device)
+    print(summary_line(machine))
+    candidates = [build(name) for name in arguments.networks]
+    figures: dict[str, list] = {"best": [], "ratios": [], "scan_share": [], "cases": [], "failures": []}
+    for batch in arguments.batches:
+        measurement, failures, shares = measure_batch(candidates, batch, arguments, plan)
+        _print(measurement, shares)
+        figures["best"] += measurement.best_rows()
+        figures["ratios"] += measurement.ratios()
+        figures["scan_share"] += shares
+        figures["cases"] += measurement.rows()
+        figures["failures"] += failures
+    path = result_path(arguments, "network", machine)
+    saved = save_result(path, "network", machine, arguments, plan=vars(plan), **figures)
+    result = {"benchmark": "network", "machine": machine, **figures}
+    print(f"\n{saved}\n{draw(result, path)}")
+    return result
+
+
+def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments, with what is left to the device and to ``--quick`` filled in."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.network", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    parser.add_argument("--networks", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--batches", nargs="+", type=int, help="images at a time (CPU: 1 16; GPU: 1 16 256)")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, help="amp: bfloat16 autocast (default: fp32 amp)"
+    )
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parser.add_argument("--cuda-graph", action="store_true", help="measure CUDA graphs too")
+    arguments = parser.parse_args(command_line)
+    if arguments.cuda_graph and arguments.device != "cuda":
+        parser.error("--cuda-graph needs --device cuda")
+    arguments.networks = arguments.networks or list(QUICK_NETWORKS if arguments.quick else NAMES)
+    arguments.batches = arguments.batches or ([1, 16] if arguments.device == "cpu" else [1, 16, 256])
+    arguments.precisions = arguments.precisions or (["fp32"] if arguments.quick else ["fp32", "amp"])
+    return arguments
+
+
+def main(command_line: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run(parse(command_line))
+
+
+if __name__ == "__main__":
+    main()

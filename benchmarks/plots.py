@@ -1,0 +1,153 @@
+"""Figures: accuracy against throughput, time against length, training speed and memory.
+
+Drawn from the content of a result file, so that they can be drawn again: ``python -m benchmarks.plots FILE.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+__all__ = ["draw"]
+
+ACCURACY = Path(__file__).resolve().parent / "accuracy.json"
+OURS, PEER, LITERAL = "tab:red", "tab:blue", "tab:gray"
+_STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none", "savefig.dpi": 150}
+
+
+def draw(result: Mapping[str, Any], path: Path) -> Path:
+    """Draw what belongs to a benchmark's result.
+
+    Args:
+        result: Content of a result file.
+        path: Without suffix.
+
+    Returns:
+        The picture's path.
+    """
+    draw_into = {"network": _network, "scan": _scan, "train_step": _train_step}[result["benchmark"]]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(layout="constrained")
+        draw_into(figure, result)
+        figure.suptitle(_where(result["machine"]), fontsize=8)
+        path = path.with_name(path.name + ".png")
+        figure.savefig(path)
+    return path
+
+
+def _where(machine: Mapping[str, Any]) -> str:
+    if machine["device"] == "cuda":
+        return f"{machine['gpu']}, torch {machine['torch']}"
+    return f"{machine['cpu']}, {_threads(machine['threads'])}, torch {machine['torch']}"
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _network(figure: Figure, result: Mapping[str, Any]) -> None:
+    """One panel per batch and precision: top-1 against the best throughput of each network."""
+    panels = list(dict.fromkeys((row["batch"], row["precision"]) for row in result["best"]))
+    batches = list(dict.fromkeys(batch for batch, _ in panels))
+    precisions = list(dict.fromkeys(precision for _, precision in panels))
+    figure.set_size_inches(6 * len(precisions), 4.5 * len(batches))
+    axes = figure.subplots(len(batches), len(precisions), squeeze=False)
+    accuracy = json.loads(ACCURACY.read_text())
+    for i, batch in enumerate(batches):
+        for j, precision in enumerate(precisions):
+            rows = [row for row in result["best"] if (row["batch"], row["precision"]) == (batch, precision)]
+            _accuracy_panel(axes[i, j], rows, accuracy)
+            axes[i, j].set_title(f"batch {batch}, {precision}")
+
+
+def _accuracy_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], accuracy: Mapping[str, Any]) -> None:
+    speed = {row["network"]: row["images_per_s"] for row in rows}
+    ours = [row["network"] for row in rows if row["kind"] == "ours"]
+    for group, label, style in (
+        ("longer", "MobileMamba†, 1000 epochs with teacher", "--"),
+        ("models", "MobileMamba", "-"),
+    ):
+        points = [(speed[name], accuracy[group][name]["top1"]) for name in ours]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, marker="o", color=OURS, label=label, markersize=4)
+    for name in ours:
+        _label(axes, name.removeprefix("MobileMamba_"), speed[name], accuracy["models"][name]["top1"], offset=(-14, -3))
+    for has_teacher, label, face in ((False, "peers in timm", PEER), (True, "peers, with teacher", "none")):
+        names = [name for name in speed if accuracy["models"].get(name, {}).get("with_teacher") is has_teacher]
+        top1 = [accuracy["models"][name]["top1"] for name in names]
+        if names:
+            axes.scatter([speed[name] for name in names], top1, s=16, facecolor=face, edgecolor=PEER, label=label)
+        for name, value in zip(names, top1, strict=True):
+            _label(axes, name, speed[name], value)
+    axes.set_xscale("log")
+    axes.margins(x=0.2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("images/s")
+    axes.set_ylabel("ImageNet-1K top-1, %")
+    axes.legend(fontsize=7)
+
+
+def _label(axes: Axes, text: str, x: float, y: float, *, offset: tuple[int, int] = (3, 3)) -> None:
+    axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", fontsize=6)
+
+
+def _scan(figure: Figure, result: Mapping[str, Any]) -> None:
+    """Time against length, a panel per pass and number of threads."""
+    rows = result["lengths"]
+    panels = list(dict.fromkeys((row["pass"], row["threads"]) for row in rows))
+    figure.set_size_inches(4.5 * len(panels), 4)
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (direction, threads) in zip(all_axes, panels, strict=True):
+        here = [row for row in rows if (row["pass"], row["threads"]) == (direction, threads)]
+        for name in dict.fromkeys(row["implementation"] for row in here if not row["implementation"].endswith("R = 1")):
+            points = [(row["length"], row["median_s"] * 1e6) for row in here if row["implementation"] == name]
+            style = "k--" if name == "floor" else "-"
+            axes.plot(*zip(*points, strict=True), style, marker=".", label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("L, positions")
+        axes.set_ylabel("µs a call")
+        place = "" if result["machine"]["device"] == "cuda" else f", {_threads(threads)}"
+        axes.set_title(f"{direction}, B = {here[0]['batch']}, D = {here[0]['channels']}{place}")
+        axes.legend(fontsize=7)
+
+
+def _train_step(figure: Figure, result: Mapping[str, Any]) -> None:
+    """Images/s and peak memory, ours beside the literal network."""
+    rows = result["cases"]
+    groups = list(dict.fromkeys((row["variant"], row["precision"]) for row in rows))
+    figure.set_size_inches(max(6.0, 1.5 * len(groups)), 3.5)
+    panels = (("images_per_s", 1.0, "images/s"), ("peak_bytes", 2.0**30, "peak memory, GiB"))
+    for axes, (key, unit, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for place, (kind, color) in enumerate((("literal", LITERAL), ("ours", OURS))):
+            values = {(row["variant"], row["precision"]): row[key] / unit for row in rows if row["kind"] == kind}
+            positions = [index + 0.4 * place for index, group in enumerate(groups) if group in values]
+            heights = [values[group] for group in groups if group in values]
+            bars = axes.bar(positions, heights, 0.38, color=color, label=kind)
+            axes.bar_label(bars, fmt="%.3g", fontsize=6)
+        names = [f"{variant.removeprefix('MobileMamba_')} {precision}" for variant, precision in groups]
+        axes.set_xticks([index + 0.2 for index in range(len(groups))], names, fontsize=7)
+        axes.set_ylabel(label)
+        axes.legend(fontsize=7)
+
+
+def main() -> None:
+    """Draw the pictures of result files again, beside them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    for path in parser.parse_args().files:
+        print(draw(json.loads(path.read_text()), path.with_suffix("")))
+
+
+if __name__ == "__main__":
+    main()

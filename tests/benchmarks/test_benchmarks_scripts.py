@@ -1,0 +1,98 @@
+"""Every script runs on a tiny case and leaves a result file and a picture. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import network, scan, train_step
+
+SHORT = ["--quick", "--device", "cpu", "--threads", "1", "--warmup", "0", "--seconds", "0", "--runs", "1"]
+MACHINE = {"cpu", "cores", "threads", "torch", "timm", "scan_backend", "revision", "load_average", "date"}
+TIMES = {"median_s", "first_quartile_s", "third_quartile_s", "samples", "turn_medians_s"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run_script(module, *options):
+        arguments = module.parse([*SHORT, "--turns", "2", "--out", str(tmp_path), *options])
+        module.run(arguments)
+        (path,) = tmp_path.glob("*-quick.json")
+        assert path.with_suffix(".png").stat().st_size > 1000
+        result = json.loads(path.read_text())
+        assert set(result["machine"]) >= MACHINE
+        assert result["plan"]["turns"] == 2
+        assert result["settings"]["quick"] is True
+        return result
+
+    return run_script
+
+
+def test_network(run):
+    names = ["MobileMamba_T2", "MobileMamba_T2 (literal)", "mobilenetv4_conv_small"]
+    result = run(network, "--batches", "1", "--precisions", "fp32", "amp", "--networks", *names)
+    cases = result["cases"]
+    assert {(case["network"], case["layout"]) for case in cases} == {
+        *((name, "nchw") for name in names),
+        ("MobileMamba_T2", "channels_last"),
+        ("mobilenetv4_conv_small", "channels_last"),
+    }
+    assert all(set(case) >= {"precision", "mode", "batch", "size", "images_per_s", *TIMES} for case in cases)
+    assert all(case["images_per_s"] == pytest.approx(case["batch"] / case["median_s"]) for case in cases)
+    assert len(result["best"]) == 6
+    assert {(row["over"], row["precision"], row["over_precision"]) for row in result["ratios"]} == {
+        ("MobileMamba_T2 (literal)", "fp32", "fp32"),
+        ("MobileMamba_T2 (literal)", "amp", "amp"),
+        ("mobilenetv4_conv_small", "fp32", "fp32"),
+        ("mobilenetv4_conv_small", "amp", "amp"),
+        ("MobileMamba_T2", "amp", "fp32"),
+    }
+    assert all(0 < row["share"] < 1 for row in result["scan_share"])
+    assert result["failures"] == []
+
+
+def test_a_network_that_fails_is_listed(run, monkeypatch):
+    def prepare(case, *rest):
+        if case.precision == "amp":
+            raise RuntimeError("no such kernel\nand more")
+        return original(case, *rest)
+
+    original = network._prepare
+    monkeypatch.setattr(network, "_prepare", prepare)
+    result = run(network, "--batches", "1", "--precisions", "fp32", "amp", "--networks", "MobileMamba_T2")
+    assert {failure["reason"] for failure in result["failures"]} == {"no such kernel"}
+    assert {case["precision"] for case in result["cases"]} == {"fp32"}
+
+
+def test_cuda_graphs_need_cuda():
+    with pytest.raises(SystemExit):
+        network.parse(["--device", "cpu", "--cuda-graph"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_scan(run, precision):
+    result = run(scan, "--variants", "MobileMamba_T2", "--lengths", "3", "10", "--precision", precision)
+    keys = {"channels", "length", "rank", "pass", "threads", "implementation", "bytes", "over_floor", *TIMES}
+    assert all(set(row) >= keys for row in result["calls"] + result["lengths"])
+    assert {row["implementation"] for row in result["calls"]} >= {"floor", "reference", "literal"}
+    assert {row["pass"] for row in result["calls"]} == {"forward", "backward"}
+    floor = [row for row in result["totals"] if row["implementation"] == "floor"]
+    elements = {"forward": 3, "backward": 5}
+    size = {"fp32": 4, "bf16": 2}[precision]
+    area = 224 * 144 + 2 * 384 * 36 + 2 * 448 * 9
+    assert {row["pass"]: row["bytes"] for row in floor} == {key: n * size * area for key, n in elements.items()}
+    literal = next(row for row in result["totals"] if row["implementation"] == "literal")
+    assert literal["over_prototype"] == pytest.approx(literal["seconds"] / 88e-6)
+    assert literal["bytes"] > 10 * floor[0]["bytes"]
+
+
+def test_train_step(run):
+    result = run(train_step, "--variants", "MobileMamba_T2", "--batch", "2")
+    ours, literal = result["cases"]
+    assert (ours["kind"], literal["kind"]) == ("ours", "literal")
+    for case in (ours, literal):
+        assert set(case) >= {"images_per_s", "precision", "batch", *TIMES}
+        assert 50 * 2**20 < case["above_start_bytes"] < case["peak_bytes"]
+    (ratio,) = result["ratios"]
+    assert ratio["peak_bytes"] == pytest.approx(ours["peak_bytes"] / literal["peak_bytes"])
