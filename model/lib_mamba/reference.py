@@ -92,7 +92,7 @@ def scan_forward(
     dt_bias: Tensor,
     A_log: Tensor,
     D_skip: Tensor,
-    reverse: Sequence[bool],
+    reverse: Sequence[int],
 ) -> Tensor:
     """Run every direction over ``x`` and add them up; see `selective_scan` for the arguments.
 
@@ -106,7 +106,7 @@ def scan_forward(
     num_directions, channels, rank = dt_weight.shape
     A = -A_log.exp().view(num_directions, channels, -1)
     y = x * D_skip.view(num_directions, channels).sum(0)
-    for k, is_reverse in enumerate(reverse):
+    for k, is_reverse in enumerate(map(bool, reverse)):
         dt, B, C = _split(projection, k, rank, num_directions)
         delta = F.softplus(F.linear(dt, dt_weight[k], dt_bias[k]))
         delta_x = delta * x
@@ -124,8 +124,8 @@ def scan_backward(
     dt_bias: Tensor,
     A_log: Tensor,
     D_skip: Tensor,
-    reverse: Sequence[bool],
-) -> tuple[Tensor, ...]:
+    reverse: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of `scan_forward` for its six tensors, each in its tensor's type.
 
     Args:
@@ -148,7 +148,7 @@ def scan_backward(
     dD = torch.sum(grad * x, dim=(0, 1)).repeat(num_directions)
     dprojection = torch.empty_like(projection, memory_format=torch.contiguous_format)
     ddt_weight, ddt_bias, dA = torch.empty_like(dt_weight), torch.empty_like(dt_bias), torch.empty_like(A)
-    for k, is_reverse in enumerate(reverse):
+    for k, is_reverse in enumerate(map(bool, reverse)):
         dt, B, C = _split(projection, k, rank, num_directions)
         grad_dt, grad_B, grad_C = _split(dprojection, k, rank, num_directions)
         raw = F.linear(dt, dt_weight[k], dt_bias[k])
@@ -175,4 +175,4 @@ def scan_backward(
         ddt_weight[k] = torch.einsum("bld,blr->dr", draw, dt)
         ddt_bias[k] = draw.sum((0, 1))
     grads = (dx, dprojection, ddt_weight, ddt_bias, (dA * A).view_as(A_log), dD)
-    return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(grads, inputs, strict=True))
+    return tuple(grad.to(own.dtype) for grad, own in zip(grads, inputs, strict=True))  # type: ignore[return-value]

@@ -7,6 +7,7 @@ every device; a compiled kernel registers itself for its own device type.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,15 +74,15 @@ def _(
     reverse: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (x, projection, dt_weight, dt_bias, A_log, D_skip)
-    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
+    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)  # type: ignore[return-value]
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.reverse = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_scan_backward(grad, *ctx.saved_tensors, ctx.reverse), None)
 
 

@@ -81,7 +81,13 @@ class SS2D(nn.Module):
             x = x.transpose(1, 2)
         batch, rows, columns, inner = x.shape
         sequence = x.reshape(batch, rows * columns, inner)
-        parameters = (self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds)
+        parameters: tuple[Tensor, ...] = (
+            self.x_proj_weight,
+            self.dt_projs_weight,
+            self.dt_projs_bias,
+            self.A_logs,
+            self.Ds,
+        )
         if len(directions) < len(self.x_proj_weight):
             parameters = tuple(self._take(parameter, list(directions)) for parameter in parameters)
         x_weight, dt_weight, dt_bias, A_log, D_skip = parameters
