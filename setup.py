@@ -19,8 +19,6 @@ setup(
     package_dir={"mobilemamba": "model"},
     install_requires=["torch>=2.6,<2.15", "timm>=1.0.15", "safetensors"],
     extras_require={
-        "train": [
-            "torchvision", "PyYAML", "lmdb", "tensorboardX", "fvcore", "tqdm", "pillow", "numpy", "scikit-learn"
-        ],
+        "train": ["torchvision", "PyYAML", "lmdb", "tensorboardX", "fvcore", "tqdm", "pillow", "numpy", "scikit-learn"],
     },
 )
