@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config
 from model import create_model
-from model.checkpoint import load_checkpoint, read_checkpoint
+from model.checkpoint import read_checkpoint
 from util.distributed import Process
 
 from .batchnorm import convert_sync_batch_norm
@@ -34,13 +34,15 @@ def build_network(config: Config, process: Process) -> nn.Module:
             "-m ft starts from a checkpoint: give model.model_kwargs.checkpoint_path=PATH or "
             "model.model_kwargs.pretrained=true, or train from scratch with -m train"
         )
-    path, loading = kwargs.checkpoint_path, {"ema": kwargs.ema, "strict": kwargs.strict}
-    if config.mode == "ft" and path:
-        network = create_model(config.model.name, **_arguments(config))
-        load_checkpoint(network, path, reset_head=True, **loading, **_head_names(network))
-    else:
-        loading |= {"pretrained": kwargs.pretrained, "checkpoint_path": path}
-        network = create_model(config.model.name, **loading, **_arguments(config))
+    network = create_model(
+        config.model.name,
+        pretrained=kwargs.pretrained,
+        checkpoint_path=kwargs.checkpoint_path,
+        ema=kwargs.ema,
+        strict=kwargs.strict,
+        reset_head=config.mode == "ft",
+        **_arguments(config),
+    )
     memory_format = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
     network.to(process.device, memory_format=memory_format)
     return convert_sync_batch_norm(network, config.trainer.sync_BN, process)
@@ -49,7 +51,8 @@ def build_network(config: Config, process: Process) -> nn.Module:
 def tested_weights(config: Config) -> dict[str, bool]:
     """Return which weights are tested: by the name they are reported under, whether they are averaged ones.
 
-    A file with both ``net`` and ``net_E`` has both tested, with ``-m test_net`` only the first.
+    A file with both ``net`` and ``net_E`` has both tested, with ``-m test_net`` only the first, with
+    ``model.model_kwargs.ema`` only the second.
 
     Raises:
         ValueError: If there are no weights to test.
@@ -64,6 +67,8 @@ def tested_weights(config: Config) -> dict[str, bool]:
         )
     if config.mode == "test_net":
         return {"net": False}
+    if kwargs.ema:
+        return {"net_E": True}
     checkpoint = read_checkpoint(kwargs.checkpoint_path)
     has_average = checkpoint.get("net_E") is not None
     has_plain = checkpoint.get("net") is not None or not has_average
@@ -116,9 +121,3 @@ def _arguments(config: Config) -> dict[str, Any]:
     if kwargs.distillation:
         arguments["distillation"] = True
     return arguments
-
-
-def _head_names(network: nn.Module) -> dict[str, list[str]]:
-    """Return the prefix of the classifier where a network from timm names it, as an argument of the load."""
-    name = getattr(network, "default_cfg", {}).get("classifier")
-    return {"heads": [name] if isinstance(name, str) else list(name)} if name else {}
