@@ -50,7 +50,8 @@ def create_model(
         **kwargs: Arguments of the network: ``num_classes``, ``in_chans``, ``distillation``, ``drop_path``, ...
 
     Raises:
-        ValueError: If the name or an argument is unknown, the checkpoint does not fit, or ``fuse`` is asked of a network that cannot.
+        ValueError: If the name or an argument is unknown, the checkpoint does not fit, or ``fuse`` is asked of a
+            network that cannot.
         FileNotFoundError: If the checkpoint does not exist.
     """
     if name.lower() in TEACHERS:
