@@ -39,10 +39,11 @@ test: setup-dev lint ## Run the checks and the test suite
 test-all: setup-dev lint ## Run the checks and every test, the slow ones too
 	$(PY) -m pytest -m "slow or not slow"
 
-lint: setup-dev ## Check style and types
+lint: setup-dev ## Check style, types and repeated blocks
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m pylint --score=n run.py configs data loss model optim trainer util
 
 format: setup-dev ## Put every file into shape
 	$(PY) -m ruff check --fix .
