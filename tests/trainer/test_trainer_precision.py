@@ -104,6 +104,7 @@ def test_channels_last_and_bfloat16_train(build, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 def test_a_compiled_network_trains_as_the_plain_one(finish):
     short = ("epoch_full=1", "warmup_epochs=0", "model.model_kwargs.extra.drop_rate=0.0")
     _, plain = finish(*short)
