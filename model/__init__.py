@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def create_model(
     checkpoint_path: str | Path = "",
     ema: bool = False,
     strict: bool = True,
+    reset_head: bool = False,
     fuse: bool = False,
     scan_backend: str = "",
     **kwargs: Any,
@@ -45,13 +47,15 @@ def create_model(
         checkpoint_path: Checkpoint to load instead.
         ema: Take the averaged weights (``net_E``) from it.
         strict: Refuse a checkpoint whose entries are not exactly the network's.
+        reset_head: Leave a head of another class count freshly initialised rather than refuse it, for fine-tuning.
         fuse: Fold for inference after loading; see `MobileMamba.fuse`.
         scan_backend: Force what runs the scans, in the whole process: "reference", "cpu", "cuda" or "triton". Left
             empty, the choice stays as it is: the fastest that is available, unless one was forced before.
         **kwargs: Arguments of the network: ``num_classes``, ``in_chans``, ``distillation``, ``drop_path``, ...
 
     Raises:
-        ValueError: If the name is unknown, ``fuse`` is asked of a network that cannot, or the backend cannot run here.
+        ValueError: If the name or an argument is unknown, the checkpoint does not fit, or ``fuse`` is asked of a
+            network that cannot, or the scan backend cannot run here.
         FileNotFoundError: If the checkpoint does not exist.
     """
     if scan_backend:
@@ -68,7 +72,15 @@ def create_model(
     if pretrained and not checkpoint_path and isinstance(network, MobileMamba):
         checkpoint_path = _released_checkpoint(name)
     if checkpoint_path:
-        load_checkpoint(network, checkpoint_path, ema=ema, strict=strict, variants=variant_shapes)
+        load_checkpoint(
+            network,
+            checkpoint_path,
+            ema=ema,
+            strict=strict,
+            reset_head=reset_head,
+            name=name,
+            variants=variant_shapes,
+        )
     if fuse:
         if not isinstance(network, MobileMamba):
             raise ValueError(f"fuse is for MobileMamba networks, not for {name}")
@@ -86,6 +98,11 @@ def _build(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
             f"no model {name!r}, the nearest is {known[near[0]]}; known: {', '.join(VARIANTS)}, "
             f"{', '.join(TEACHERS)}, and {TIMM_PREFIX}<name> for any timm model"
         )
+    known_arguments = inspect.signature(MobileMamba).parameters
+    for argument in kwargs:
+        if argument not in known_arguments:
+            near = difflib.get_close_matches(argument, known_arguments, n=1, cutoff=0.0)
+            raise ValueError(f"{name} has no argument {argument!r}; did you mean {near[0]!r}?")
     return MobileMamba(**{**VARIANTS[known[name.lower()]], **kwargs})
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +13,13 @@ import numpy as np
 import pytest
 
 PARITY = Path(__file__).parent / "parity"
+
+
+@pytest.fixture
+def inductor() -> None:
+    """Skip where torch.compile's default backend cannot work: it calls a C++ compiler, with paths unquoted."""
+    if shutil.which("g++") is None or " " in sys.prefix:
+        pytest.skip("needs g++, and an environment without a space in its path")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ B batch, C channels, H height, W width.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import DropPath, SqueezeExcite
@@ -47,7 +48,7 @@ class Block(nn.Module):
         mixer: Arguments of `MRFFI`.
     """
 
-    def __init__(self, channels: int, *, drop_path: float = 0.0, **mixer: float | int | str) -> None:
+    def __init__(self, channels: int, *, drop_path: float = 0.0, **mixer: Any) -> None:
         super().__init__()
         self.dw0 = depthwise(channels)
         self.ffn0 = Residual(FFN(channels))

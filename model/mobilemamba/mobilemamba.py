@@ -53,6 +53,13 @@ class MobileMamba(nn.Module):
         ValueError: In `forward`, if the input is not (B, in_chans, H, W) with H and W of 32 or more.
     """
 
+    patch_embed: nn.Sequential
+    blocks1: nn.Sequential
+    blocks2: nn.Sequential
+    blocks3: nn.Sequential
+    head: nn.Module
+    head_dist: nn.Module
+
     def __init__(
         self,
         *,

@@ -189,6 +189,27 @@ def test_missing_released_weights_say_where_they_belong():
         create_model("MobileMamba_B2", pretrained=True)
 
 
+def test_unknown_argument_names_the_nearest():
+    with pytest.raises(ValueError, match="'drop_path'"):
+        create_model("MobileMamba_T2", droppath=0.1)
+
+
+def test_released_weights_are_loaded_by_name_and_a_head_can_start_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("model.WEIGHTS", tmp_path)
+    released = create_model("MobileMamba_T2")
+    (tmp_path / "MobileMamba_T2").mkdir()
+    torch.save(released.state_dict(), tmp_path / "MobileMamba_T2" / "mobilemamba_t2.pth")
+
+    loaded = create_model("mobilemamba_t2", pretrained=True).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in released.state_dict().items())
+
+    with pytest.raises(ValueError, match="num_classes"):
+        create_model("mobilemamba_t2", pretrained=True, num_classes=3)
+    tuned = create_model("mobilemamba_t2", pretrained=True, num_classes=3, reset_head=True).state_dict()
+    assert tuned["head.l.weight"].shape == (3, 368)
+    assert torch.equal(tuned["patch_embed.0.c.weight"], loaded["patch_embed.0.c.weight"])
+
+
 def test_variant_shapes_allocate_nothing_and_agree():
     shapes = variant_shapes(num_classes=7)
     assert shapes["MobileMamba_T2"] == {

@@ -142,7 +142,8 @@ def is_here(name: str) -> bool:
 
 
 def mark(name: str):
-    return pytest.param(name, marks=pytest.mark.slow if name.startswith("kron") else ())  # kron compiles
+    compiles = (pytest.mark.slow, pytest.mark.usefixtures("inductor"))
+    return pytest.param(name, marks=compiles if name.startswith("kron") else ())
 
 
 NAMES = [*filter(is_here, timm.optim.list_optimizers()), "lookahead_adamw", "AdamW"]

@@ -1,0 +1,54 @@
+# Everything below works in .venv, which these targets make; PYTHON picks the interpreter (3.10 to 3.12).
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev quickstart test test-all lint format clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(PY):
+	@"$(PYTHON)" -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 12) else f"{sys.executable} is Python {sys.version.split()[0]}; MobileMamba is tested with 3.10 to 3.12: make PYTHON=/path/to/python3.12 ...")'
+	"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo 'venv failed: on Debian and Ubuntu, install python3-venv' >&2; exit 1; }
+
+# A stamp is written when an installation is complete, so that one cut short is taken up again.
+$(VENV)/.requirements: requirements.txt | $(PY)
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt
+	@touch $@
+
+$(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements-dev.txt
+	@touch $@
+
+setup: $(VENV)/.requirements ## Install what training and testing need
+
+setup-dev: $(VENV)/.requirements-dev ## Install what the test suite needs too
+
+quickstart: setup ## Train and test MobileMamba-T2 on handwritten digits, in minutes on two cores
+	$(PY) -m data.prepare digits data/digits
+	$(PY) run.py -c configs/quickstart -m train
+	@run=$$(ls -td runs/quickstart/*/ | head -n 1) && \
+	$(PY) run.py -c configs/quickstart -m test model.model_kwargs.checkpoint_path="$${run}net_E.pth" && \
+	echo "Logs, checkpoints and the configuration of the run: $$run"
+
+test: setup-dev lint ## Run the checks and the test suite
+	$(PY) -m pytest
+
+test-all: setup-dev lint ## Run the checks and every test, the slow ones too
+	$(PY) -m pytest -m "slow or not slow"
+
+lint: setup-dev ## Check style, types and repeated blocks
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pylint --score=n run.py configs data loss model optim trainer util
+
+format: setup-dev ## Put every file into shape
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## Remove the environment and caches; runs/ and data/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,184 @@
+"""What every data set offers: how many images, which classes, and the image and label at an index."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from PIL import Image
+
+from .images import UnreadableImageError, decode
+
+__all__ = ["BytesTable", "FileDataset", "ImageDataset", "index_names", "listed"]
+
+MAX_LISTED = 5
+
+
+def listed(names: Sequence[object], limit: int = MAX_LISTED) -> str:
+    """Return the first names, separated by commas, with an ellipsis where there are more."""
+    return ", ".join(str(name) for name in names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def index_names(num_classes: int) -> list[str]:
+    """Return names for classes that have none: their indices, with zeros in front so that they sort."""
+    width = len(str(num_classes - 1))
+    return [f"{index:0{width}d}" for index in range(num_classes)]
+
+
+class BytesTable(Sequence[bytes]):
+    """Byte strings in one buffer.
+
+    A list of a million Python strings is copied bit by bit into every forked worker, as reading one changes its
+    reference count; a buffer stays shared.
+    """
+
+    def __init__(self, strings: Iterable[bytes]) -> None:
+        strings = list(strings)
+        self.buffer = b"".join(strings)
+        lengths = np.fromiter((len(string) for string in strings), dtype=np.int64, count=len(strings))
+        self._starts = np.concatenate([[0], lengths.cumsum()])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        return self.buffer[self._starts[position] : self._starts[position + 1]]
+
+    def digest(self) -> bytes:
+        """Return a hash of the strings and where each ends."""
+        return hashlib.sha256(self._starts.tobytes() + self.buffer).digest()
+
+
+class ImageDataset(ABC):
+    """One split of a data set; can be sent to workers.
+
+    Attributes:
+        source: File or folder that messages name.
+        class_names: Name of each class, by class index.
+        has_all_classes: Whether ``class_names`` is the whole list; otherwise there may be more than were seen here.
+        labels: Class index per image (N,), int64; None where only reading an image tells its class.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Path,
+        class_names: Sequence[str],
+        has_all_classes: bool,
+        labels: np.ndarray | None,
+    ) -> None:
+        self.source = source
+        self.class_names = list(class_names)
+        self.has_all_classes = has_all_classes
+        self.labels = labels
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return the name of an image in messages."""
+
+    @abstractmethod
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image in RGB, and its class index.
+
+        Raises:
+            UnreadableImageError: If the image is missing or broken.
+            ValueError: If the data set itself is broken.
+        """
+
+    @abstractmethod
+    def _digest(self) -> bytes:
+        """Return a hash of what tells the images apart, wherever the data set lies."""
+
+    def fingerprint(self) -> str:
+        """Return a hash of size, class names, image names and labels, stable between runs and places."""
+        digest = hashlib.sha256(f"{len(self)}\n".encode())
+        digest.update("\0".join(self.class_names).encode(errors="surrogateescape"))
+        digest.update(self._digest())
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+
+class FileDataset(ImageDataset):
+    """Images that are files of their own.
+
+    Args:
+        folder: What the names are relative to.
+        names: Path per image.
+        labels: Class index per image.
+        source: File or folder that messages name.
+        class_names: Name of each class.
+        has_all_classes: Whether these are all.
+        loader_type: Who decodes: ``pil`` or ``torchvision``.
+    """
+
+    labels: np.ndarray
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        labels: Sequence[int],
+        *,
+        source: Path,
+        class_names: Sequence[str],
+        has_all_classes: bool,
+        loader_type: str,
+    ) -> None:
+        super().__init__(
+            source=source,
+            class_names=class_names,
+            has_all_classes=has_all_classes,
+            labels=np.asarray(labels, dtype=np.int64),
+        )
+        self.folder = folder
+        self.loader_type = loader_type
+        self._names = BytesTable(os.fsencode(name) for name in names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def path(self, index: int) -> Path:
+        """Return the file of an image."""
+        return self.folder / os.fsdecode(self._names[index])
+
+    def name(self, index: int) -> str:
+        """Return the file's path."""
+        return str(self.path(index))
+
+    def read_bytes(self, index: int) -> bytes:
+        """Return the file's content as it is.
+
+        Raises:
+            UnreadableImageError: If it cannot be read.
+        """
+        try:
+            return self.path(index).read_bytes()
+        except OSError as error:
+            raise UnreadableImageError(self.name(index), error.strerror) from error
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image in RGB, and its class index."""
+        data = self.read_bytes(index)
+        return decode(data, name=self.name(index), loader_type=self.loader_type), int(self.labels[index])
+
+    def _digest(self) -> bytes:
+        return self._names.digest()

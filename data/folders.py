@@ -1,0 +1,186 @@
+"""Class folders, or lists of files, below ``train/`` and ``val/``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+
+from .base import FileDataset, index_names, listed
+from .images import is_image_name
+
+__all__ = ["DefaultCLS", "best_folder", "checked_label", "class_folders"]
+
+logger = logging.getLogger(__name__)
+
+NUM_PROBES = 64
+
+
+class DefaultCLS(FileDataset):
+    """A folder per class under ``<root>/<split>/``, or the files that ``<root>/<split>.txt`` lists.
+
+    Class folders are numbered in the order of their names. A list has lines ``path class-index``, the path relative to
+    the root or to the split's folder; the path may hold spaces.
+
+    Args:
+        root: The data set's folder.
+        split: ``train`` or ``val``.
+        loader_type: Who decodes the images.
+
+    Raises:
+        ValueError: If a folder is missing, empty or laid out otherwise, or a line is no ``path class-index``.
+    """
+
+    def __init__(self, root: Path, *, split: str, loader_type: str = "pil") -> None:
+        list_file = root / f"{split}.txt"
+        if list_file.is_file():
+            names, labels = _read_list(list_file)
+            class_names, has_all_classes = _classes_of_list(root, split, names, labels, list_file)
+            source, folder = list_file, best_folder((root, root / split), names, list_file)
+        else:
+            source = folder = root / split
+            class_names, names, labels = _scan(root, split)
+            has_all_classes = True
+        super().__init__(
+            folder,
+            names,
+            labels,
+            source=source,
+            class_names=class_names,
+            has_all_classes=has_all_classes,
+            loader_type=loader_type,
+        )
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the visible folders in ``folder``, sorted; empty where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def checked_label(label: object, *, entry: str) -> int:
+    """Return ``label`` if it can be a class index.
+
+    Raises:
+        ValueError: If it is no integer >= 0; ``entry`` names the place.
+    """
+    if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
+        return label
+    raise ValueError(f"{entry}: the label is {label!r}, expected a class index, 0 or more")
+
+
+def best_folder(folders: Sequence[Path], names: Sequence[str], source: Path) -> Path:
+    """Return the folder in which the named files lie, judged by some of them.
+
+    Raises:
+        ValueError: If they lie in none.
+    """
+    probes = names[:: max(1, len(names) // NUM_PROBES)]
+    num_found = {folder: sum((folder / name).is_file() for name in probes) for folder in folders}
+    best = max(folders, key=num_found.__getitem__)
+    if num_found[best] == 0:
+        where = " nor in ".join(str(folder) for folder in folders)
+        raise ValueError(f"{source}: the files it names are not in {where}: {listed(probes)}")
+    return best
+
+
+def _scan(root: Path, split: str) -> tuple[list[str], list[str], list[int]]:
+    """Return class names, paths relative to the split's folder, and labels."""
+    folder = root / split
+    class_names = class_folders(folder)
+    if not class_names:
+        raise ValueError(_no_classes_message(root, split))
+    names: list[str] = []
+    labels: list[int] = []
+    empty: list[str] = []
+    strays = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    for label, class_name in enumerate(class_names):
+        images = _images_below(folder, class_name, strays)
+        if not images:
+            empty.append(class_name)
+        names += images
+        labels += [label] * len(images)
+    if empty:
+        raise ValueError(
+            f"{folder}: {len(empty)} of {len(class_names)} class folders hold no image ({listed(empty)}); "
+            "add their images, or remove these folders from train/ and val/ alike"
+        )
+    if strays:
+        logger.info("%s: %d stray files are ignored, the first is %s", folder, len(strays), strays[0])
+    return class_names, names, labels
+
+
+def _images_below(folder: Path, class_name: str, strays: list[Path]) -> list[str]:
+    """Return the images in a class folder and its subfolders as ``class/file``; add other files to ``strays``."""
+    names: list[str] = []
+    for parent, subfolders, files in os.walk(folder / class_name, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        prefix = Path(parent).relative_to(folder).as_posix()
+        names += [f"{prefix}/{name}" for name in sorted(files) if is_image_name(name)]
+        strays += [Path(parent, name) for name in files if not is_image_name(name)]
+    return names
+
+
+def _no_classes_message(root: Path, split: str) -> str:
+    folder = root / split
+    if not folder.is_dir():
+        found = listed(class_folders(root)) or "none"
+        return (
+            f"{folder} does not exist; data.root must hold a folder per class below train/ and val/, or train.txt and "
+            f"val.txt (folders in {root}: {found})"
+        )
+    num_images = sum(is_image_name(path.name) for path in folder.iterdir())
+    if num_images == 0:
+        return f"{folder} is empty: it has neither class folders nor images; fill it, or give data.root another folder"
+    return (
+        f"{folder} holds {num_images} images but no class folder; move each image into a folder named after its class "
+        f"({folder}/<class>/<image>), or name them in {root / split}.txt, one `path class-index` a line"
+    )
+
+
+def _read_list(list_file: Path) -> tuple[list[str], list[int]]:
+    names: list[str] = []
+    labels: list[int] = []
+    with list_file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            name, _, label = line.strip().replace("\t", " ").rpartition(" ")
+            if not name or not label.isascii() or not label.isdecimal():
+                raise ValueError(f"{list_file}, line {number}: expected `path class-index`, got {line.strip()!r}")
+            names.append(name.strip())
+            labels.append(int(label))
+    if not names:
+        raise ValueError(f"{list_file} is empty; list the images, one `path class-index` a line, or remove the file")
+    return names, labels
+
+
+def _classes_of_list(
+    root: Path, split: str, names: Sequence[str], labels: Sequence[int], list_file: Path
+) -> tuple[list[str], bool]:
+    """Return the class names that go with a list, and whether these are all classes."""
+    train_folders = class_folders(root / "train")
+    if split == "train" or (root / "train.txt").is_file() or not train_folders:
+        return _parent_names(names, labels), split == "train"
+    # Training numbers the classes by their folders; a list with other numbers would be scored wrong unnoticed.
+    index_of = {name: index for index, name in enumerate(train_folders)}
+    for name, label in zip(names, labels, strict=True):
+        parent = PurePath(name).parent.name
+        if index_of.get(parent, label) != label:
+            raise ValueError(
+                f"{list_file}: {name} has class index {label}, but the class folders in {root / 'train'} make it "
+                f"{index_of[parent]}; number the classes by the order of these names, from 0"
+            )
+    return train_folders, True
+
+
+def _parent_names(names: Sequence[str], labels: Sequence[int]) -> list[str]:
+    """Return the folder that each class lies in, or plain numbers where folders and classes do not correspond."""
+    pairs = {(label, PurePath(name).parent.name) for name, label in zip(names, labels, strict=True)}
+    num_classes = max(labels) + 1
+    folder_of = dict(pairs)
+    is_named = len(pairs) == num_classes == len(folder_of) == len(set(folder_of.values()) - {""})
+    return [folder_of[label] for label in range(num_classes)] if is_named else index_names(num_classes)

@@ -1,0 +1,264 @@
+"""One split of a data set in an LMDB file: how it is laid out, read and written.
+
+Values are pickles of ``(encoded image, class index)``. ``__keys__`` is a pickle of the list of their keys in order and
+``__len__`` one of their number. Files that ``data.prepare`` wrote hold three more, which other readers leave alone:
+``__classes__`` (class names), ``__labels__`` and ``__paths__`` (``class/file`` per image).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from .base import BytesTable
+from .folders import checked_label
+
+__all__ = ["LmdbFile", "write_lmdb"]
+
+LENGTH, KEYS, CLASSES, LABELS, PATHS = b"__len__", b"__keys__", b"__classes__", b"__labels__", b"__paths__"
+CHUNK_BYTES = 32 << 20  # what is held in memory between two commits
+PICKLE_PROTOCOL = 4
+
+# py-lmdb opens no file twice in a process, so readers of one file share its environment while any of them lives.
+_environments: weakref.WeakValueDictionary[tuple[int, Path], lmdb.Environment] = weakref.WeakValueDictionary()
+
+
+class LmdbFile:
+    """A reader. The file is opened in each process when that process first reads from it.
+
+    Args:
+        path: The file, or a folder with ``data.mdb`` in it.
+
+    Attributes:
+        keys: Key per record.
+        class_names: Name of each class, if stored.
+        labels: Class index per record, if stored.
+        paths: Path per record relative to the split's folder, if stored.
+
+    Raises:
+        ValueError: If it is missing, cut short or laid out otherwise.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._environment: lmdb.Environment | None = None
+        self._process_id = -1
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; make it with `python -m data.prepare folder-to-lmdb`")
+        try:
+            self._read_contents()
+        except lmdb.Error as error:
+            raise ValueError(f"{path} is no LMDB file, or is damaged ({error}); make it again") from error
+        finally:
+            self.close()  # no worker may inherit it open
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_environment": None, "_process_id": -1}
+
+    def name(self, index: int) -> str:
+        """Return the file, and the path or key of a record in it."""
+        key = self.keys[index] if self.paths is None else self.paths[index]
+        return f"{self.path}:{key.decode(errors='replace')}"
+
+    def record(self, index: int) -> tuple[bytes, int]:
+        """Return an encoded image and its class index.
+
+        Raises:
+            ValueError: If the record is missing, or is no pickle of ``(bytes, int)``.
+        """
+        try:
+            value = self._get(self.keys[index])
+        except lmdb.Error as error:
+            raise ValueError(f"{self.path} is damaged ({error}); make it again") from error
+        if value is None:
+            raise ValueError(f"{self.path} lacks {self.keys[index]!r}, which its __keys__ names; make it again")
+        match _unpickle(value, name=self.name(index)):
+            case [bytes(data), label, *_]:
+                return data, checked_label(label, entry=self.name(index))
+        raise ValueError(f"{self.name(index)}: the value is not (bytes, class index)")
+
+    def close(self) -> None:
+        """Let go of the file; the next read opens it again."""
+        self._environment = None
+
+    def _open(self) -> lmdb.Environment:
+        if self._environment is None or self._process_id != os.getpid():
+            self._environment, self._process_id = _open_shared(self.path), os.getpid()
+        return self._environment
+
+    def _get(self, key: bytes) -> bytes | None:
+        with self._open().begin() as transaction:
+            return transaction.get(key)
+
+    def _contents(self, key: bytes, kind: type, *, is_optional: bool = False) -> Any:
+        value = self._get(key)
+        if value is None and is_optional:
+            return None
+        content = None if value is None else _unpickle(value, name=f"{self.path}:{key.decode()}")
+        if not isinstance(content, kind):
+            raise ValueError(f"{self.path} has no {key.decode()}, or not a {kind.__name__}; make the file again")
+        return content
+
+    def _read_contents(self) -> None:
+        self._check_size()
+        length = self._contents(LENGTH, int)
+        keys = self._contents(KEYS, list)
+        self.keys = BytesTable(key if isinstance(key, bytes) else str(key).encode() for key in keys)
+        self.class_names: list[str] | None = self._contents(CLASSES, list, is_optional=True)
+        labels = self._contents(LABELS, list, is_optional=True)
+        paths = self._contents(PATHS, list, is_optional=True)
+        self.labels = None
+        if labels is not None:
+            entry = f"{self.path}:{LABELS.decode()}"
+            self.labels = np.asarray([checked_label(label, entry=entry) for label in labels], dtype=np.int64)
+        self.paths = None if paths is None else BytesTable(os.fsencode(path) for path in paths)
+        num_extras = sum(extra is not None for extra in (self.class_names, labels, paths))
+        counts = {
+            "records": self._open().stat()["entries"] - 2 - num_extras,
+            "__len__": length,
+            "__keys__": len(keys),
+            "__labels__": length if labels is None else len(labels),
+            "__paths__": length if paths is None else len(paths),
+        }
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"{self.path}: the counts differ ({counts}); make the file again")
+
+    def _check_size(self) -> None:
+        """Refuse a file that is cut short: reading a page beyond its end would kill the process."""
+        data_file = self.path / "data.mdb" if self.path.is_dir() else self.path
+        size = data_file.stat().st_size
+        if size == 0:
+            raise ValueError(f"{data_file} is empty; make it again")
+        environment = self._open()
+        expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        if size < expected:
+            raise ValueError(f"{data_file} is cut short: {size} of {expected} bytes; copy or make it again")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Loads containers, bytes, strings and numbers. Anything else could run code, and is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}; only plain bytes, numbers, strings and lists are read")
+
+
+def _unpickle(data: bytes, *, name: str) -> Any:
+    try:
+        return _PlainUnpickler(io.BytesIO(data)).load()
+    except Exception as error:  # a broken pickle raises nearly anything
+        raise ValueError(f"{name}: refused to unpickle the value: {error}") from error
+
+
+def _open_shared(path: Path) -> lmdb.Environment:
+    """Return this process's environment for a file, opened if it is not open yet."""
+    real_path = path.resolve()
+    key = (os.getpid(), real_path)
+    for (process_id, other_path), inherited in list(_environments.items()):
+        if other_path == real_path and process_id != os.getpid():
+            inherited.close()  # LMDB's handles do not survive a fork
+    environment = _environments.get(key)
+    if environment is None:
+        environment = lmdb.open(
+            str(real_path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
+        )
+        _environments[key] = environment
+    return environment
+
+
+def write_lmdb(
+    path: Path,
+    records: Iterable[tuple[str, bytes, int]],
+    *,
+    class_names: Sequence[str],
+    map_size: int = 1 << 30,
+) -> int:
+    """Write a split, aside at first and renamed when it is whole.
+
+    Args:
+        path: The file; replaced if it is there.
+        records: Path within the split's folder, encoded image and class index; streamed.
+        class_names: Name of each class.
+        map_size: Bytes that the file may take at first; doubled as often as needed.
+
+    Returns:
+        The number of records.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written to.
+    """
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        with lmdb.open(str(partial), subdir=False, map_size=map_size, lock=False, sync=False) as environment:
+            num_records = _write(environment, records, class_names)
+            environment.sync(True)
+        partial.replace(path)
+    except lmdb.Error as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return num_records
+
+
+def _write(environment: lmdb.Environment, records: Iterable[tuple[str, bytes, int]], class_names: Sequence[str]) -> int:
+    paths: list[str] = []
+    labels: list[int] = []
+    for chunk in _chunks(records):
+        entries = [
+            (_key(index), pickle.dumps((data, label), PICKLE_PROTOCOL))
+            for index, (_, data, label) in enumerate(chunk, start=len(paths))
+        ]
+        paths += [name for name, _, _ in chunk]
+        labels += [label for _, _, label in chunk]
+        _commit(environment, entries)
+    contents = {
+        CLASSES: list(class_names),
+        KEYS: [_key(index) for index in range(len(paths))],
+        LABELS: labels,
+        LENGTH: len(paths),
+        PATHS: paths,
+    }
+    _commit(environment, [(key, pickle.dumps(value, PICKLE_PROTOCOL)) for key, value in contents.items()])
+    return len(paths)
+
+
+def _key(index: int) -> bytes:
+    return b"%010d" % index
+
+
+def _chunks(records: Iterable[tuple[str, bytes, int]]) -> Iterator[list[tuple[str, bytes, int]]]:
+    """Group records into lists of about ``CHUNK_BYTES``."""
+    chunk: list[tuple[str, bytes, int]] = []
+    num_bytes = 0
+    for record in records:
+        chunk.append(record)
+        num_bytes += len(record[1])
+        if num_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def _commit(environment: lmdb.Environment, entries: Sequence[tuple[bytes, bytes]]) -> None:
+    """Store entries whose keys ascend, in one transaction; as often as it takes for the map to be large enough."""
+    while True:
+        try:
+            with environment.begin(write=True) as transaction:
+                for key, value in entries:
+                    transaction.put(key, value, append=True)
+        except lmdb.MapFullError:
+            environment.set_mapsize(2 * environment.info()["map_size"])
+        else:
+            return

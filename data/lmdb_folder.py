@@ -1,0 +1,62 @@
+"""Images packed in ``train.lmdb`` and ``val.lmdb``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from .base import ImageDataset, index_names
+from .images import decode
+from .lmdb_file import LmdbFile
+
+__all__ = ["ImageFolderLMDB"]
+
+NUM_PROBES = 64
+
+
+class ImageFolderLMDB(ImageDataset):
+    """The records of ``<root>/<split>.lmdb``, a file or a folder.
+
+    Args:
+        root: The data set's folder.
+        split: ``train`` or ``val``.
+        loader_type: Who decodes the images.
+
+    Raises:
+        ValueError: If the file is missing, cut short or laid out otherwise.
+    """
+
+    def __init__(self, root: Path, *, split: str, loader_type: str = "pil") -> None:
+        self.file = LmdbFile(root / f"{split}.lmdb")
+        if len(self.file) == 0:
+            raise ValueError(f"{self.file.path} holds no image; make it again, or give data.root another folder")
+        super().__init__(
+            source=self.file.path,
+            class_names=self.file.class_names or self._seen_classes(),
+            has_all_classes=self.file.class_names is not None,
+            labels=self.file.labels,
+        )
+        self.loader_type = loader_type
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def name(self, index: int) -> str:
+        """Return the file, and the path or key of the image in it."""
+        return self.file.name(index)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image in RGB, and its class index."""
+        data, label = self.file.record(index)
+        return decode(data, name=self.name(index), loader_type=self.loader_type), label
+
+    def _seen_classes(self) -> list[str]:
+        """Return names up to the highest class of some records; reading all would read the whole file."""
+        probes = range(0, len(self.file), max(1, len(self.file) // NUM_PROBES))
+        names = index_names(1 + max(self.file.record(index)[1] for index in probes))
+        self.file.close()
+        return names
+
+    def _digest(self) -> bytes:
+        return (self.file.paths or self.file.keys).digest()

@@ -1,0 +1,223 @@
+"""Batches for training and testing, the same for any number of workers and wherever an epoch is taken up again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from configs.schema import Config, TrainerData
+from util.errors import RunError
+
+from .base import ImageDataset
+from .datasets import open_datasets
+from .samplers import EvaluationSampler, Key, TrainSampler
+from .samples import Batch, SampleReader, collate
+from .transforms import build_transform
+
+__all__ = ["Loaders", "TestLoader", "TrainLoader", "build_loaders", "worker_failures"]
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 30
+
+
+class TrainLoader:
+    """Training batches of one process.
+
+    Args:
+        dataset: The training split.
+        config: The resolved run.
+        rank: This process.
+        world_size: Number of processes.
+        device_type: Where the batches go; memory is pinned for ``cuda`` alone.
+
+    Attributes:
+        fingerprint: Hash of the training set: size, class names, image names and labels.
+
+    Raises:
+        ValueError: If the images do not make one batch.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, config: Config, *, rank: int, world_size: int, device_type: str = "cpu"
+    ) -> None:
+        options = config.trainer.data
+        batch_size = options.batch_size_per_gpu
+        assert batch_size is not None, "a resolved configuration has it"
+        self.fingerprint = dataset.fingerprint()
+        self._sampler = TrainSampler(
+            len(dataset),
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=config.seed,
+            sampler=config.data.sampler,
+            num_repeats=config.data.num_repeats,
+            drop_last=options.drop_last,
+        )
+        if len(self._sampler) == 0:
+            raise ValueError(
+                f"{dataset.source}: {len(dataset)} images make no batch of {batch_size} on each of {world_size} "
+                "processes; lower batch_size, or set trainer.data.drop_last=False"
+            )
+        reader = _reader(dataset, config, is_training=True)
+        self._batches = _Batches(reader, self._sampler, options, device_type=device_type)
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch, on this process as on every other."""
+        return len(self._sampler)
+
+    def iterate(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch.
+
+        Args:
+            epoch: From 0.
+            start_batch: Batches to leave out; their images are not read.
+
+        Raises:
+            ValueError: If the data set turns out to be broken, or the epoch has fewer batches.
+            RunError: If a worker dies.
+        """
+        self._sampler.set_position(epoch, start_batch)
+        return iter(self._batches)
+
+
+class TestLoader:
+    """Test batches of one process: images ``rank``, ``rank + world_size``, ..., with nothing added or left out.
+
+    Args:
+        dataset: The test split.
+        config: The resolved run.
+        rank: This process.
+        world_size: Number of processes.
+        device_type: Where the batches go; memory is pinned for ``cuda`` alone.
+
+    Attributes:
+        num_images: Size of the test set, over all processes.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, config: Config, *, rank: int, world_size: int, device_type: str = "cpu"
+    ) -> None:
+        options = config.trainer.data
+        batch_size = options.batch_size_per_gpu_test
+        self.num_images = len(dataset)
+        self._sampler = EvaluationSampler(self.num_images, batch_size=batch_size, rank=rank, world_size=world_size)
+        reader = _reader(dataset, config, is_training=False)
+        self._batches = _Batches(reader, self._sampler, options, device_type=device_type)
+
+    def __len__(self) -> int:
+        """Return the number of batches of this process; others may have one more or less."""
+        return len(self._sampler)
+
+    def iterate(self) -> Iterator[Batch]:
+        """Yield every batch.
+
+        Raises:
+            ValueError: If the data set turns out to be broken.
+            RunError: If a worker dies.
+        """
+        return iter(self._batches)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaders:
+    """The loaders of a run; ``train`` is None in the test modes."""
+
+    train: TrainLoader | None
+    test: TestLoader
+    class_names: list[str]
+
+
+def build_loaders(config: Config, *, rank: int, world_size: int, device_type: str = "cpu") -> Loaders:
+    """Open and check the data set, and build the loaders of one process.
+
+    Args:
+        config: The resolved run.
+        rank: This process.
+        world_size: Number of processes.
+        device_type: Where the batches go.
+
+    Raises:
+        ValueError: If the data set is missing, laid out otherwise, or has other classes than the configuration.
+    """
+    train, test = open_datasets(config)
+    train_loader = None
+    if train is not None:
+        train_loader = TrainLoader(train, config, rank=rank, world_size=world_size, device_type=device_type)
+    test_loader = TestLoader(test, config, rank=rank, world_size=world_size, device_type=device_type)
+    return Loaders(train=train_loader, test=test_loader, class_names=(train or test).class_names)
+
+
+@contextlib.contextmanager
+def worker_failures(num_workers: int) -> Iterator[None]:
+    """Turn the errors that PyTorch raises when a data worker dies into one that names the way out.
+
+    PyTorch raises them wherever the main process happens to be, so that a loop over batches belongs inside.
+
+    Raises:
+        RunError: In place of such an error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"a data worker died ({str(error).splitlines()[0]}); if memory or shared memory (/dev/shm) ran out, lower "
+            f"trainer.data.num_workers_per_gpu (now {num_workers}); with 0 the main process reads and shows the cause"
+        ) from error
+
+
+class _Batches:
+    """A PyTorch loader that draws from no generator of the process, and whose errors are clean."""
+
+    def __init__(
+        self, reader: SampleReader, sampler: Sampler[list[Key]], options: TrainerData, *, device_type: str
+    ) -> None:
+        self.num_workers = options.num_workers_per_gpu
+        self._loader = DataLoader(
+            reader,
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=options.pin_memory and device_type == "cuda",
+            worker_init_fn=_outlive_signals,
+            generator=torch.Generator(),
+            persistent_workers=options.persistent_workers and self.num_workers > 0,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        with worker_failures(self.num_workers):
+            for batch, error in self._loader:
+                if error:
+                    raise ValueError(error)
+                yield batch
+
+
+def _reader(dataset: ImageDataset, config: Config, *, is_training: bool) -> SampleReader:
+    steps = config.data.train_transforms if is_training else config.data.test_transforms
+    num_classes = config.nb_classes if config.data.nb_classes is None else config.data.nb_classes
+    return SampleReader(dataset, build_transform(steps), num_classes=num_classes, is_training=is_training)
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a worker serve on when a terminal or scheduler signals the whole process group.
+
+    What a signal means is up to the main process, which finishes its step and stops its workers itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _exit_soon)
+
+
+def _exit_soon(number: int, frame: FrameType | None) -> None:
+    signal.alarm(GRACE_SECONDS)

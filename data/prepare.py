@@ -1,0 +1,262 @@
+"""Makes and checks data sets: ``python -m data.prepare {folder-to-lmdb,lmdb-to-folder,verify,digits} --help``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence, Sized
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from .base import FileDataset, index_names, listed
+from .datasets import check_same_classes
+from .digits import write_digits
+from .folders import DefaultCLS
+from .images import decode
+from .lmdb_file import LmdbFile, write_lmdb
+
+__all__ = ["folder_to_lmdb", "lmdb_to_folder", "main", "verify"]
+
+SPLITS = ("train", "val")
+SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"BM": ".bmp", b"RIFF": ".webp", b"II": ".tif", b"MM": ".tif"}
+
+
+def folder_to_lmdb(root: Path, out: Path, *, is_forced: bool = False) -> dict[str, int]:
+    """Pack class folders, or the files that lists name, into ``<out>/train.lmdb`` and ``<out>/val.lmdb``.
+
+    The images' bytes stay as they are.
+
+    Args:
+        root: Folder with ``train/`` and ``val/``, or one of them.
+        out: Where the files go.
+        is_forced: Replace files that are there.
+
+    Returns:
+        Number of images by split.
+
+    Raises:
+        ValueError: If ``root`` is not laid out so, or a file would be replaced.
+    """
+    splits = [split for split in SPLITS if (root / split).is_dir() or (root / f"{split}.txt").is_file()]
+    _require_splits(splits, root, "train/ and val/")
+    targets = {split: out / f"{split}.lmdb" for split in splits}
+    _refuse_replacing(targets.values(), is_forced=is_forced)
+    datasets = {split: DefaultCLS(root, split=split) for split in splits}
+    if len(datasets) == len(SPLITS):
+        check_same_classes(datasets["train"], datasets["val"])
+    class_names = max((dataset.class_names for dataset in datasets.values()), key=len)
+    if class_names != sorted(class_names):
+        class_names = index_names(len(class_names))  # unpacked, the folders' order must give the indices
+    out.mkdir(parents=True, exist_ok=True)
+    return {
+        split: _pack(dataset, targets[split], class_names=class_names, split=split)
+        for split, dataset in datasets.items()
+    }
+
+
+def lmdb_to_folder(root: Path, out: Path, *, is_forced: bool = False) -> dict[str, int]:
+    """Unpack ``<root>/train.lmdb`` and ``<root>/val.lmdb`` into class folders ``<out>/train/`` and ``<out>/val/``.
+
+    Files keep their names where the LMDB file has them; otherwise folders and files are numbered.
+
+    Args:
+        root: Folder with the LMDB files, or one of them.
+        out: Where the folders go.
+        is_forced: Replace folders that are there.
+
+    Returns:
+        Number of images by split.
+
+    Raises:
+        ValueError: If an LMDB file is damaged, holds paths that leave the folder, or a folder would be replaced.
+    """
+    files = _open_files(root)
+    targets = {split: out / split for split in files}
+    _refuse_replacing(targets.values(), is_forced=is_forced)
+    for split, file in files.items():
+        partial = out / f"{split}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for class_name in file.class_names or ():
+            (partial / _inside(class_name, file)).mkdir()
+        for index in _progress(file, f"{split}: unpacking"):
+            data, label = file.record(index)
+            path = partial / _unpacked_path(file, index, data, label)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as stream:
+                stream.write(data)
+        if targets[split].exists():
+            shutil.rmtree(targets[split])
+        partial.replace(targets[split])
+    return {split: len(file) for split, file in files.items()}
+
+
+def verify(root: Path, *, against: Path | None = None, decodes: bool = False) -> tuple[dict[str, int], list[str]]:
+    """Read every record of ``<root>/train.lmdb`` and ``<root>/val.lmdb`` and check it.
+
+    Args:
+        root: Folder with the LMDB files, or one of them.
+        against: Class folders that they must agree with, byte by byte.
+        decodes: Decode the images, too.
+
+    Returns:
+        Number of records by split, and what is wrong.
+
+    Raises:
+        ValueError: If a file cannot be opened.
+    """
+    problems: list[str] = []
+    files = _open_files(root)
+    for split, file in files.items():
+        dataset = None if against is None else DefaultCLS(against, split=split)
+        if dataset is not None and len(dataset) != len(file):
+            problems.append(f"{file.path} has {len(file)} images, {dataset.source} {len(dataset)}")
+            dataset = None
+        for index in _progress(file, f"{split}: checking"):
+            problems += _problems(file, index, dataset, decodes=decodes)
+    return {split: len(file) for split, file in files.items()}, problems
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, or 1 with a line on stderr.
+    """
+    parsed = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = parsed.command
+    try:
+        command(parsed)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Make and check data sets.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    pack = commands.add_parser("folder-to-lmdb", help="pack class folders into train.lmdb and val.lmdb")
+    pack.set_defaults(command=_run_convert, convert=folder_to_lmdb)
+    unpack = commands.add_parser("lmdb-to-folder", help="unpack train.lmdb and val.lmdb into class folders")
+    unpack.set_defaults(command=_run_convert, convert=lmdb_to_folder)
+    for command in (pack, unpack):
+        command.add_argument("root", type=Path, help="folder to read")
+        command.add_argument("out", type=Path, help="folder to write to")
+        command.add_argument("--force", action="store_true", help="replace what is there")
+    check = commands.add_parser("verify", help="read train.lmdb and val.lmdb and check every record")
+    check.set_defaults(command=_run_verify)
+    check.add_argument("root", type=Path, help="folder with the LMDB files")
+    check.add_argument("--against", type=Path, metavar="ROOT", help="class folders with the same images")
+    check.add_argument("--decode", action="store_true", help="decode the images, too")
+    digits = commands.add_parser("digits", help="write scikit-learn's handwritten digits as class folders")
+    digits.set_defaults(command=_run_digits)
+    digits.add_argument("out", type=Path, help="folder to make")
+    return parser
+
+
+def _run_convert(parsed: argparse.Namespace) -> None:
+    counts = parsed.convert(parsed.root, parsed.out, is_forced=parsed.force)
+    print(f"{parsed.out}: {_summary(counts)}")
+
+
+def _run_verify(parsed: argparse.Namespace) -> None:
+    counts, problems = verify(parsed.root, against=parsed.against, decodes=parsed.decode)
+    if problems:
+        raise ValueError(f"{len(problems)} problems: {listed(problems, 20)}")
+    print(f"{parsed.root}: {_summary(counts)}, all as they should be")
+
+
+def _run_digits(parsed: argparse.Namespace) -> None:
+    is_new = write_digits(parsed.out)
+    print(f"{parsed.out}: {'written' if is_new else 'already there and whole'}")
+
+
+def _summary(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} images in {split}" for split, count in counts.items())
+
+
+def _progress(items: Sized, title: str) -> Iterable[int]:
+    """Return the indices of the items, with a progress bar."""
+    return tqdm(range(len(items)), desc=title, unit=" images")
+
+
+def _open_files(root: Path) -> dict[str, LmdbFile]:
+    splits = [split for split in SPLITS if (root / f"{split}.lmdb").exists()]
+    _require_splits(splits, root, "train.lmdb and val.lmdb")
+    return {split: LmdbFile(root / f"{split}.lmdb") for split in splits}
+
+
+def _require_splits(splits: Sequence[str], root: Path, expected: str) -> None:
+    if not splits:
+        raise ValueError(f"{root} holds neither of {expected}; give the folder that does")
+
+
+def _refuse_replacing(targets: Iterable[Path], *, is_forced: bool) -> None:
+    present = [target for target in targets if target.exists()]
+    if present and not is_forced:
+        raise ValueError(f"{listed(present)} would be replaced; add --force if that is meant")
+
+
+def _pack(dataset: FileDataset, target: Path, *, class_names: list[str], split: str) -> int:
+    records = (
+        (_packed_path(dataset, index, class_names), dataset.read_bytes(index), int(dataset.labels[index]))
+        for index in _progress(dataset, f"{split}: packing")
+    )
+    return write_lmdb(target, records, class_names=class_names)
+
+
+def _packed_path(dataset: FileDataset, index: int, class_names: Sequence[str]) -> str:
+    """Return ``class/file`` for an image; one that lies in no folder of its class gets a name of one level."""
+    class_name = class_names[dataset.labels[index]]
+    parts = dataset.path(index).relative_to(dataset.folder).parts
+    if class_name in parts[:-1]:
+        return "/".join(parts[parts.index(class_name) :])
+    return f"{class_name}/{'_'.join(part for part in parts if part not in (os.sep, os.pardir))}"
+
+
+def _unpacked_path(file: LmdbFile, index: int, data: bytes, label: int) -> PurePosixPath:
+    if file.paths is not None:
+        return _inside(os.fsdecode(file.paths[index]), file)
+    suffix = next((suffix for magic, suffix in SUFFIXES.items() if data.startswith(magic)), ".img")
+    class_name = f"{label:05d}" if file.class_names is None else file.class_names[label]
+    return _inside(f"{class_name}/{index:010d}{suffix}", file)
+
+
+def _inside(name: str, file: LmdbFile) -> PurePosixPath:
+    """Return a relative path that cannot leave the folder it is appended to."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{file.path} names {name!r}, which is not a path inside a folder; it is not unpacked")
+    return path
+
+
+def _problems(file: LmdbFile, index: int, dataset: FileDataset | None, *, decodes: bool) -> list[str]:
+    name = file.name(index)
+    try:
+        data, label = file.record(index)
+        if decodes:
+            decode(data, name=name, loader_type="pil")
+        original = data if dataset is None else dataset.read_bytes(index)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    if data != original:
+        problems.append(f"{name}: the bytes differ from {dataset.name(index)}")
+    expected = {
+        "__labels__": label if file.labels is None else int(file.labels[index]),
+        "the class folders": label if dataset is None else int(dataset.labels[index]),
+    }
+    problems += [
+        f"{name}: class index {label}, but {other} in {source}" for source, other in expected.items() if other != label
+    ]
+    if file.class_names is not None and label >= len(file.class_names):
+        problems.append(f"{name}: class index {label}, but there are {len(file.class_names)} classes")
+    return problems
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""One transformed image at a time, whatever becomes of the file, and several of them as a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from .base import ImageDataset, listed
+from .images import UnreadableImageError
+from .samplers import Key
+
+__all__ = ["Batch", "Sample", "SampleReader", "collate", "isolated_randomness"]
+
+MAX_REPLACEMENTS = 50
+
+
+class Batch(NamedTuple):
+    """What one step gets.
+
+    Attributes:
+        images: (B, 3, H, W), float32.
+        targets: Class indices (B,), int64.
+        unreadable: Images that could not be read. In training others stand in for them. In evaluation black ones do,
+            with the true class, so that no score holds if any is listed.
+    """
+
+    images: Tensor
+    targets: Tensor
+    unreadable: list[str]
+
+
+class Sample(NamedTuple):
+    """An image (3, H, W) and its class, or what is wrong with the data set; a message crosses processes as it is."""
+
+    image: Tensor | None = None
+    label: int = 0
+    unreadable: tuple[str, ...] = ()
+    error: str = ""
+
+
+class SampleReader(Dataset[Sample]):
+    """Reads and transforms the images of a data set.
+
+    Args:
+        dataset: One split.
+        transform: From RGB image to tensor (3, H, W).
+        num_classes: Labels must be below.
+        is_training: Replace unreadable images by others, rather than by black ones.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        num_classes: int,
+        is_training: bool,
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.num_classes = num_classes
+        self.is_training = is_training
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Sample:
+        unreadable: list[str] = []
+        try:
+            image, label = self._load(key, unreadable)
+        except ValueError as error:
+            return Sample(error=str(error))
+        with isolated_randomness(key.seed):
+            return Sample(self.transform(image), label, tuple(unreadable))
+
+    def _load(self, key: Key, unreadable: list[str]) -> tuple[Image.Image, int]:
+        """Return the image at a key or, in training, the first readable one of those drawn with the key's seed."""
+        draw = random.Random(key.seed)
+        index = key.image
+        for _ in range(MAX_REPLACEMENTS):
+            try:
+                image, label = self.dataset.load(index)
+            except UnreadableImageError as error:
+                unreadable.append(error.name)
+                if not self.is_training:
+                    return Image.new("RGB", (1, 1)), self._true_label(index)
+            else:
+                return image, self._checked(label, index)
+            index = draw.randrange(len(self.dataset))
+        raise ValueError(
+            f"{self.dataset.source}: {MAX_REPLACEMENTS} images drawn one after another cannot be read; check that "
+            f"data.root is whole and can be reached: {listed(unreadable)}"
+        )
+
+    def _true_label(self, index: int) -> int:
+        return 0 if self.dataset.labels is None else int(self.dataset.labels[index])
+
+    def _checked(self, label: int, index: int) -> int:
+        if label < self.num_classes:
+            return label
+        raise ValueError(
+            f"{self.dataset.name(index)}: the class index {label} is outside 0..{self.num_classes - 1}; set nb_classes "
+            "to the number of classes in the data set"
+        )
+
+
+@contextlib.contextmanager
+def isolated_randomness(seed: int) -> Iterator[None]:
+    """Seed Python, NumPy and PyTorch (CPU) for the duration, and put this process's own states back after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def collate(samples: Sequence[Sample]) -> tuple[Batch | None, str]:
+    """Return a batch, or None and the first message."""
+    for sample in samples:
+        if sample.error:
+            return None, sample.error
+    unreadable = [name for sample in samples for name in sample.unreadable]
+    images = default_collate([sample.image for sample in samples])
+    return Batch(images, torch.tensor([sample.label for sample in samples]), unreadable), ""

@@ -1,0 +1,79 @@
+"""The repository as a whole: which way imports point, and what the README promises."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {"configs", "model", "util", "loss", "optim", "data", "trainer", "run", "downstream", "benchmarks"}
+ALLOWED = {
+    "configs": set(),
+    "model": set(),
+    "util": set(),
+    "loss": {"configs", "model", "util"},
+    "optim": {"configs", "model", "util"},
+    "data": {"configs", "model", "util"},
+    "trainer": {"configs", "model", "util", "loss", "optim", "data"},
+    "run": {"configs", "util", "trainer"},
+    "downstream": {"model"},
+}
+
+
+def sources(folder):
+    return [ROOT / "run.py"] if folder == "run" else sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported_packages(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            above = path.relative_to(ROOT).parts[: -node.level]
+            assert above, f"{path}: a relative import leaves the repository"
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_imports_point_one_way(folder):
+    for path in sources(folder):
+        wrong = (set(imported_packages(path)) & OURS) - ALLOWED[folder] - {folder}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+        if folder == "model":
+            assert folder not in set(imported_packages(path)), f"{path}: model imports itself relatively only"
+
+
+def test_run_py_is_short():
+    assert len((ROOT / "run.py").read_text().splitlines()) <= 40
+
+
+def test_readme_has_the_published_figures_and_commands():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    published = json.loads((ROOT / "tests" / "parity" / "published.json").read_text())["imagenet"]
+    launch = "python3 -m torch.distributed.launch --nproc_per_node=8 --nnodes=1 --use_env run.py"
+    for entry in published.values():
+        assert f"{launch} -c {entry['config']} -m train\n" in readme
+        assert f"{launch} -c {entry['config']} -m test model.model_kwargs.checkpoint_path={entry['path']}\n" in readme
+        assert f"{entry['top1']:.3f}" in readme
+        assert f"{entry['top5']:.3f}" in readme
+        assert entry["drive_id"] in readme
+        assert (ROOT / f"{entry['config']}.py").is_file()
+
+
+def test_readme_links_exist():
+    own = [folder for folder in ALLOWED if (ROOT / folder).is_dir()]
+    for document in [*ROOT.glob("*.md"), *(path for name in [*own, "tests"] for path in (ROOT / name).rglob("*.md"))]:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.relative_to(ROOT)} links to {target}"
+
+
+def test_readme_snippet_runs():
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, check=True, timeout=300)

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_cases import CONFIG, REPOSITORY, TINY_NETWORK, free_port, short_run, write_class_folders
+
+from configs import load_config
+from trainer import build_trainer
+from trainer.checkpoint import load_training_checkpoint
+from util.distributed import Process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Keep small networks from waiting for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _own_log():
+    """Take away the handlers that a run leaves, its log file's among them."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in [handler for handler in root.handlers if handler not in before]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def class_folders(tmp_path_factory) -> Path:
+    """3 classes, 24 training images, 15 test images: an odd number."""
+    return write_class_folders(tmp_path_factory.mktemp("data") / "squares")
+
+
+@pytest.fixture
+def overrides(class_folders, tmp_path):
+    """Return the overrides of a short run, with more of them."""
+    return lambda *more: short_run(class_folders, tmp_path / "runs", *more)
+
+
+@pytest.fixture
+def build(overrides):
+    """Return a trainer in this process, of a small timm network."""
+
+    def make(*more: str, mode: str = "train"):
+        return build_trainer(load_config(CONFIG, overrides(*TINY_NETWORK, *more), mode=mode), Process())
+
+    return make
+
+
+@pytest.fixture
+def finish(build):
+    """Run to the end; return the trainer and its last checkpoint."""
+
+    def do(*more: str, mode: str = "train"):
+        trainer = build(*more, mode=mode)
+        assert trainer.run() == 0
+        return trainer, load_training_checkpoint(trainer.folder / "latest_ckpt.pth")
+
+    return do
+
+
+@pytest.fixture
+def launch():
+    """Run run.py in processes of its own; return the completed process, with stdout and stderr as text."""
+
+    def do(*arguments: str, num_processes: int = 1, launcher: str = "torch.distributed.launch", env=None, check=None):
+        command = [sys.executable]
+        if num_processes > 1:
+            command += ["-m", launcher, f"--nproc_per_node={num_processes}", "--nnodes=1"]
+            command += ["--use_env"] if launcher == "torch.distributed.launch" else []
+        done = subprocess.run(
+            [*command, "run.py", *arguments],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PET_MASTER_PORT": str(free_port()), **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if check is not None:
+            assert done.returncode == check, done.stdout + done.stderr
+        return done
+
+    return do

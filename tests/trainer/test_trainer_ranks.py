@@ -1,0 +1,88 @@
+"""Two processes act as one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import two_ranks
+from torch import multiprocessing
+from trainer_cases import assert_same
+
+
+@pytest.fixture(scope="module")
+def played(class_folders, tmp_path_factory):
+    """The results of every scenario, by scenario, of both ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(two_ranks.run_rank, (folder, class_folders), nprocs=2)
+    left, right = (torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2))
+    return {name: (left[name], right[name]) for name in left}
+
+
+def test_collectives(played):
+    for result in played["collectives"]:
+        assert result == {
+            "sum": [2.0**54 - 2, 1.0],
+            "gathered": [{"rank": 0}, {"rank": 1}],
+            "broadcast": "from 1",
+            "first": 0,
+            "caught": "invalid literal for int() with base 10: 'no number'",
+        }
+
+
+@pytest.mark.parametrize(("kind", "value"), [("reduce", 2.0), ("broadcast", 1.0), ("", 1.0)])
+def test_statistics_are_made_equal(played, kind, value):
+    for result in played["statistics"]:
+        assert_same(result[kind], [torch.full((3,), value), torch.full((2,), value)])
+
+
+def test_a_nan_on_one_rank_is_skipped_by_both(played):
+    left, right = played["nan_on_one_rank"]
+    for result in (left, right):
+        assert (result["code"], result["skipped"], result["finite"], result["same"]) == (0, 1, True, True)
+    assert_same(left["net"], right["net"])
+
+
+def test_a_signal_to_one_rank_stops_both(played):
+    assert played["signal_on_one_rank"] == ({"code": 143, "iter": 2}, {"code": 143, "iter": 2})
+
+
+def test_two_ranks_resume_bit_for_bit(played):
+    for result in played["resume"]:
+        assert_same(result["resumed"], result["whole"])
+    assert_same(*(result["whole"] for result in played["resume"]))  # the last test made the statistics equal
+
+
+def test_both_list_an_unreadable_test_image(played):
+    left, right = played["unreadable_test_image"]
+    assert "green/1.png" in left
+    assert left == right
+
+
+def test_both_stop_when_one_cannot_save(played):
+    for message in played["disk_full"]:
+        assert "No space left on device" in message
+        assert "there is no checkpoint yet" in message
+
+
+def test_a_message_is_said_once_and_never_lost(played):
+    left, right = played["messages"]
+    assert left["both"] == (2, "error: no such thing\n")
+    assert right["both"] == (2, "")
+    assert left["one"] == (0, "")
+    assert right["one"] == (2, "[rank 1] error: no such thing\n")
+
+
+def test_a_rank_that_dies_takes_the_others_along(class_folders, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=two_ranks.run_rank_that_dies, args=(rank, tmp_path, class_folders)) for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=90)
+    assert [rank.exitcode for rank in ranks] == [1, 9]
+    message = (tmp_path / "message.txt").read_text()
+    assert "another process of the run was lost" in message
+    assert "the last good checkpoint is" in message
+    assert message.split("checkpoint is ")[1].split("latest_ckpt.pth")[0].startswith(str(tmp_path / "runs"))

@@ -1,0 +1,208 @@
+"""What two processes do together for the tests; each scenario returns what the tests look at."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from trainer_cases import CONFIG, TINY_NETWORK, short_run, write_class_folders
+
+from configs import load_config
+from trainer import CLSTrainer, build_trainer
+from trainer.batchnorm import batch_norm_statistics, equalise_statistics
+from trainer.checkpoint import CheckpointStore, load_training_checkpoint
+from util import errors
+from util.distributed import Process, init_process
+from util.errors import RunError, exit_code_of
+from util.launch import Launch
+
+SCENARIOS: dict[str, Callable[[Process, Path, Path], Any]] = {}
+
+
+def scenario(function: Callable[[Process, Path, Path], Any]) -> Callable[[Process, Path, Path], Any]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def run_rank(rank: int, folder: Path, data: Path) -> None:
+    """Play every scenario in turn and leave the results in a file."""
+    torch.set_num_threads(1)
+    results = {}
+    launch = Launch(rank=rank, local_rank=rank, world_size=2, dist_url=f"file://{folder}/store")
+    with init_process(launch, device="cpu", timeout_seconds=60) as process:
+        for name, play in SCENARIOS.items():
+            results[name] = play(process, folder / name, data)
+    torch.save(results, folder / f"rank{rank}.pt")
+
+
+def run_rank_that_dies(rank: int, folder: Path, data: Path) -> None:
+    """Train; rank 1 is gone in the middle of the second epoch."""
+    torch.set_num_threads(1)
+    launch = Launch(rank=rank, local_rank=rank, world_size=2, dist_url=f"file://{folder}/store")
+    with init_process(launch, device="cpu", timeout_seconds=60) as process:
+        trainer = build(process, folder / "runs", data)
+        during_step(trainer, 5, lambda images: os._exit(9) if rank == 1 else images)
+        try:
+            trainer.run()
+        except RunError as error:
+            (folder / "message.txt").write_text(str(error))
+            os._exit(error.exit_code)
+
+
+def build(process: Process, runs: Path, data: Path, *more: str) -> CLSTrainer:
+    config = load_config(CONFIG, short_run(data, runs, *TINY_NETWORK, *more), world_size=2)
+    return build_trainer(config, process)
+
+
+def during_step(trainer: CLSTrainer, number: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put the images of a step, counted from 1, through a function."""
+    compute_loss = trainer.stepper.compute_loss
+
+    def changed(images, targets):
+        return compute_loss(change(images) if trainer.state.iteration + 1 == number else images, targets)
+
+    trainer.stepper.compute_loss = changed
+
+
+def weights(trainer: CLSTrainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.network.named_parameters()}
+
+
+def kill_self(images: torch.Tensor) -> torch.Tensor:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return images
+
+
+@scenario
+def collectives(process: Process, runs: Path, data: Path) -> dict[str, Any]:
+    caught = ""
+    try:
+        process.on_first(lambda: int("no number"))
+    except ValueError as error:
+        caught = str(error)
+    return {
+        "sum": process.sum([2.0**53 - 1, process.rank]),
+        "gathered": process.gather_objects({"rank": process.rank}),
+        "broadcast": process.broadcast_object(f"from {process.rank}", source=1),
+        "first": process.on_first(lambda: process.rank),
+        "caught": caught,
+    }
+
+
+@scenario
+def statistics(process: Process, runs: Path, data: Path) -> dict[str, Any]:
+    found = {}
+    for kind in ("reduce", "broadcast", ""):
+        network = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm1d(2))
+        for value in batch_norm_statistics(network).values():
+            value.fill_(1 + 2 * process.rank)
+        equalise_statistics(network, kind, process)
+        found[kind] = [network[0].running_mean, network[1].running_var]
+    return found
+
+
+@scenario
+def nan_on_one_rank(process: Process, runs: Path, data: Path) -> dict[str, Any]:
+    trainer = build(process, runs, data)
+    before: dict[str, torch.Tensor] = {}
+    kept = {}
+
+    def spoil(images: torch.Tensor) -> torch.Tensor:
+        before.update(weights(trainer))
+        return images * float("nan") if process.rank == 1 else images
+
+    def look(images: torch.Tensor) -> torch.Tensor:
+        kept["same"] = all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+        return images
+
+    during_step(trainer, 2, spoil)
+    during_step(trainer, 3, look)
+    code = trainer.run()
+    finite = all(value.isfinite().all() for value in trainer.network.state_dict().values())
+    return {"code": code, "skipped": trainer.state.skipped_steps, "finite": finite, "net": weights(trainer), **kept}
+
+
+@scenario
+def signal_on_one_rank(process: Process, runs: Path, data: Path) -> dict[str, Any]:
+    trainer = build(process, runs, data)
+    during_step(trainer, 2, kill_self if process.rank == 1 else nn.Identity())
+    code = trainer.run()
+    return {"code": code, "iter": load_training_checkpoint(trainer.folder / "latest_ckpt.pth")["iter"]}
+
+
+@scenario
+def resume(process: Process, runs: Path, data: Path) -> dict[str, Any]:
+    """Every rank keeps statistics of its own between tests, which a resume must bring back."""
+    more = ("trainer.dist_BN=reduce", "test_start_epoch=0")
+    whole = build(process, runs, data, *more)
+    whole.run()
+    stopped = build(process, runs, data, *more)
+    during_step(stopped, 2, kill_self if process.rank == 0 else nn.Identity())
+    stopped.run()
+    resumed = build(process, runs, data, *more, f"trainer.resume_dir={stopped.folder}")
+    resumed.run()
+    return {
+        name: [trainer.network.state_dict(), trainer.average.state_dict(), trainer.state.scores]
+        for name, trainer in (("whole", whole), ("resumed", resumed))
+    }
+
+
+@scenario
+def unreadable_test_image(process: Process, runs: Path, data: Path) -> str:
+    root = Path(process.on_first(lambda: str(_broken(runs))))
+    try:
+        build(process, runs, root, "test_start_epoch=0").run()
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+@scenario
+def disk_full(process: Process, runs: Path, data: Path) -> str:
+    trainer = build(process, runs, data)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", str(runs / "latest_ckpt.pth"))
+
+    save, CheckpointStore.save_latest = CheckpointStore.save_latest, full
+    try:
+        trainer.run()
+    except RunError as error:
+        return str(error)
+    finally:
+        CheckpointStore.save_latest = save
+    return ""
+
+
+@scenario
+def messages(process: Process, runs: Path, data: Path) -> dict[str, Any]:
+    """Both fail in the same way; then rank 1 alone."""
+    errors.PATIENCE_SECONDS = 1.0
+    said = {}
+    process.on_first(lambda: runs.mkdir())
+    for name, is_failing in (("both", True), ("one", process.rank == 1)):
+        launch = Launch(rank=process.rank, world_size=2, dist_url=f"file://{runs}/{name}")
+
+        def body(launch: Launch, is_failing: bool = is_failing) -> int:
+            if is_failing:
+                raise ValueError("no such thing")
+            return 0
+
+        stderr = io.StringIO()
+        with contextlib.redirect_stderr(stderr):
+            code = exit_code_of(lambda launch=launch: launch, body)
+        said[name] = (code, stderr.getvalue())
+    return said
+
+
+def _broken(runs: Path) -> Path:
+    root = write_class_folders(runs / "data")
+    (root / "val" / "green" / "1.png").write_bytes(b"")
+    return root

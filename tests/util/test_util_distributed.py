@@ -1,0 +1,58 @@
+"""One process is a group of its own; groups of two are in the trainer's tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from util.distributed import Process, choose_device, init_process, is_lost_process
+from util.launch import Launch
+
+
+def test_one_process_needs_no_group():
+    with init_process(Launch(), device="cpu") as process:
+        assert not torch.distributed.is_initialized()
+        assert process == Process()
+        assert process.is_logging
+        assert process.sum([1, 2.5]) == [1.0, 2.5]
+        assert process.gather_objects("mine") == ["mine"]
+        assert process.broadcast_object("mine") == "mine"
+        assert process.on_first(lambda: 7) == 7
+        assert process.sum_tensor(torch.ones(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, KeyError])
+def test_an_error_on_the_first_process_is_raised(kind):
+    def fail():
+        raise kind("reason")
+
+    with pytest.raises(kind, match="reason"):
+        Process().on_first(fail)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "local_rank", "expected"),
+    [("auto", 0, 3, "cpu"), ("cpu", 2, 0, "cpu"), ("auto", 2, 1, "cuda:1"), ("cuda", 2, 0, "cuda:0")],
+)
+def test_devices(monkeypatch, name, num_gpus, local_rank, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert choose_device(name, local_rank=local_rank) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "message"),
+    [("cuda", 0, "finds no GPU; use trainer.device=cpu"), ("auto", 2, "process 2 .* 2 found; start 2 per node")],
+)
+def test_a_gpu_that_is_not_there(monkeypatch, name, num_gpus, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    with pytest.raises(ValueError, match=message):
+        choose_device(name, local_rank=2)
+
+
+def test_which_errors_tell_of_a_lost_process():
+    assert is_lost_process(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9424"))
+    assert is_lost_process(torch.distributed.DistBackendError("NCCL error"))
+    assert not is_lost_process(RuntimeError("shapes cannot be multiplied"))
+    assert not is_lost_process(ValueError("Connection closed by peer"))

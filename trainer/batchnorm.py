@@ -1,0 +1,92 @@
+"""BatchNorm over processes: shared statistics, statistics made equal before a test, and undone by a skipped step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from util.distributed import Process
+
+from .precision import import_apex
+
+__all__ = ["StatisticsKeeper", "batch_norm_statistics", "convert_sync_batch_norm", "equalise_statistics"]
+
+
+def convert_sync_batch_norm(network: nn.Module, kind: str, process: Process) -> nn.Module:
+    """Return the network with BatchNorm over the batches of all processes.
+
+    Args:
+        network: On its device.
+        kind: ``trainer.sync_BN``: none, native or apex.
+        process: One process needs no conversion.
+
+    Raises:
+        ValueError: If the kind is not to be had here.
+    """
+    if kind == "apex":
+        parallel = import_apex("apex.parallel", entry="trainer.sync_BN", native="native")
+        return parallel.convert_syncbn_model(network)
+    if kind == "none" or not process.is_distributed:
+        return network
+    if process.device.type == "cpu":
+        raise ValueError(
+            "trainer.sync_BN=native needs GPUs, PyTorch has no SyncBatchNorm for CPUs; use trainer.sync_BN=none "
+            "(trainer.dist_BN=reduce averages the statistics before each test)"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+
+def batch_norm_statistics(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the running statistics and batch counts of every BatchNorm by name; the tensors themselves."""
+    return {
+        f"{name}.{key}": buffer
+        for name, module in network.named_modules()
+        if isinstance(module, _BatchNorm)
+        for key, buffer in module.named_buffers(recurse=False)
+    }
+
+
+@torch.no_grad()
+def equalise_statistics(network: nn.Module, kind: str, process: Process) -> None:
+    """Make the running statistics the same on all processes; a collective.
+
+    Args:
+        network: The bare network; with several processes, changed in place.
+        kind: ``trainer.dist_BN``: ``reduce`` takes the mean over processes; otherwise all get those of rank 0, which
+            are the ones that are saved.
+        process: This process.
+    """
+    statistics = [value for value in batch_norm_statistics(network).values() if value.is_floating_point()]
+    if not process.is_distributed or not statistics:
+        return
+    flat = torch.cat([value.flatten() for value in statistics])
+    flat = process.sum_tensor(flat).div_(process.world_size) if kind == "reduce" else process.broadcast_tensor(flat)
+    for value, new in zip(statistics, flat.split([value.numel() for value in statistics]), strict=True):
+        value.copy_(new.view_as(value))
+
+
+class StatisticsKeeper:
+    """A copy of a network's BatchNorm statistics, to put back when the forward pass that changed them does not count.
+
+    Args:
+        network: The bare network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._current: dict[torch.dtype, list[torch.Tensor]] = {}
+        for value in batch_norm_statistics(network).values():
+            self._current.setdefault(value.dtype, []).append(value)
+        self._kept = {dtype: [value.clone() for value in values] for dtype, values in self._current.items()}
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy the statistics as they are."""
+        for dtype, values in self._current.items():
+            torch._foreach_copy_(self._kept[dtype], values)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what was kept."""
+        for dtype, values in self._current.items():
+            torch._foreach_copy_(values, self._kept[dtype])

@@ -1,0 +1,251 @@
+"""What a training run keeps on disk: saved so that a kill at any moment loses nothing, and read back to go on.
+
+Every file is written aside, flushed to the disk and renamed, and holds tensors and plain containers only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.checkpoint import read_checkpoint
+
+from .run_folder import RunLock, check_free_space, make_run_folder
+
+__all__ = [
+    "CheckpointStore",
+    "RunLock",
+    "check_free_space",
+    "check_resumable",
+    "load_training_checkpoint",
+    "make_run_folder",
+    "save_atomically",
+]
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest_ckpt.pth"
+BEST_NET = "net.pth"
+BEST_EMA = "net_E.pth"
+
+# `net_E` and `scaler` may be None; `scores` is the score history, `time_spent` in seconds, `rng` the random states,
+# `meta` the facts that `check_resumable` compares.
+TRAINING_ENTRIES = (
+    "net",
+    "net_E",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "iter",
+    "epoch",
+    "scores",
+    "time_spent",
+    "rng",
+    "meta",
+)
+RESCALABLE = ("world_size", "batch_size", "batch_size_per_gpu", "accumulation_steps")
+FIXED = ("model", "fingerprint")
+
+
+def save_atomically(obj: Any, path: str | Path) -> None:
+    """Save with ``torch.save`` so that the path holds either the old file, whole, or the new one, whole.
+
+    What earlier saves to the same path left over when they were killed is removed first, so only one process may save
+    to a path.
+
+    Args:
+        obj: Tensors and plain containers; numpy numbers and arrays are converted.
+        path: The file; its folder must exist.
+
+    Raises:
+        OSError: The file cannot be written, the disk being full for one; the old file is as it was.
+        TypeError: Something in ``obj`` would not load again with ``weights_only``.
+    """
+    path = Path(path)
+    plain = _to_plain(obj, "")
+    _remove_leftovers(path.parent, path.name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            torch.save(plain, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        cause = _os_error_behind(error) if isinstance(error, Exception) else None
+        if cause is None:
+            raise
+        state = "the one saved before is intact" if path.exists() else "nothing was saved there before"
+        message = (
+            f"cannot be saved ({cause.strerror or cause}); {state}; free some space or mend the folder, then resume"
+        )
+        raise OSError(cause.errno or errno.EIO, message, str(path)) from error
+
+
+def _to_plain(value: Any, where: str) -> Any:
+    """Return the value in types that load with ``weights_only``; tensors keep sharing their memory."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, Mapping):
+        return {_to_plain(key, where): _to_plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_to_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if value is None or type(value) in (bool, int, float, complex, str, bytes):
+        return value
+    raise TypeError(f"checkpoint{where} is a {type(value).__name__}, which would not load again with weights_only")
+
+
+def _remove_leftovers(folder: Path, name: str = "*") -> None:
+    for leftover in folder.glob(f".{name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+        logger.info("removed %s, left over from a save that was killed", leftover)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in the folder outlast a power cut, where the file system has a way to."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _os_error_behind(error: BaseException | None) -> OSError | None:
+    # A failed write surfaces from torch.save as a RuntimeError about the archive, with the OSError as its context.
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+class CheckpointStore:
+    """The checkpoint files of one run; on the one process that writes, which holds the folder's `RunLock`.
+
+    Args:
+        folder: The run's folder. Leftovers of saves that were killed are removed from it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        _remove_leftovers(self.folder)
+
+    def save_latest(self, state: Mapping[str, Any]) -> Path:
+        """Save all that a resume needs, as ``latest_ckpt.pth``.
+
+        Raises:
+            ValueError: The state lacks an entry of `TRAINING_ENTRIES`.
+            OSError: See `save_atomically`.
+        """
+        return self._save_state(state, LATEST)
+
+    def save_periodic(self, state: Mapping[str, Any], epoch: int) -> Path:
+        """Save the same as ``ckpt_<epoch>.pth``, which is kept."""
+        return self._save_state(state, f"ckpt_{epoch}.pth")
+
+    def save_best_net(self, weights: Mapping[str, Tensor], *, epoch: int, scores: Mapping[str, float]) -> Path:
+        """Save the best plain weights so far, with their epoch and scores, as ``net.pth``."""
+        return self._save({"net": weights, "epoch": epoch, "scores": scores}, BEST_NET)
+
+    def save_best_ema(self, weights: Mapping[str, Tensor], *, epoch: int, scores: Mapping[str, float]) -> Path:
+        """Save the best averaged weights so far, with their epoch and scores, as ``net_E.pth``."""
+        return self._save({"net_E": weights, "epoch": epoch, "scores": scores}, BEST_EMA)
+
+    def latest(self) -> Path:
+        """Return the path of the checkpoint to resume from.
+
+        Raises:
+            FileNotFoundError: There is none; the checkpoints that there are get named.
+        """
+        path = self.folder / LATEST
+        if path.is_file():
+            return path
+        others = ", ".join(sorted(file.name for file in self.folder.glob("*.pth")))
+        hint = f"; copy one of {others} to that name to go on from it" if others else ": start the run anew"
+        raise FileNotFoundError(f"{self.folder} holds no {LATEST} to resume from{hint}")
+
+    def _save_state(self, state: Mapping[str, Any], name: str) -> Path:
+        lacking = [entry for entry in TRAINING_ENTRIES if entry not in state]
+        if lacking:
+            raise ValueError(f"the state to be saved as {name} lacks {', '.join(lacking)}")
+        return self._save(state, name)
+
+    def _save(self, contents: Mapping[str, Any], name: str) -> Path:
+        path = self.folder / name
+        save_atomically(contents, path)
+        return path
+
+
+def load_training_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint to resume from.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read, or holds weights alone; what it lacks is named.
+    """
+    checkpoint = read_checkpoint(path)
+    lacking = [entry for entry in TRAINING_ENTRIES if entry not in checkpoint]
+    if lacking:
+        raise ValueError(
+            f"{path} cannot be resumed from, it lacks {', '.join(lacking)}: name the folder of a run that saved "
+            f"{LATEST}, or start from its weights with model.model_kwargs.checkpoint_path={path}"
+        )
+    return checkpoint
+
+
+def check_resumable(
+    saved: Mapping[str, Any], current: Mapping[str, Any], *, rescale: bool, path: str | Path
+) -> tuple[str, ...]:
+    """Check that a run may go on from what another left.
+
+    Args:
+        saved: The checkpoint's ``meta``: ``world_size``, ``batch_size`` (images per optimiser step),
+            ``batch_size_per_gpu``, ``accumulation_steps``, ``model`` (the name), ``fingerprint`` (of the dataset).
+        current: The same of this run.
+        rescale: Whether other numbers of processes and images were asked for.
+        path: The checkpoint, for messages.
+
+    Returns:
+        The names of the numbers that differ, which is empty unless ``rescale``.
+
+    Raises:
+        ValueError: The network or the dataset differs, or a number does without ``rescale``; both values are named.
+    """
+    lacking = [name for name in FIXED + RESCALABLE if name not in saved]
+    if lacking:
+        raise ValueError(f"{path} cannot be resumed from: its meta lacks {', '.join(lacking)}; start the run anew")
+    if saved["fingerprint"] != current["fingerprint"]:
+        raise ValueError(
+            f"{path} was trained on another dataset (fingerprint {saved['fingerprint']}, this one has "
+            f"{current['fingerprint']}): put the dataset back as it was, or start a new run from its weights"
+        )
+    if saved["model"] != current["model"]:
+        raise ValueError(f"{path} is of {saved['model']}, not of {current['model']}: set model.name={saved['model']}")
+    changed = tuple(name for name in RESCALABLE if saved[name] != current[name])
+    if not changed:
+        return ()
+    then = ", ".join(f"{name}={saved[name]}" for name in changed)
+    now = ", ".join(f"{name}={current[name]}" for name in changed)
+    if not rescale:
+        raise ValueError(
+            f"{path} was saved with {then}, this run has {now}: start it as it was, or accept the change with "
+            "trainer.resume_rescale=True"
+        )
+    logger.warning("%s was saved with %s; the run goes on with %s", path, then, now)
+    return changed

@@ -1,0 +1,148 @@
+"""What a run tells: the lines at its start, progress, every epoch's numbers, the table at its end."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs import Config
+from util.distributed import Process
+from util.logging import PROGRESS, EpochLog, ScalarLog, add_log_file, duration, table
+from util.meters import Meters
+
+from .evaluate import Score
+from .run_state import RunState
+
+__all__ = ["Report", "log_environment", "log_network", "log_scores"]
+
+logger = logging.getLogger(__name__)
+
+
+def log_environment(config: Config, process: Process, *, precision: str) -> None:
+    """Log on what the run runs."""
+    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else platform.machine()
+    logger.info(
+        "device %s (%s, %d threads), %d process(es), backend %s; torch %s, python %s",
+        process.device.type,
+        device,
+        torch.get_num_threads(),
+        process.world_size,
+        process.backend,
+        torch.__version__,
+        platform.python_version(),
+    )
+    logger.info("mode %s, precision %s, seed %d", config.mode, precision, config.seed)
+
+
+def log_network(name: str, network: nn.Module) -> None:
+    """Log the name and the parameter counts, all and trainable."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
+    total = sum(count for count, _ in counts)
+    trainable = sum(count for count, is_trained in counts if is_trained)
+    logger.info("network %s, %s parameters, %s trainable", name, f"{total:,}", f"{trainable:,}")
+
+
+def log_scores(rows: Mapping[str, tuple[int | None, Score]], *, seconds: float, place: str) -> None:
+    """Log the table of results.
+
+    Args:
+        rows: Epoch, if any, and score by weights.
+        seconds: Time spent.
+        place: What the run has left where.
+    """
+    lines = [
+        [
+            name,
+            f"{score.top1:.3f}",
+            f"{score.top5:.3f}",
+            f"{score.top1_count}/{score.num_images}",
+            "-" if epoch is None else str(epoch),
+        ]
+        for name, (epoch, score) in rows.items()
+    ]
+    text = table(["weights", "top-1", "top-5", "right/images", "epoch"], lines)
+    logger.info("results\n%s\ntotal time %s; %s", text, duration(seconds), place)
+
+
+class Report:
+    """The log of a training run; on the processes that do not log, it writes nothing.
+
+    Args:
+        folder: The run's folder.
+        process: This process.
+        state: How far the run is.
+    """
+
+    def __init__(self, folder: Path, process: Process, state: RunState) -> None:
+        self.folder = folder
+        self.is_logging = process.is_logging
+        self._start = time.perf_counter()
+        self._start_iteration = state.iteration
+        if self.is_logging:
+            self.epochs = EpochLog(folder / "epochs.jsonl", num_epochs=state.epoch)
+            self.scalars = ScalarLog(folder / "tensorboard", step=state.iteration)
+
+    def train_line(
+        self, meters: Meters, process: Process, state: RunState, *, num_epochs: int, steps_per_epoch: int
+    ) -> str:
+        """Log one line of progress; a collective.
+
+        Returns:
+            Its columns.
+        """
+        readings = meters.read(process)
+        columns = meters.columns(readings)
+        num_iterations = num_epochs * steps_per_epoch
+        done = state.iteration - self._start_iteration
+        pace = (time.perf_counter() - self._start) / max(done, 1)
+        logger.info(
+            "Train: %.1f%% [%d/%d] [%d/%d] %s [eta %s]",
+            100 * state.iteration / num_iterations,
+            state.epoch + 1,
+            num_epochs,
+            state.iteration,
+            num_iterations,
+            columns,
+            duration(pace * (num_iterations - state.iteration)),
+            extra=PROGRESS,
+        )
+        if self.is_logging:
+            values = {f"train/{name}": reading.val for name, reading in readings.items()}
+            self.scalars.write(values, step=state.iteration)
+        return columns
+
+    def epoch(self, record: Mapping[str, Any], scores: Mapping[str, Score]) -> None:
+        """Write the numbers of an epoch, which has its number, counted from 1, under ``epoch``."""
+        tests = {name: {"top1": score.top1, "top5": score.top5, **asdict(score)} for name, score in scores.items()}
+        terms = " ".join(f"[{name} {value:.3f}]" for name, value in record["train"].items())
+        pace, seconds = record["images_per_second"], duration(record["seconds"])
+        logger.info("Epoch %d: %s [%.1f images/s] %s", record["epoch"], terms, pace, seconds)
+        if self.is_logging:
+            self.epochs.write({**record, "test": tests})
+            values = {f"test/{name}_{key}": test[key] for name, test in tests.items() for key in ("top1", "top5")}
+            self.scalars.write(values, step=record["iteration"])
+
+    def results(self, state: RunState) -> None:
+        """Log the best of each weights, the time and where the files are."""
+        best = {name: state.best(name) for name in ("net", "net_E")}
+        rows = {f"{name} (best)": found for name, found in best.items() if found is not None}
+        log_scores(rows, seconds=state.seconds, place=f"files in {self.folder}")
+
+    def close(self) -> None:
+        """Write out what is left."""
+        if self.is_logging:
+            self.scalars.close()
+
+
+def open_log(folder: Path, process: Process) -> None:
+    """Start the log file of a run, on the process that logs."""
+    if process.is_logging:
+        add_log_file(folder / "log.txt")

@@ -1,0 +1,179 @@
+"""One optimiser step over micro-batches and processes, left out on all of them when a number in it is not finite."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from configs.schema import Config
+from data import Batch
+from optim import clip_gradients
+from util.distributed import Process
+
+from .batchnorm import StatisticsKeeper
+from .ema import WeightAverage
+from .precision import Precision
+from .signals import WATCHED, SignalWatch
+
+__all__ = ["StepResult", "Stepper"]
+
+ComputeLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(kw_only=True, slots=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        terms: Terms of the loss on this process, mean over its micro-batches.
+        num_images: Images of this process.
+        is_skipped: Whether the step was left out.
+        is_bad: Whether it was left out for a reason other than the loss scale.
+        signal: Signal that some process got.
+        unreadable: Files that were read in vain, over all processes.
+        seconds: Time in ``data_t`` (waiting for images), ``optim_t`` (computing) and ``batch_t`` (both).
+    """
+
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    num_images: int = 0
+    is_skipped: bool = False
+    is_bad: bool = False
+    signal: int | None = None
+    unreadable: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Stepper:
+    """Does steps.
+
+    Args:
+        config: The resolved run.
+        process: This process.
+        network: The bare network.
+        parallel: The wrapper that exchanges gradients between processes, if there is one.
+        optimizer: Of the bare network.
+        average: The running average of the weights, if any.
+        precision: Number format.
+        compute_loss: From images and targets on the device to the loss and its terms.
+        watch: Signals to tell the others of.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        process: Process,
+        *,
+        network: nn.Module,
+        parallel: DistributedDataParallel | None,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+        precision: Precision,
+        compute_loss: ComputeLoss,
+        watch: SignalWatch,
+    ) -> None:
+        self.process = process
+        self.network = network
+        self.parallel = parallel
+        self.optimizer = optimizer
+        self.average = average
+        self.precision = precision
+        self.compute_loss = compute_loss
+        self.watch = watch
+        self.num_micro = config.trainer.accumulation_steps
+        self.memory_format = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
+        self.graph = {"create_graph": config.loss.create_graph, "retain_graph": config.loss.retain_graph}
+        self.clip = config.loss.clip_grad
+        self.clip_mode = config.loss.clip_mode
+        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.clipped = self._clipped_parameters() if self.clip_mode == "agc" else self.parameters
+        self.statistics = StatisticsKeeper(network)
+
+    def __call__(self, batches: Iterator[Batch]) -> StepResult:
+        """Take micro-batches from ``batches`` and do one step; a collective."""
+        result = StepResult(seconds={"data_t": 0.0})
+        start = time.perf_counter()
+        self.statistics.keep()
+        loss = torch.zeros((), device=self.process.device)
+        for index in range(self.num_micro):
+            loss += self._accumulate(batches, result, is_last=index + 1 == self.num_micro)
+        self.precision.unscale(self.optimizer)
+        norm = self._gradient_norm()
+        is_finite = self._agree(loss, norm, result)
+        self._apply(result, is_finite=is_finite)
+        self.optimizer.zero_grad(set_to_none=True)
+        result.seconds["batch_t"] = time.perf_counter() - start
+        result.seconds["optim_t"] = result.seconds["batch_t"] - result.seconds["data_t"]
+        return result
+
+    def _accumulate(self, batches: Iterator[Batch], result: StepResult, *, is_last: bool) -> Tensor:
+        """Add one micro-batch's gradient; gradients are exchanged with the last one."""
+        start = time.perf_counter()
+        batch = next(batches)
+        result.seconds["data_t"] += time.perf_counter() - start
+        result.unreadable += batch.unreadable
+        result.num_images += len(batch.targets)
+        images = batch.images.to(self.process.device, non_blocking=True, memory_format=self.memory_format)
+        targets = batch.targets.to(self.process.device, non_blocking=True)
+        with self._exchange(is_last=is_last):
+            with self.precision.autocast():
+                loss, terms = self.compute_loss(images, targets)
+            self.precision.backward(loss / self.num_micro, self.optimizer, **self.graph)
+        for name, value in terms.items():
+            result.terms[name] = result.terms.get(name, 0.0) + value / self.num_micro
+        return loss.detach()
+
+    def _exchange(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        if is_last or self.parallel is None:
+            return contextlib.nullcontext()
+        return self.parallel.no_sync()
+
+    def _gradient_norm(self) -> Tensor:
+        """Return the norm of all gradients before clipping, and clip them."""
+        if self.clip is not None and self.clip_mode == "norm":
+            return clip_gradients(self.parameters, clip=self.clip, mode="norm")
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.clip is not None:
+            clip_gradients(self.clipped, clip=self.clip, mode=self.clip_mode)
+        return norm
+
+    def _agree(self, loss: Tensor, norm: Tensor, result: StepResult) -> tuple[bool, bool]:
+        """Exchange in one go what the processes must act on together.
+
+        This is the one place of a step where the host waits for the GPU.
+
+        Returns:
+            Whether every loss, and every gradient, is finite.
+        """
+        found = torch.stack([~loss.isfinite(), ~norm.isfinite()]).double()
+        told = torch.tensor([len(result.unreadable), *self.watch.flags()], dtype=torch.float64)
+        sums = self.process.sum_tensor(torch.cat([found, told.to(found.device)])).tolist()
+        result.signal = self.watch.agreed(sums[-len(WATCHED) :])
+        if sums[2] > 0:
+            result.unreadable = sorted(set().union(*self.process.gather_objects(result.unreadable)))
+        return sums[0] == 0, sums[1] == 0
+
+    def _apply(self, result: StepResult, *, is_finite: tuple[bool, bool]) -> None:
+        """Do the step, or leave everything as it was before."""
+        if all(is_finite):
+            self.precision.step(self.optimizer)
+            if self.average is not None:
+                self.average.update(self.network)
+            return
+        is_loss_finite = is_finite[0]
+        result.is_skipped = True
+        result.is_bad = not self.precision.skip(self.optimizer, is_overflow=is_loss_finite)
+        self.statistics.restore()
+
+    def _clipped_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters without the classifier's, as adaptive clipping wants them (arXiv 2102.06171)."""
+        classifier = self.network.get_classifier() if hasattr(self.network, "get_classifier") else None
+        heads = classifier if isinstance(classifier, tuple) else (classifier,)
+        excluded = {id(parameter) for head in heads if isinstance(head, nn.Module) for parameter in head.parameters()}
+        return [parameter for parameter in self.parameters if id(parameter) not in excluded]

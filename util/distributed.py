@@ -1,0 +1,193 @@
+"""The process group: NCCL between GPUs, gloo between CPUs, none at all for one process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .launch import Launch
+
+__all__ = ["Process", "choose_device", "init_process", "is_lost_process", "open_store"]
+
+# How gloo and NCCL word it; gloo's errors have no class of their own.
+SIGNS_OF_LOSS = ("gloo/transport", "Connection closed by peer", "Timed out waiting", "NCCL communicator was aborted")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Process:
+    """One of the processes of a run, and what it says to the others.
+
+    Every collective below must be reached by all processes; with one process it returns what it was given.
+
+    Attributes:
+        rank: Number of this process.
+        local_rank: Number of this process on its node.
+        world_size: Number of processes.
+        device: Where this process computes.
+        backend: ``nccl``, ``gloo``, or ``none`` for one process.
+        logging_rank: The process that logs and writes.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backend: str = "none"
+    logging_rank: int = 0
+
+    @property
+    def is_logging(self) -> bool:
+        """Whether this process is the one that logs and writes."""
+        return self.rank == self.logging_rank
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there is a process group."""
+        return self.world_size > 1
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over processes, taken in float64: counts stay exact."""
+        if not self.is_distributed:
+            return [float(value) for value in values]
+        return self.sum_tensor(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over processes, in place, and return it."""
+        if self.is_distributed:
+            dist.all_reduce(values)
+        return values
+
+    def broadcast_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Overwrite a tensor with that of rank 0, in place, and return it."""
+        if self.is_distributed:
+            dist.broadcast(values, src=0)
+        return values
+
+    def broadcast_object(self, value: T, *, source: int = 0) -> T:
+        """Return the value of the process ``source``; it must pickle."""
+        if not self.is_distributed:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=source, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank; they must pickle."""
+        if not self.is_distributed:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value)
+        return box
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0 alone and return its result on every process; it must pickle.
+
+        Raises:
+            ValueError: On every process, if the function raised one on rank 0.
+            OSError: Likewise.
+        """
+        result, failure = None, None
+        if self.rank == 0:
+            try:
+                result = function()
+            except (ValueError, OSError) as error:
+                failure = error
+        if self.is_distributed:
+            kind = OSError if isinstance(failure, OSError) else ValueError
+            told = self.broadcast_object(None if failure is None else (kind, str(failure)))
+            failure = failure or (told and told[0](told[1]))
+        if failure is not None:
+            raise failure
+        return self.broadcast_object(result)  # type: ignore[return-value]
+
+
+def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
+    """Return the device of this process.
+
+    Args:
+        name: ``auto`` (a GPU where there is one), ``cuda`` or ``cpu``.
+        local_rank: Number of this process on its node; it gets the GPU of that number.
+
+    Raises:
+        ValueError: If there is no such GPU.
+    """
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and num_devices == 0):
+        return torch.device("cpu")
+    if num_devices == 0:
+        raise ValueError("trainer.device is cuda but PyTorch finds no GPU; use trainer.device=cpu")
+    if local_rank >= num_devices:
+        raise ValueError(
+            f"process {local_rank} of this node has no GPU of its own: {num_devices} found; "
+            f"start {num_devices} per node, or use trainer.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def open_store(launch: Launch, *, timeout_seconds: float) -> dist.Store:
+    """Return the key-value store in which the processes meet.
+
+    Raises:
+        ValueError: If ``launch.dist_url`` is malformed, or the launcher's variables are missing.
+        RuntimeError: If the others do not come within the timeout.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    meeting = dist.rendezvous(launch.dist_url, launch.rank, launch.world_size, timeout=timeout)
+    store, _, _ = next(meeting)
+    store.set_timeout(timeout)
+    return store
+
+
+@contextlib.contextmanager
+def init_process(launch: Launch, *, device: str = "auto", timeout_seconds: float = 1800) -> Iterator[Process]:
+    """Join the process group for the time of the context.
+
+    After an error the group is left to the end of the process: tearing it down could wait for processes that are gone.
+
+    Args:
+        launch: The place of this process.
+        device: ``auto``, ``cuda`` or ``cpu``.
+        timeout_seconds: A collective that waits longer for the others gives up.
+
+    Yields:
+        This process.
+    """
+    chosen = choose_device(device, local_rank=launch.local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    backend = "none"
+    if launch.world_size > 1:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", open_store(launch, timeout_seconds=timeout_seconds)),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    yield Process(
+        rank=launch.rank,
+        local_rank=launch.local_rank,
+        world_size=launch.world_size,
+        device=chosen,
+        backend=backend,
+        logging_rank=launch.logging_rank,
+    )
+    if backend != "none":
+        dist.destroy_process_group()
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Return whether an error is what a collective raises when another process is gone or does not come."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)
+    )
