@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-all lint format clean
+.PHONY: help setup setup-dev quickstart kernels benchmark test test-all lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,16 @@ quickstart: setup ## Train and test MobileMamba-T2 on handwritten digits, in min
 	$(PY) run.py -c configs/quickstart -m test model.model_kwargs.checkpoint_path="$${run}net_E.pth" && \
 	echo "Logs, checkpoints and the configuration of the run: $$run"
 
+# ninja compiles in parallel; the package is built against the environment's own torch.
+kernels: setup ## Build the compiled scans (a C++ compiler; CUDA too where nvcc is found)
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off "setuptools>=80" wheel ninja
+	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --force-reinstall --no-deps model/lib_mamba/kernels/selective_scan
+
+benchmark: setup-dev ## Measure speed in short runs; results go to benchmarks/results
+	$(PY) -m benchmarks.network --quick
+	$(PY) -m benchmarks.scan --quick
+	$(PY) -m benchmarks.train_step --quick
+
 test: setup-dev lint ## Run the checks and the test suite
 	$(PY) -m pytest
 
@@ -43,7 +53,7 @@ lint: setup-dev ## Check style, types and repeated blocks
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pylint --score=n run.py configs data loss model optim trainer util
+	$(PY) -m pylint --score=n run.py benchmarks configs data loss model optim trainer util
 
 format: setup-dev ## Put every file into shape
 	$(PY) -m ruff check --fix .

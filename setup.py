@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-SUBPACKAGES = ("mobilemamba", "lib_mamba", "lib_teacher")
+SUBPACKAGES = ("mobilemamba", "lib_mamba", "lib_mamba.kernels", "lib_teacher")
 
 setup(
     name="mobilemamba",

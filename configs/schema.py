@@ -161,6 +161,7 @@ class ModelKwargs(Node):
     in_chans: PositiveCount = 3
     distillation: bool = False  # a second head, `head_dist`
     drop_path: Share | None = None  # the variant's own when None
+    scan_backend: Literal["", "reference", "cpu", "cuda", "triton"] = ""  # forced for the scans; the fastest when empty
     fuse: bool = False  # fold for inference after loading; test modes only
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments, for `timm_<name>`
 

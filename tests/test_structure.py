@@ -23,6 +23,7 @@ ALLOWED = {
     "trainer": {"configs", "model", "util", "loss", "optim", "data"},
     "run": {"configs", "util", "trainer"},
     "downstream": {"model"},
+    "benchmarks": {"model", "util"},
 }
 
 

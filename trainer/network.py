@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config
-from model import create_model
+from model import MobileMamba, create_model
 from model.checkpoint import read_checkpoint
+from model.lib_mamba.backends import choose as choose_backend
 from util.distributed import Process
 
 from .batchnorm import convert_sync_batch_norm
@@ -43,9 +44,7 @@ def build_network(config: Config, process: Process) -> nn.Module:
         reset_head=config.mode == "ft",
         **_arguments(config),
     )
-    memory_format = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
-    network.to(process.device, memory_format=memory_format)
-    return convert_sync_batch_norm(network, config.trainer.sync_BN, process)
+    return convert_sync_batch_norm(_place(network, config, process), config.trainer.sync_BN, process)
 
 
 def tested_weights(config: Config) -> dict[str, bool]:
@@ -91,8 +90,7 @@ def build_tested_network(config: Config, process: Process, *, ema: bool) -> nn.M
         fuse=kwargs.fuse,
         **_arguments(config),
     )
-    memory_format = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
-    return network.to(process.device, memory_format=memory_format).eval()
+    return _place(network, config, process).eval()
 
 
 def wrap_parallel(config: Config, network: nn.Module, process: Process) -> DistributedDataParallel | None:
@@ -113,6 +111,14 @@ def wrap_parallel(config: Config, network: nn.Module, process: Process) -> Distr
     )
 
 
+def _place(network: nn.Module, config: Config, process: Process) -> nn.Module:
+    """Move the network to its device, and have the log say now what will run its scans there."""
+    if isinstance(network, MobileMamba):
+        choose_backend(process.device.type)
+    memory_format = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
+    return network.to(process.device, memory_format=memory_format)
+
+
 def _arguments(config: Config) -> dict[str, Any]:
     kwargs = config.model.model_kwargs
     arguments: dict[str, Any] = {"num_classes": kwargs.num_classes, "in_chans": kwargs.in_chans, **kwargs.extra}
@@ -120,4 +126,6 @@ def _arguments(config: Config) -> dict[str, Any]:
         arguments["drop_path"] = kwargs.drop_path
     if kwargs.distillation:
         arguments["distillation"] = True
+    if kwargs.scan_backend:
+        arguments["scan_backend"] = kwargs.scan_backend
     return arguments

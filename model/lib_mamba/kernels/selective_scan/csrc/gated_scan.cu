@@ -219,8 +219,8 @@ ScanGradients run_scan_backward(const ScanTensors& scan, const Tensor& dsum, con
       plan.blocks == 1 ? dprojection.squeeze(0) : dprojection.sum(0),
       sums.narrow(-1, 0, R).contiguous(),
       sums.select(-1, R).contiguous(),
-      sums.select(-1, R + 1).reshape({2 * D, 1}),
-      dD.expand({2, D}).reshape({2 * D})};
+      sums.select(-1, R + 1).contiguous().view({2 * D, 1}),
+      dD.repeat(2)};
 }
 
 at::ScalarType common_type(const Tensor& x, const Tensor& z, const Tensor& projection) {

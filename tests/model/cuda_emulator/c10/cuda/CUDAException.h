@@ -1,0 +1,3 @@
+#pragma once
+
+#define C10_CUDA_CHECK(expression) (void)(expression)
