@@ -46,14 +46,25 @@ def _fold(module: nn.Module) -> nn.Module:
     if isinstance(module, Residual):
         return _residual(module)
     if isinstance(module, MKDeConv):
-        return nn.Sequential(
-            _conv_bn(module.dwconv3x3, module.bn1), nn.ReLU(inplace=True), _conv_bn(module.dwconv1x1, module.bn2)
-        )
+        pointwise = ChannelAffine(_conv_bn(module.dwconv1x1, module.bn2))
+        return nn.Sequential(_conv_bn(module.dwconv3x3, module.bn1), nn.ReLU(inplace=True), pointwise)
     if isinstance(module, WTEMamba):
         _scales(module)
     if isinstance(module, SS2D):
         _lay_out_time_steps(module)
     return module
+
+
+class ChannelAffine(nn.Module):
+    """Scale and shift every channel, as a depthwise 1 x 1 convolution does: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(conv.weight.view(1, -1, 1, 1), requires_grad=False)
+        self.bias = nn.Parameter(conv.bias.view(1, -1, 1, 1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias.to(x.dtype), x, self.weight.to(x.dtype))
 
 
 def _affine(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,8 @@ class MKDeConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.dwconv3x3(x)))
-        return self.bn2(self.dwconv1x1(x))
+        # One number a channel: as a convolution, PyTorch would call it channel by channel on some CPUs and sizes.
+        return self.bn2(x * self.dwconv1x1.weight.view(1, -1, 1, 1).to(x.dtype))
 
 
 class MRFFI(nn.Module):
