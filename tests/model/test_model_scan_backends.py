@@ -17,9 +17,9 @@ SLOW = pytest.mark.slow
 LENGTHS = [1, 3, 9, 16, 36, 49, 64, 144, 196, 256, pytest.param(576, marks=SLOW), 1024, pytest.param(4000, marks=SLOW)]
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request):
-    """Every backend that runs on a CPU; a compiled one is skipped where it is not built."""
+    """Every backend that runs on a CPU: a compiled one where it is built, Triton's where it is interpreted."""
     is_available, reason = backends.availability(request.param)
     if not is_available:
         pytest.skip(reason)
@@ -104,8 +104,10 @@ def relative_errors(actual, expected):
     return dict(zip(["y", *NAMES], errors, strict=True))
 
 
-def assert_accurate(actual, expected, dtype):
+def assert_accurate(actual, expected, dtype, backend=""):
     tolerance, gradient_tolerance = TOLERANCES[dtype]
+    if backend == "triton":
+        tolerance *= 2  # the sum of the directions goes through memory in the type of x before it is normalised
     errors = relative_errors(actual, expected)
     limits = dict.fromkeys(NAMES, gradient_tolerance) | {"y": tolerance}
     assert {name: error for name, error in errors.items() if not error <= limits[name]} == {}
@@ -117,7 +119,7 @@ def test_output_and_every_gradient_against_float64(length, dtype, backend, poiso
     batch = 5 if length < 100 else 1
     actual = output_and_gradients(gated_scan, arguments(length, dtype=dtype, batch=batch))
     assert [tensor.dtype for tensor in actual] == [dtype] * 4 + [torch.float32] * 6
-    assert_accurate(actual, exact_of_case(length, dtype, batch), dtype)
+    assert_accurate(actual, exact_of_case(length, dtype, batch), dtype, backend)
 
 
 @pytest.mark.parametrize(("batch", "channels", "rank"), [(1, 1, 1), (1, 16, 17), (3, 96, 7), (1, 224, 2), (2, 70, 5)])

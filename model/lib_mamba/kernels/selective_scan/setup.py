@@ -1,10 +1,12 @@
-"""Builds `mobilemamba_kernels`: the scans in C++, and in CUDA C++ where nvcc is found.
+"""Builds `mobilemamba_kernels`: the scans in C++, and with FORCE_CUDA=1 in CUDA C++ too.
 
-FORCE_CUDA=1 insists on CUDA, FORCE_CUDA=0 leaves it out; TORCH_CUDA_ARCH_LIST and MAX_JOBS are PyTorch's own switches.
+CUDA is not built unless asked for, since its kernels have been compiled but not yet run on a GPU.
+TORCH_CUDA_ARCH_LIST and MAX_JOBS are PyTorch's own switches.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -62,17 +64,21 @@ def cuda_problem() -> str:
     return ""
 
 
+def wheel_headers() -> list[str]:
+    """Return where PyPI's CUDA packages keep the headers that a small CUDA toolkit lacks."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+    return [str(path) for folder in folders for path in sorted(Path(folder).glob("*/include"))]
+
+
 def wants_cuda() -> bool:
-    """Return whether to build CUDA. Exits where it is insisted on and cannot be."""
-    switch = os.environ.get("FORCE_CUDA", "")
-    if switch == "0":
+    """Return whether to build CUDA, which has to be asked for. Exits where it is asked for and cannot be built."""
+    if os.environ.get("FORCE_CUDA", "0") in ("", "0"):
         return False
     problem = cuda_problem()
-    if problem and switch:
-        sys.exit(f"FORCE_CUDA is set, but {problem}")
     if problem:
-        print(f"mobilemamba_kernels: building for the CPU alone, as {problem}")
-    return not problem
+        sys.exit(f"FORCE_CUDA is set, but {problem}")
+    return True
 
 
 class Build(BuildExtension):
@@ -107,6 +113,7 @@ def extension() -> Extension:
     return CUDAExtension(
         "mobilemamba_kernels._C",
         sources("*.cpp", "*.cu"),
+        include_dirs=wheel_headers(),
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )
 

@@ -102,10 +102,10 @@ struct NormTensors {
 
 // One block an image: where there are images enough to fill the GPU, or little to do in each.
 template <int NR>
-bool is_fused(const ScanTensors& scan) {
+bool is_fused(const ScanTensors& scan, bool is_backward) {
   const bool is_enough = 2 * scan.batch >= num_multiprocessors() || scan.length <= kMaxFusedLength;
   return is_enough && scan.groups() * kLanes <= kFusedThreads && scan.rank <= kMaxFusedRank &&
-      fits_shared(fused_shared_floats<NR>(scan.groups()));
+      fits_shared(fused_shared_floats<NR>(scan.groups(), is_backward));
 }
 
 // How a kernel of blocks of channels is cut up.
@@ -134,9 +134,7 @@ struct Plan {
 // The sum of both directions, and if asked for what the backward pass starts from.
 template <typename T, int NR>
 void run_split(const ScanTensors& scan, Tensor& sum, float* checkpoints) {
-  const auto shared_floats = [](int groups, int segments) {
-    return split_shared_floats<NR>(groups * segments, segments);
-  };
+  const auto shared_floats = [](int groups, int segments) { return split_shared_floats<NR>(groups, segments); };
   const Plan plan(scan, 8, kSplitThreads / kLanes, shared_floats);
   launch(
       split_kernel<T, NR>, dim3(scan.batch, plan.blocks), plan.threads(), shared_floats(plan.groups, plan.segments),
@@ -169,13 +167,17 @@ Tensor run_norm_backward(const Tensor& grad, Tensor& sum, const NormTensors& nor
   return dnorm;
 }
 
-template <typename T, int NR>
-void run_fused(const ScanTensors& scan, const NormTensors& norm, Tensor& y) {
-  FusedOutputs<T> outputs{};
-  outputs.y = y.mutable_data_ptr<T>();
+template <typename T, int NR, bool kBackward>
+void launch_fused(const ScanTensors& scan, const NormTensors& norm, const FusedOutputs<T>& outputs) {
+  const int threads = scan.groups() * kLanes;
+  auto kernel = fused_kernel<T, NR, kBackward, kFusedThreads>;
+  if constexpr (sizeof(T) < sizeof(float)) {
+    if (threads > kRoomyThreads && threads <= kSharingThreads)
+      kernel = fused_kernel<T, NR, kBackward, kSharingThreads>;
+  }
   launch(
-      fused_kernel<T, NR, false>, dim3(scan.batch), scan.groups() * kLanes, fused_shared_floats<NR>(scan.groups()),
-      scan.inputs<T>(), norm.inputs<T>(), outputs);
+      kernel, dim3(scan.batch), threads, fused_shared_floats<NR>(scan.groups(), kBackward), scan.inputs<T>(),
+      norm.inputs<T>(), outputs);
 }
 
 // Gradient of the sum into dsum, dz and checkpoints; return dnorm (B, 2, D).
@@ -191,9 +193,7 @@ Tensor run_fused_backward(
   outputs.dsum = dsum.mutable_data_ptr<float>();
   outputs.dnorm = dnorm.mutable_data_ptr<float>();
   outputs.checkpoints = checkpoints.mutable_data_ptr<float>();
-  launch(
-      fused_kernel<T, NR, true>, dim3(scan.batch), scan.groups() * kLanes, fused_shared_floats<NR>(scan.groups()),
-      scan.inputs<T>(), norm.inputs<T>(), outputs);
+  launch_fused<T, NR, true>(scan, norm, outputs);
   return dnorm;
 }
 
@@ -251,8 +251,10 @@ Tensor gated_scan_cuda(
     with_rank(scan.rank, [&](auto blocks) {
       constexpr int NR = decltype(blocks)::value;
       if constexpr (8 * NR <= kMaxFusedRank) {
-        if (is_fused<NR>(scan)) {
-          run_fused<T, NR>(scan, norm, y);
+        if (is_fused<NR>(scan, false)) {
+          FusedOutputs<T> outputs{};
+          outputs.y = y.mutable_data_ptr<T>();
+          launch_fused<T, NR, false>(scan, norm, outputs);
           return;
         }
       }
@@ -298,7 +300,7 @@ GatedGradients gated_scan_backward_cuda(
     with_rank(scan.rank, [&](auto blocks) {
       constexpr int NR = decltype(blocks)::value;
       if constexpr (8 * NR <= kMaxFusedRank) {
-        if (is_fused<NR>(scan))
+        if (is_fused<NR>(scan, true))
           dnorm = run_fused_backward<T, NR>(grad_rows, scan, norm, sum, dz, checkpoints);
       }
       if (!dnorm.defined()) {

@@ -31,7 +31,6 @@ template <typename T, int NR>
 struct BackwardWarp {
   static constexpr bool kExact = sizeof(T) == sizeof(float);
   static constexpr int kRow = rank_row(NR);
-  static constexpr int kItems = kChunk * (8 * NR + 2);
   static constexpr int kOwn = kChunk * kRow + 2 * kTile;
 
   const ScanInputs<T>& p;
@@ -57,15 +56,7 @@ struct BackwardWarp {
   }
 
   __device__ __forceinline__ void start_direction(int direction) {
-    __syncthreads();
-    const int first = blockIdx.y * place.groups * kLanes;
-    for (int item = threadIdx.x; item < place.groups * kLanes * 8 * NR; item += blockDim.x) {
-      const int d = item / (8 * NR), r = item % (8 * NR);
-      const bool is_weight = first + d < p.channels && r < p.rank;
-      const int64_t index = (static_cast<int64_t>(direction) * p.channels + first + d) * p.rank + r;
-      all_weights[d * kRow + r] = is_weight ? kLog2e * p.dt_weight[index] : 0.f;
-    }
-    __syncthreads();
+    put_weights<NR>(p, direction, blockIdx.y * place.groups * kLanes, place.groups * kLanes, all_weights);
     parameters.load(p.dt_bias, p.A_log, direction * p.channels + place.channel, exists);
     dbias = dA_log = dskip = 0.f;
 #pragma unroll
@@ -78,11 +69,7 @@ struct BackwardWarp {
   }
 
   __device__ __forceinline__ void begin(int direction, int chunk) {
-    const T* from = p.staged_from(place.image, chunk, direction);
-    __syncwarp();
-    for (int item = lane_index(); item < kItems; item += kLanes)
-      staged<NR>(stage, item) = staged_value<NR>(from, p.width(), p.rank, p.valid(chunk), item);
-    __syncwarp();
+    put_own_stage<NR>(p, place.image, chunk, direction, stage);
     project<NR, kExact>(stage, SharedWeights<NR>{weights}, tile);
     __syncwarp();
   }
@@ -116,9 +103,9 @@ struct BackwardWarp {
   template <int kDirection>
   __device__ __forceinline__ void scan_back(int chunk, float (&dx)[kChunk], float& dB, float& dC) {
     const int valid = exists ? p.valid(chunk) : 0;
-    T raw_x[kChunk];
-    float dy[kChunk], x[kChunk], before[kChunk], decay[kChunk];
-    load_rows(p.x + at(chunk, p.x_row), p.x_row, valid, raw_x);
+    T x[kChunk];
+    float dy[kChunk], before[kChunk];
+    load_rows(p.x + at(chunk, p.x_row), p.x_row, valid, x);
     load_rows(out.dsum + at(chunk, p.channels), p.channels, valid, dy);
     float state = exists ? out.checkpoints[p.checkpoint(place.image, kDirection, chunk, place.channel)] : 0.f;
     begin(kDirection, chunk);
@@ -128,36 +115,30 @@ struct BackwardWarp {
       const int here = i * kTileRow + lane_index();
       const float s = softplus2<kExact>(tile[here] + parameters.bias);
       tile[here] = s;
-      x[i] = static_cast<float>(raw_x[i]);
-      decay[i] = decay_of(s, parameters.A);
       before[i] = state;
-      state = next_state(state, s, decay[i], BC(i).x, x[i]);
+      state = next_state(state, s, decay_of(s, parameters.A), BC(i).x, static_cast<float>(x[i]));
       other_tile[here] = dy[i] * state;
     }
     __syncwarp();
     dC = row_sum(other_tile);
     __syncwarp();
+    const float skip = kDirection ? 0.f : p.skip(place.channel);
 #pragma unroll
     for (int step = 0; step < kChunk; ++step) {
       const int i = kDirection ? step : kChunk - 1 - step;
       const int here = i * kTileRow + lane_index();
       const float dstate = fmaf(BC(i).y, dy[i], carried);
+      const float s = tile[here], own_x = static_cast<float>(x[i]);
       const StepGradient gradient =
-          step_gradient<kExact>(dstate, before[i], tile[here], decay[i], parameters.A, BC(i).x, x[i]);
+          step_gradient<kExact>(dstate, before[i], s, decay_of(s, parameters.A), parameters.A, BC(i).x, own_x);
       carried = gradient.previous;
       dbias += gradient.raw;
       dA_log += gradient.A_log;
-      dx[i] = gradient.x;
+      dx[i] = fmaf(skip, dy[i], gradient.x);
       tile[here] = gradient.raw;
       other_tile[here] = gradient.B;
       if (kDirection == 0)
-        dskip = fmaf(dy[i], x[i], dskip);
-    }
-    if (kDirection == 0) {
-      const float skip = p.skip(place.channel);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        dx[i] = fmaf(skip, dy[i], dx[i]);
+        dskip = fmaf(dy[i], own_x, dskip);
     }
     __syncwarp();
     dB = row_sum(other_tile);
@@ -260,14 +241,14 @@ struct BackwardWarp {
       const int valid = exists ? p.valid(chunk) : 0;
       float dx[kChunk], dB, dC;
       scan_back<kDirection>(chunk, dx, dB, dC);
-      if (kDirection == 1) {
-        T half[kChunk];
-        load_rows(out.dx + at(chunk, p.channels), p.channels, valid, half);
+      T* const to = out.dx + at(chunk, p.channels);
+      T half[kChunk];  // direction 1 adds to what direction 0 has left
+      if (kDirection == 1)
+        load_rows(to, p.channels, valid, half);
+      RowWriter<T> writer(to, p.channels, valid);
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i)
-          dx[i] += static_cast<float>(half[i]);
-      }
-      store_rows(out.dx + at(chunk, p.channels), p.channels, valid, dx);
+      for (int i = 0; i < kChunk; ++i)
+        writer.put(i, kDirection ? dx[i] + static_cast<float>(half[i]) : dx[i]);
       add_dweight();
       put_dprojection(dB, dC);
       store_dprojection(kDirection, chunk);

@@ -4,6 +4,8 @@
 // 0 on the way back adds its own, and the block, which now has all channels of the chunk, normalises and gates.
 #pragma once
 
+#include <type_traits>
+
 #include "scan_inputs.cuh"
 
 namespace mobilemamba {
@@ -20,11 +22,14 @@ struct FusedOutputs {
   float* checkpoints;
 };
 
+// Two blocks share a multiprocessor up to kSharingThreads: from kRoomyThreads on with fewer registers than they would like.
 constexpr int kFusedThreads = 576;
+constexpr int kSharingThreads = 448;
+constexpr int kRoomyThreads = 320;
 
 template <int NR>
-__host__ __device__ constexpr int fused_shared_floats(int warps) {
-  return 2 * kChunk * rank_row(NR) + warps * (kTile + 3 * 2 * kChunk);
+__host__ __device__ constexpr int fused_shared_floats(int warps, bool is_backward) {
+  return 2 * kChunk * rank_row(NR) + warps * ((is_backward ? 2 : 1) * kTile + 3 * 2 * kChunk);
 }
 
 // Mean and 1 / deviation over all channels for position p, in lanes p and p + 16.
@@ -66,6 +71,7 @@ struct FusedWarp {
   static constexpr bool kExact = sizeof(T) == sizeof(float);
   static constexpr int kStage = kChunk * rank_row(NR);
   static constexpr int kItems = kChunk * (8 * NR + 2);
+  using Sum = std::conditional_t<kBackward, float, T>;
 
   const ScanInputs<T>& p;
   const NormInputs<T>& norm;
@@ -77,26 +83,35 @@ struct FusedWarp {
 
   float* const stages = shared_memory();  // two, so that one fills while the other is read
   float* const tile = stages + 2 * kStage + warp * kTile;
-  float2* const moments = reinterpret_cast<float2*>(stages + 2 * kStage + warps * kTile);
+  float* const other_tile = tile + warps * kTile;  // going backward
+  float2* const moments = reinterpret_cast<float2*>(stages + 2 * kStage + (kBackward ? 2 : 1) * warps * kTile);
   float2* const sums = moments + warps * kChunk;
   float2* const own_norm = sums + warps * kChunk + warp * kChunk;
 
   RegisterWeights<NR> weights;
   Channel parameters;
   float state;
-  T next_x[kChunk];
+  T x[kChunk];
   float next_item;
-  float norm_weight, norm_bias, dnorm_weight = 0.f, dnorm_bias = 0.f;
+  float norm_weight, norm_bias, dnorm_weight, dnorm_bias;
 
   // Step k of 2 * chunks: first direction 1 from the last chunk to the first, then direction 0 back again.
   __device__ __forceinline__ int chunk_of(int k) const {
     return k < p.chunks() ? p.chunks() - 1 - k : k - p.chunks();
   }
   __device__ __forceinline__ int direction_of(int k) const { return k < p.chunks(); }
+  __device__ __forceinline__ bool is_last(int k) const { return k + 1 == 2 * p.chunks(); }
   __device__ __forceinline__ int valid(int chunk) const { return exists ? p.valid(chunk) : 0; }
   __device__ __forceinline__ float* stage_of(int k) const { return stages + k % 2 * kStage; }
   __device__ __forceinline__ int64_t at(int chunk, int row) const {
     return (image * p.length + chunk * kChunk) * row + channel;
+  }
+  // Direction 1 waits where the result goes: going forward in T, which rounds once more, as much as the result.
+  __device__ __forceinline__ Sum* sum_at(int chunk) const {
+    if constexpr (kBackward)
+      return out.dsum + at(chunk, p.channels);
+    else
+      return out.y + at(chunk, p.channels);
   }
 
   __device__ __forceinline__ void start_direction(int direction) {
@@ -111,48 +126,42 @@ struct FusedWarp {
     return staged_value<NR>(p.staged_from(image, chunk, direction_of(k)), p.width(), p.rank, p.valid(chunk), index);
   }
 
-  // Have step k's x and share of the stage on their way.
-  __device__ __forceinline__ void fetch(int k) {
-    const int chunk = chunk_of(k);
-    load_rows(p.x + at(chunk, p.x_row), p.x_row, valid(chunk), next_x);
+  // Have step k's share of the stage on its way, and later put it there.
+  __device__ __forceinline__ void fetch_stage(int k) {
     if (threadIdx.x < kItems)
       next_item = item(k, threadIdx.x);
   }
-
   __device__ __forceinline__ void put_stage(int k) {
     if (threadIdx.x < kItems)
       staged<NR>(stage_of(k), threadIdx.x) = next_item;
     for (int index = threadIdx.x + blockDim.x; index < kItems; index += blockDim.x)
       staged<NR>(stage_of(k), index) = item(k, index);
   }
-
-  // Step k: add C * state at every position to y, and skip * x.
-  template <int kDirection>
-  __device__ __forceinline__ void step(int k, float skip, float (&y)[kChunk]) {
-    if (kBackward && exists)
-      out.checkpoints[p.checkpoint(image, kDirection, chunk_of(k), channel)] = state;
-    float x[kChunk];
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      x[i] = static_cast<float>(next_x[i]);
-      y[i] = fmaf(skip, x[i], y[i]);
-    }
-    __syncthreads();
-    const bool is_last = k + 1 == 2 * p.chunks();
-    if (!is_last)
-      fetch(k + 1);
-    project<NR, kExact>(stage_of(k), weights, tile);
-    __syncwarp();
-    scan_chunk<NR, kExact, kDirection == 1>(tile, stage_of(k), parameters, x, state, y);
-    __syncwarp();
-    if (!is_last)
-      put_stage(k + 1);
+  __device__ __forceinline__ void fetch_x(int k) {
+    const int chunk = chunk_of(k);
+    load_rows(p.x + at(chunk, p.x_row), p.x_row, valid(chunk), x);
   }
 
-  // Mean over the channels and 1 / deviation of y at every position, to own_norm.
-  __device__ __forceinline__ void normalize(const float (&y)[kChunk]) {
-    put_column(tile, y);
+  // Step k: emit as scan_chunk does, and have the next step's inputs on their way.
+  template <int kDirection, typename Emit>
+  __device__ __forceinline__ void step(int k, Emit&& emit) {
+    if (kBackward && exists)
+      out.checkpoints[p.checkpoint(image, kDirection, chunk_of(k), channel)] = state;
+    __syncthreads();
+    if (!is_last(k))
+      fetch_stage(k + 1);
+    project<NR, kExact>(stage_of(k), weights, tile);
     __syncwarp();
+    scan_chunk<NR, kExact, kDirection == 1>(tile, stage_of(k), parameters, x, state, emit);
+    if (!is_last(k)) {
+      fetch_x(k + 1);
+      put_stage(k + 1);
+    }
+    __syncwarp();
+  }
+
+  // Mean over the channels and 1 / deviation of every position of the tile, to own_norm.
+  __device__ __forceinline__ void normalize() {
     const float2 own_moments = row_moments(tile, min(kLanes, p.channels - warp * kLanes));
     if (lane % 2 == 0)
       moments[warp * kChunk + lane / 2] = own_moments;
@@ -163,116 +172,99 @@ struct FusedWarp {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void gate_forward(int chunk, const T (&gate)[kChunk], float (&y)[kChunk]) {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const float2 mean_rstd = own_norm[i];
-      const float opening = static_cast<float>(gate[i]);
-      y[i] = fmaf((y[i] - mean_rstd.x) * mean_rstd.y, norm_weight, norm_bias) * opening * sigmoid(opening);
-    }
-    store_rows(out.y + at(chunk, p.channels), p.channels, valid(chunk), y);
+  __device__ __forceinline__ float normed(int i) const {
+    const float2 mean_rstd = own_norm[i];
+    return (tile[i * kTileRow + lane] - mean_rstd.x) * mean_rstd.y;
   }
 
-  // From y to its gradient.
-  __device__ __forceinline__ void gate_backward(int chunk, const T (&gate)[kChunk], float (&y)[kChunk]) {
-    T grad[kChunk];
-    load_rows(out.grad + at(chunk, out.grad_row), out.grad_row, valid(chunk), grad);
-    float dnormed[kChunk], values[kChunk];
+  // From the sum, in the tile, to y.
+  __device__ __forceinline__ void gate_forward(int chunk, const T (&gate)[kChunk]) {
+    RowWriter<T> y(out.y + at(chunk, p.channels), p.channels, valid(chunk));
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const float2 mean_rstd = own_norm[i];
-      y[i] = (y[i] - mean_rstd.x) * mean_rstd.y;
-      const GateGradient gradient = gate_gradient(static_cast<float>(grad[i]), static_cast<float>(gate[i]),
-                                                  fmaf(y[i], norm_weight, norm_bias));
-      values[i] = gradient.gate;
-      dnorm_weight = fmaf(gradient.normed, y[i], dnorm_weight);
-      dnorm_bias += gradient.normed;
-      dnormed[i] = gradient.normed * norm_weight;
+      const float opening = static_cast<float>(gate[i]);
+      y.put(i, fmaf(normed(i), norm_weight, norm_bias) * opening * sigmoid(opening));
     }
-    store_rows(out.dz + at(chunk, p.channels), p.channels, valid(chunk), values);
-    float2 own_sums;
-    put_column(tile, dnormed);
-    __syncwarp();
-    own_sums.x = row_sum(tile);
-    __syncwarp();
+  }
+
+  // From the sum, in the tile, to its gradient, and dz.
+  __device__ __forceinline__ void gate_backward(int chunk, const T (&gate)[kChunk]) {
+    const int own_valid = valid(chunk);
+    const int64_t own = at(chunk, p.channels);
+    T grad[kChunk];
+    load_rows(out.grad + at(chunk, out.grad_row), out.grad_row, own_valid, grad);
+    RowWriter<T> dz(out.dz + own, p.channels, own_valid);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      values[i] = dnormed[i] * y[i];
-    put_column(tile, values);
+    for (int i = 0; i < kChunk; ++i) {
+      const float own_normed = normed(i);
+      const GateGradient gradient = gate_gradient(
+          static_cast<float>(grad[i]), static_cast<float>(gate[i]), fmaf(own_normed, norm_weight, norm_bias));
+      dnorm_weight = fmaf(gradient.normed, own_normed, dnorm_weight);
+      dnorm_bias += gradient.normed;
+      tile[i * kTileRow + lane] = gradient.normed * norm_weight;
+      other_tile[i * kTileRow + lane] = own_normed;
+      dz.put(i, gradient.gate);
+    }
     __syncwarp();
-    own_sums.y = row_sum(tile);
+    const float2 own_sums = row_products(tile, other_tile);
     if (lane % 2 == 0)
       sums[warp * kChunk + lane / 2] = own_sums;
     __syncthreads();
     // Every warp has read the moments: the means may take the place of this warp's.
+    float2* const means = moments + warp * kChunk;
     const float2 total = combine_sums(sums, warps);
     if (lane < kChunk)
-      moments[warp * kChunk + lane] = make_float2(total.x / p.channels, total.y / p.channels);
+      means[lane] = make_float2(total.x / p.channels, total.y / p.channels);
     __syncwarp();
+    RowWriter<float> dsum(out.dsum + own, p.channels, own_valid);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const float2 means = moments[warp * kChunk + i];
-      y[i] = (dnormed[i] - means.x - y[i] * means.y) * own_norm[i].y;
+      const int here = i * kTileRow + lane;
+      dsum.put(i, (tile[here] - means[i].x - other_tile[here] * means[i].y) * own_norm[i].y);
     }
-    store_rows(out.dsum + at(chunk, p.channels), p.channels, valid(chunk), y);
   }
 
   __device__ __forceinline__ void run() {
     const int chunks = p.chunks();
     norm_weight = exists ? norm.weight[channel] : 0.f;
     norm_bias = exists ? norm.bias[channel] : 0.f;
+    dnorm_weight = dnorm_bias = 0.f;
     start_direction(1);
-    fetch(0);
+    fetch_stage(0);
+    fetch_x(0);
     put_stage(0);
     for (int k = 0; k < chunks; ++k) {
-      float y[kChunk] = {};
-      step<1>(k, 0.f, y);
-      keep(chunk_of(k), y);
+      RowWriter<Sum, true> sum(sum_at(chunk_of(k)), p.channels, valid(chunk_of(k)));
+      step<1>(k, [&](int i, float, float y) { sum.put(i, y); });
     }
     start_direction(0);
     const float skip = p.skip(channel);
     for (int k = chunks; k < 2 * chunks; ++k) {
-      float y[kChunk];
+      const int chunk = chunk_of(k);
+      Sum before[kChunk];
+      load_rows(sum_at(chunk), p.channels, valid(chunk), before);
+      step<0>(k, [&](int i, float own_x, float y) {
+        tile[i * kTileRow + lane] = fmaf(skip, own_x, y + static_cast<float>(before[i]));
+      });
       T gate[kChunk];
-      kept(chunk_of(k), y);
-      step<0>(k, skip, y);
-      load_rows(norm.z + at(chunk_of(k), norm.z_row), norm.z_row, valid(chunk_of(k)), gate);
-      normalize(y);
-      if (kBackward)
-        gate_backward(chunk_of(k), gate, y);
+      load_rows(norm.z + at(chunk, norm.z_row), norm.z_row, valid(chunk), gate);
+      normalize();
+      if constexpr (kBackward)
+        gate_backward(chunk, gate);
       else
-        gate_forward(chunk_of(k), gate, y);
+        gate_forward(chunk, gate);
+      __syncwarp();
     }
     if (kBackward && exists) {
       out.dnorm[image * 2 * p.channels + channel] = dnorm_weight;
       out.dnorm[(image * 2 + 1) * p.channels + channel] = dnorm_bias;
     }
   }
-
-  // Direction 1 waits where the result goes: going forward in T, which rounds once more, as much as the result.
-  __device__ __forceinline__ void keep(int chunk, const float (&y)[kChunk]) {
-    if (kBackward)
-      store_rows(out.dsum + at(chunk, p.channels), p.channels, valid(chunk), y);
-    else
-      store_rows(out.y + at(chunk, p.channels), p.channels, valid(chunk), y);
-  }
-
-  __device__ __forceinline__ void kept(int chunk, float (&y)[kChunk]) const {
-    if (kBackward) {
-      load_rows(out.dsum + at(chunk, p.channels), p.channels, valid(chunk), y);
-      return;
-    }
-    T before[kChunk];
-    load_rows(out.y + at(chunk, p.channels), p.channels, valid(chunk), before);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      y[i] = static_cast<float>(before[i]);
-  }
 };
 
 // Grid (B), a warp for every 32 channels.
-template <typename T, int NR, bool kBackward>
-__global__ void __launch_bounds__(kFusedThreads)
+template <typename T, int NR, bool kBackward, int kThreads>
+__global__ void __launch_bounds__(kThreads, kThreads == kSharingThreads ? 2 : 1)
 fused_kernel(const ScanInputs<T> p, const NormInputs<T> norm, const FusedOutputs<T> out) {
   FusedWarp<T, NR, kBackward> warp{p, norm, out};
   warp.run();

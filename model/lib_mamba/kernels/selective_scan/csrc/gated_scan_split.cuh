@@ -47,50 +47,51 @@ __device__ __forceinline__ float entering(const Passage* passages, const Place& 
 }
 
 template <int NR>
-__host__ __device__ constexpr int split_shared_floats(int warps, int segments) {
-  return warps * (kTile + kChunk * rank_row(NR)) + 2 * segments * 2 * kLanes;
+__host__ __device__ constexpr int split_shared_floats(int groups, int segments) {
+  return groups * kLanes * rank_row(NR) + groups * segments * (kChunk * rank_row(NR) + kTile) +
+      2 * segments * 2 * kLanes;
 }
 
 template <typename T, int NR>
 struct SplitWarp {
   static constexpr bool kExact = sizeof(T) == sizeof(float);
-  static constexpr int kItems = kChunk * (8 * NR + 2);
+  static constexpr int kOwn = kChunk * rank_row(NR) + kTile;
 
   const ScanInputs<T>& p;
   const Place place;
   const bool exists = place.channel < p.channels;
-  float* const stage = shared_memory() + threadIdx.x / kLanes * (kTile + kChunk * rank_row(NR));
+  float* const all_weights = shared_memory();
+  const SharedWeights<NR> weights{all_weights + place.group * kLanes * rank_row(NR)};
+  float* const all_stages = all_weights + place.groups * kLanes * rank_row(NR);
+  float* const stage = all_stages + threadIdx.x / kLanes * kOwn;
   float* const tile = stage + kChunk * rank_row(NR);
-  Passage* const passages = reinterpret_cast<Passage*>(
-      shared_memory() + blockDim.x / kLanes * (kTile + kChunk * rank_row(NR)));  // two directions
-
-  RegisterWeights<NR> weights;
+  Passage* const passages = reinterpret_cast<Passage*>(all_stages + blockDim.x / kLanes * kOwn);  // two directions
   Channel parameters;
 
   __device__ __forceinline__ void start_direction(int direction) {
-    const float* own_weight = p.dt_weight + static_cast<int64_t>(direction) * p.channels * p.rank;
-    weights.load(own_weight, place.channel - lane_index(), p.channels, p.rank);
+    put_weights<NR>(p, direction, blockIdx.y * place.groups * kLanes, place.groups * kLanes, all_weights);
     parameters.load(p.dt_bias, p.A_log, direction * p.channels + place.channel, exists);
   }
 
   __device__ __forceinline__ int64_t at(int chunk, int row) const {
     return (place.image * p.length + chunk * kChunk) * row + place.channel;
   }
+  __device__ __forceinline__ int valid(int chunk) const { return exists ? p.valid(chunk) : 0; }
 
-  // x of a chunk to registers, its time steps to the tile.
-  __device__ __forceinline__ void begin(int direction, int chunk, float (&x)[kChunk]) {
-    T raw[kChunk];
-    load_rows(p.x + at(chunk, p.x_row), p.x_row, exists ? p.valid(chunk) : 0, raw);
-    const T* from = p.staged_from(place.image, chunk, direction);
-    __syncwarp();
-    for (int item = lane_index(); item < kItems; item += kLanes)
-      staged<NR>(stage, item) = staged_value<NR>(from, p.width(), p.rank, p.valid(chunk), item);
-    __syncwarp();
+  // Chunk n of the segment, in travel.
+  template <int kDirection>
+  __device__ __forceinline__ int chunk_of(int n) const {
+    return kDirection ? place.first_chunk + place.last_chunk - 1 - n : n;
+  }
+
+  template <int kDirection, typename Emit>
+  __device__ __forceinline__ void step(int chunk, float& state, Emit&& emit) {
+    T x[kChunk];
+    load_rows(p.x + at(chunk, p.x_row), p.x_row, valid(chunk), x);
+    put_own_stage<NR>(p, place.image, chunk, kDirection, stage);
     project<NR, kExact>(stage, weights, tile);
     __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      x[i] = static_cast<float>(raw[i]);
+    scan_chunk<NR, kExact, kDirection == 1>(tile, stage, parameters, x, state, emit);
   }
 
   template <int kDirection>
@@ -98,15 +99,11 @@ struct SplitWarp {
     start_direction(kDirection);
     Passage own{1.f, 0.f};
     for (int n = place.first_chunk; n < place.last_chunk; ++n) {
-      float x[kChunk];
-      begin(kDirection, kDirection ? place.first_chunk + place.last_chunk - 1 - n : n, x);
-#pragma unroll
-      for (int step = 0; step < kChunk; ++step) {
-        const int i = kDirection ? kChunk - 1 - step : step;
+      step<kDirection>(chunk_of<kDirection>(n), own.added, [](int, float, float) {});
+#pragma unroll 4
+      for (int i = 0; i < kChunk; ++i) {
         const float s = softplus2<kExact>(tile[i * kTileRow + lane_index()] + parameters.bias);
-        const float decay = decay_of(s, parameters.A);
-        own.added = next_state(own.added, s, decay, stage[i * rank_row(NR) + 8 * NR], x[i]);
-        own.decay *= decay;
+        own.decay *= decay_of(s, parameters.A);
       }
     }
     passages[(kDirection * place.segments + place.segment) * kLanes + lane_index()] = own;
@@ -118,26 +115,25 @@ struct SplitWarp {
     float state = entering(passages + kDirection * place.segments * kLanes, place, kDirection);
     const float skip = kDirection ? 0.f : p.skip(place.channel);
     for (int n = place.first_chunk; n < place.last_chunk; ++n) {
-      const int chunk = kDirection ? place.first_chunk + place.last_chunk - 1 - n : n;
-      const int valid = exists ? p.valid(chunk) : 0;
+      const int chunk = chunk_of<kDirection>(n);
+      const int own_valid = valid(chunk);
+      float* const to = sum + at(chunk, p.channels);
       if (checkpoints && exists)
         checkpoints[p.checkpoint(place.image, kDirection, chunk, place.channel)] = state;
-      float x[kChunk], y[kChunk] = {};
-      if (!kDirection)
-        load_rows(sum + at(chunk, p.channels), p.channels, valid, y);
-      begin(kDirection, chunk, x);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        y[i] = fmaf(skip, x[i], y[i]);
-      scan_chunk<NR, kExact, kDirection == 1>(tile, stage, parameters, x, state, y);
-      store_rows(sum + at(chunk, p.channels), p.channels, valid, y);
+      float before[kChunk] = {};
+      if (kDirection == 0)
+        load_rows(to, p.channels, own_valid, before);
+      RowWriter<float, kDirection == 1> writer(to, p.channels, own_valid);
+      step<kDirection>(chunk, state, [&](int i, float x, float y) {
+        writer.put(i, kDirection ? y : fmaf(skip, x, y + before[i]));
+      });
     }
   }
 };
 
 // The sum of both directions (B, L, D); grid (B, blocks of channels). Checkpoints only if there is a place for them.
 template <typename T, int NR>
-__global__ void __launch_bounds__(kSplitThreads)
+__global__ void __launch_bounds__(kSplitThreads, 1)
 split_kernel(const ScanInputs<T> p, int segments, float* sum, float* checkpoints) {
   SplitWarp<T, NR> warp{p, Place(segments, p.chunks())};
   if (segments > 1) {

@@ -32,6 +32,31 @@ struct ScanInputs {
   }
 };
 
+// dt_weight * log2(e) of one direction and `count` channels to shared memory as SharedWeights takes it, by the block.
+template <int NR, typename T>
+__device__ __forceinline__ void
+put_weights(const ScanInputs<T>& p, int direction, int first_channel, int count, float* weights) {
+  __syncthreads();
+  for (int item = threadIdx.x; item < count * 8 * NR; item += blockDim.x) {
+    const int d = item / (8 * NR), r = item % (8 * NR);
+    const bool is_weight = first_channel + d < p.channels && r < p.rank;
+    const int64_t index = (static_cast<int64_t>(direction) * p.channels + first_channel + d) * p.rank + r;
+    weights[d * rank_row(NR) + r] = is_weight ? kLog2e * p.dt_weight[index] : 0.f;
+  }
+  __syncthreads();
+}
+
+// A chunk's staged projection by a warp for itself.
+template <int NR, typename T>
+__device__ __forceinline__ void
+put_own_stage(const ScanInputs<T>& p, int64_t image, int chunk, int direction, float* stage) {
+  const T* from = p.staged_from(image, chunk, direction);
+  __syncwarp();
+  for (int item = lane_index(); item < kChunk * (8 * NR + 2); item += kLanes)
+    staged<NR>(stage, item) = staged_value<NR>(from, p.width(), p.rank, p.valid(chunk), item);
+  __syncwarp();
+}
+
 template <typename T>
 struct NormInputs {
   const T* z;

@@ -20,9 +20,9 @@ __device__ __forceinline__ float softplus2(float w) {
   if (kExact) {
     s = kLog2e * log1pf(u);
   } else {
-    // Near 1 the logarithm has an absolute error, which would be a relative one of s.
-    const float series = 1.f - u * (0.5f - u * (0.33333333f - u * (0.25f - u * 0.2f)));
-    s = u < 0.0625f ? kLog2e * u * series : fast_log2(1.f + u);
+    // Near 1 the logarithm has an absolute error, which would be a relative one of s: a series for small u.
+    const float series = u * (kLog2e - u * (kLog2e / 2.f - u * (kLog2e / 3.f - u * (kLog2e / 4.f))));
+    s = u < 0.03125f ? series : fast_log2(1.f + u);
   }
   return w > 24.f ? w : s;
 }

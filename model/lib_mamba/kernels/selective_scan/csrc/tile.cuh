@@ -128,19 +128,19 @@ struct Channel {
   }
 };
 
-// Run a state through a chunk and add C * state to y. Positions past the end have x = 0 and do nothing: backwards
-// they come first, before there is a state; forwards nothing comes after them.
-template <int NR, bool kExact, bool kReverse>
+// Run a state through a chunk; emit(i, x, C * state) takes what comes of position i. Positions past the end have x = 0
+// and do nothing: backwards they come first, before there is a state; forwards nothing comes after them.
+template <int NR, bool kExact, bool kReverse, typename T, typename Emit>
 __device__ __forceinline__ void scan_chunk(
-    const float* tile, const float* stage, const Channel& channel, const float (&x)[kChunk], float& state,
-    float (&y)[kChunk]) {
+    const float* tile, const float* stage, const Channel& channel, const T (&x)[kChunk], float& state, Emit&& emit) {
 #pragma unroll
   for (int step = 0; step < kChunk; ++step) {
     const int i = kReverse ? kChunk - 1 - step : step;
+    const float own_x = static_cast<float>(x[i]);
     const float s = softplus2<kExact>(tile[i * kTileRow + lane_index()] + channel.bias);
     const float2 BC = *reinterpret_cast<const float2*>(stage + i * rank_row(NR) + 8 * NR);
-    state = next_state(state, s, decay_of(s, channel.A), BC.x, x[i]);
-    y[i] = fmaf(BC.y, state, y[i]);
+    state = next_state(state, s, decay_of(s, channel.A), BC.x, own_x);
+    emit(i, own_x, BC.y * state);
   }
 }
 
@@ -154,6 +154,22 @@ __device__ __forceinline__ float row_sum(const float* tile) {
     sum += (part.x + part.y) + (part.z + part.w);
   }
   return sum + __shfl_xor_sync(kWarp, sum, 1);
+}
+
+// Sums of one tile's values and of their products with another's, likewise.
+__device__ __forceinline__ float2 row_products(const float* tile, const float* other) {
+  const int start = lane_index() / 2 * kTileRow + lane_index() % 2 * 16;
+  float2 sums = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int i = 0; i < 16; i += 4) {
+    const float4 a = *reinterpret_cast<const float4*>(tile + start + i);
+    const float4 b = *reinterpret_cast<const float4*>(other + start + i);
+    sums.x += (a.x + a.y) + (a.z + a.w);
+    sums.y += fmaf(a.x, b.x, a.y * b.y) + fmaf(a.z, b.z, a.w * b.w);
+  }
+  sums.x += __shfl_xor_sync(kWarp, sums.x, 1);
+  sums.y += __shfl_xor_sync(kWarp, sums.y, 1);
+  return sums;
 }
 
 // Mean and sum of squared deviations over the first `columns` lanes, likewise. Deviations are taken from one of the
@@ -180,27 +196,36 @@ __device__ __forceinline__ float2 row_moments(const float* tile, int columns) {
   return make_float2(shift + mean, fmaf(-sum, mean, squares));
 }
 
-// A lane's 16 values to its column of the tile.
-__device__ __forceinline__ void put_column(float* tile, const float (&values)[kChunk]) {
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    tile[i * kTileRow + lane_index()] = values[i];
-}
-
-// 16 positions of one channel, `row` elements apart; zero past `valid`.
+// 16 positions of one channel, `row` elements apart; zero past `valid`. Addresses are counted up: as multiples of the row
+// the compiler would keep them all in registers.
 template <typename T>
 __device__ __forceinline__ void load_rows(const T* from, int row, int valid, T (&values)[kChunk]) {
+  if (valid == kChunk) {
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i)
-    values[i] = i < valid ? from[i * row] : static_cast<T>(0.f);
+    for (int i = 0; i < kChunk; ++i, from += row)
+      values[i] = *from;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i, from += row)
+      values[i] = i < valid ? *from : static_cast<T>(0.f);
+  }
 }
 
-template <typename T>
-__device__ __forceinline__ void store_rows(T* to, int row, int valid, const float (&values)[kChunk]) {
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i)
+// The address of a position that follows one row on, or back, each time it is taken.
+template <typename T, bool kReverse = false>
+struct RowWriter {
+  T* to;
+  const int row, valid;
+
+  __device__ __forceinline__ RowWriter(T* first, int row_, int valid_)
+      : to(kReverse ? first + (kChunk - 1) * row_ : first), row(row_), valid(valid_) {}
+
+  // Position i, in order.
+  __device__ __forceinline__ void put(int i, float value) {
     if (i < valid)
-      to[i * row] = static_cast<T>(values[i]);
-}
+      *to = static_cast<T>(value);
+    kReverse ? to -= row : to += row;
+  }
+};
 
 }  // namespace mobilemamba
