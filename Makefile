@@ -35,7 +35,7 @@ quickstart: setup ## Train and test MobileMamba-T2 on handwritten digits, in min
 
 # ninja compiles in parallel; the package is built against the environment's own torch.
 kernels: setup ## Build the compiled scans (needs a C++ compiler; FORCE_CUDA=1 adds CUDA)
-	$(PY) -m pip install --disable-pip-version-check --progress-bar off "setuptools>=80" wheel ninja
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off "setuptools>=80,<82" wheel ninja
 	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --force-reinstall --no-deps model/lib_mamba/kernels/selective_scan
 
 benchmark: setup-dev ## Measure speed in short runs; results go to benchmarks/results
