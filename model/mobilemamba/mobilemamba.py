@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import BatchNormLinear
+from ..recompute import recompute
 from . import fuse as folding
 from .blocks import Block, downsample, patch_embed
 
@@ -111,6 +112,7 @@ class MobileMamba(nn.Module):
                 for rate in rates[first : first + depth[stage]]
             ]
             setattr(self, f"blocks{stage + 1}", nn.Sequential(*layers))
+        self.grad_checkpointing = False
         self.distillation = distillation
         self.reset_classifier(num_classes)
 
@@ -128,6 +130,10 @@ class MobileMamba(nn.Module):
         self.head = head()
         if self.distillation:
             self.head_dist = head()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training: keep activations between layers alone, and compute the rest again."""
+        self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters that weight decay leaves alone beside biases and 1-D parameters: none."""
@@ -157,7 +163,7 @@ class MobileMamba(nn.Module):
         x = self._prepare(x)
         features = []
         for stage in stages[: max(wanted) + 1] if intermediates_only else stages:
-            x = stage(x)
+            x = self._run(stage, x)
             features.append(x)
         taken = [features[index] for index in wanted]
         return taken if intermediates_only else (x, taken)
@@ -166,9 +172,17 @@ class MobileMamba(nn.Module):
         """Return the last feature map: (B, in_chans, H, W) -> (B, C, H/64, W/64), rounded up."""
         x = self._prepare(x)
         x = self.patch_embed(x)
-        x = self.blocks1(x)
-        x = self.blocks2(x)
-        return self.blocks3(x)
+        x = self._run(self.blocks1, x)
+        x = self._run(self.blocks2, x)
+        return self._run(self.blocks3, x)
+
+    def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        """Run a stage; with gradient checkpointing, keep what stands between its layers and compute the rest again."""
+        if not self.grad_checkpointing or not torch.is_grad_enabled():
+            return stage(x)
+        for layer in stage:
+            x = recompute(layer, x)
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Pool the last feature map and classify it: (B, C, H, W) -> (B, num_classes), (B, C) if ``pre_logits``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -95,6 +97,21 @@ def test_fuse_keeps_the_dtype():
     assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         assert network(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)).isfinite().all()
+
+
+def test_gradient_checkpointing_changes_neither_gradients_nor_statistics():
+    torch.manual_seed(0)
+    plain = lively(create_model("mobilemamba_t2", num_classes=5, drop_path=0.0)).train()
+    frugal = copy.deepcopy(plain)
+    frugal.set_grad_checkpointing()
+    images = torch.randn(3, 3, 64, 96)
+    for network in (plain, frugal):
+        network(images).square().mean().backward()
+    for (name, expected), actual in zip(plain.named_parameters(), frugal.parameters(), strict=True):
+        if expected.requires_grad:
+            torch.testing.assert_close(actual.grad, expected.grad, msg=name)
+    for (name, expected), actual in zip(plain.named_buffers(), frugal.buffers(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, msg=name)
 
 
 def test_distillation_returns_both_heads_in_training_and_their_mean_in_evaluation():
