@@ -24,7 +24,7 @@ except ImportError as error:
     sys.exit(f"mobilemamba_kernels is built against the installed PyTorch: install torch first ({error})")
 
 VERSION = "1.0.0"
-SCHEMA = 1  # as in model/lib_mamba/compiled.py
+SCHEMA = 2  # as in model/lib_mamba/compiled.py
 FOLDER = Path(__file__).resolve().parent
 # Threads are PyTorch's, and so is the OpenMP library: compiled for it, but not linked to one of its own.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
