@@ -25,13 +25,16 @@ def recompute(layer: nn.Module, x: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _frozen_statistics(layer: nn.Module) -> Iterator[None]:
     """Keep the running statistics of all batch norms as they are, though they normalise by the batch."""
-    norms = [norm for norm in layer.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
+    before = [
+        (norm, norm.momentum, norm.num_batches_tracked, norm.num_batches_tracked.clone())
+        for norm in layer.modules()
+        if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None
+    ]
+    for norm, *_ in before:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
+        for norm, momentum, count, old_count in before:
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+            count.copy_(old_count)

@@ -6,7 +6,7 @@ gradients. Everything else is PyTorch's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,13 @@ def _wavelet(x: Tensor, weight: Tensor, base: Tensor) -> Tensor:
 
 def register_fakes() -> None:
     """Tell torch.compile the shapes that the operators give. Once: the library may have been loaded before."""
-    fakes = {"pointwise": _pointwise, "ffn": _ffn, "convs": _convs, "depthwise": _depthwise, "wavelet": _wavelet}
+    fakes: dict[str, Callable[..., Tensor]] = {
+        "pointwise": _pointwise,
+        "ffn": _ffn,
+        "convs": _convs,
+        "depthwise": _depthwise,
+        "wavelet": _wavelet,
+    }
     for name, fake in fakes.items():
         operator = f"mobilemamba_kernels::{name}"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "Meta"):

@@ -43,7 +43,8 @@ class Activation(IntEnum):
         return F.silu(x, inplace=True) if self is Activation.SILU else x
 
 
-def _frozen(tensor: Tensor) -> nn.Parameter:
+def _frozen(tensor: Tensor | None) -> nn.Parameter:
+    assert tensor is not None
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
@@ -98,7 +99,7 @@ class FoldedDepthwise(nn.Module):
             return kernels.depthwise(x, self.taps, self.bias, *affine)
         groups = len(self.weight)
         y = self.activation.apply(F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=groups))
-        if self.scale is None:
+        if self.scale is None or self.shift is None:
             return y
         # Multiplied, not convolved: some CPUs and sizes would do a depthwise 1 x 1 channel by channel.
         return torch.addcmul(self.shift.to(y.dtype).view(-1, 1, 1), y, self.scale.to(y.dtype).view(-1, 1, 1))

@@ -86,9 +86,10 @@ def _sequential(modules: nn.Sequential) -> nn.Module:
 
 
 def _block(block: Block) -> Block:
-    for depthwise, ffn in (("dw0", "ffn0"), ("dw1", "ffn1")):
-        getattr(block, ffn).depthwise = getattr(block, depthwise)
-        setattr(block, depthwise, nn.Identity())
+    """Give either feed-forward the depthwise convolution before it."""
+    if isinstance(block.dw0, FoldedDepthwise):
+        block.ffn0.depthwise, block.ffn1.depthwise = block.dw0, block.dw1
+        block.dw0 = block.dw1 = nn.Identity()
     return block
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from model.mobilemamba.wavelet import haar_filters, through_bands
 
 TOLERANCE = 2e-6
 # A map of one pixel, odd sides, images that do and do not divide among the threads.
-MAPS = [(1, 1, 1), (1, 3, 3), (2, 5, 7), (5, 8, 8), (1, 12, 12), (3, 17, 1)]
+MAPS = [(1, 1, 1), (4, 1, 1), (1, 3, 3), (2, 5, 7), (5, 8, 8), (1, 12, 12), (3, 17, 1)]
 
 
 @pytest.fixture
@@ -37,6 +38,13 @@ def feature_map(batch, height, width, channels, *, extra=0):
     """Random features; with ``extra``, a slice of the channels of a larger map."""
     whole = torch.randn(batch, channels + extra, height, width).contiguous(memory_format=torch.channels_last)
     return whole[:, :channels]
+
+
+def test_a_map_of_one_pixel_in_either_layout(kernels):
+    layer = FoldedPointwise(nn.Conv2d(5, 3, 1))
+    x = torch.randn(4, 5, 1, 1)
+    assert_close(layer(x), exactly(layer, x))
+    assert_close(layer(x.contiguous(memory_format=torch.channels_last)), exactly(layer, x))
 
 
 def assert_close(actual, expected):
@@ -74,7 +82,7 @@ def test_ffn(kernels, shape, channels, has_depthwise):
 @pytest.mark.parametrize("shape", [(1, 32, 32), (2, 33, 47), (8, 40, 35), (3, 1, 2)], ids=str)
 def test_convs(kernels, shape):
     widths = [3, 9, 18, 40]
-    convs = [nn.Conv2d(narrow, wide, 3, 2, 1) for narrow, wide in zip(widths, widths[1:], strict=False)]
+    convs = [nn.Conv2d(narrow, wide, 3, 2, 1) for narrow, wide in pairwise(widths)]
     layer = FoldedConvs(convs)
     x = torch.randn(shape[0], 3, *shape[1:])
     assert_close(layer(x), exactly(layer, x))

@@ -28,13 +28,18 @@ Tensor channels_last(const Tensor& x) {
   return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
+// The distance between neighbours in the sequence of all pixels; strides of sides of one pixel mean nothing.
+int64_t row_stride(const Tensor& map) {
+  return map.size(3) > 1 ? map.stride(3) : map.size(2) > 1 ? map.stride(2) : map.stride(0);
+}
+
 // Pixels at equal distances from the first to the last, so that a map is a matrix.
 Tensor as_rows(const Tensor& x) {
   const Tensor map = channels_last(x);
-  const bool is_even = (map.size(3) == 1 || map.size(2) == 1 || map.stride(2) == map.size(3) * map.stride(3)) &&
-                       (map.size(0) == 1 || map.stride(0) == map.size(2) * map.size(3) * map.stride(3)) &&
-                       map.size(3) > 1;
-  return is_even ? map : map.contiguous(at::MemoryFormat::ChannelsLast);
+  const int64_t H = map.size(2), W = map.size(3), stride = row_stride(map);
+  const bool is_even =
+      (H == 1 || map.stride(2) == W * stride) && (map.size(0) == 1 || map.stride(0) == H * W * stride);
+  return is_even ? map : map.permute({0, 2, 3, 1}).contiguous().permute({0, 3, 1, 2});
 }
 
 Tensor new_map(int64_t batch, int64_t channels, int64_t height, int64_t width) {
@@ -115,7 +120,7 @@ void multiply(const Dense& d, const float* x, int64_t stride, int64_t rows) {
 
 void add_residual(Dense& d, const Tensor& residual) {
   d.residual = residual.const_data_ptr<float>();
-  d.residual_row = residual.stride(3);
+  d.residual_row = row_stride(residual);
 }
 
 Tensor pointwise(
@@ -130,7 +135,7 @@ Tensor pointwise(
     TORCH_CHECK(added.sizes() == out.sizes(), "residual must be ", out.sizes(), ", got ", added.sizes());
     add_residual(d, added);
   }
-  multiply(d, rows.const_data_ptr<float>(), rows.stride(3), x.size(0) * x.size(2) * x.size(3));
+  multiply(d, rows.const_data_ptr<float>(), row_stride(rows), x.size(0) * x.size(2) * x.size(3));
   return out;
 }
 
@@ -218,6 +223,7 @@ Tensor ffn(
   const Tensor out = new_map(map.size(0), C, map.size(2), map.size(3));
   FeedForward f;
   f.x = map_of(map);
+  f.x.pixel = row_stride(map);
   f.widen = dense_of(first_weight, first_bias, C, kRelu);
   f.narrow = dense_of(second_weight, second_bias, hidden, kNone);
   TORCH_CHECK(f.narrow.columns == C, "the second product must lead back to ", C, " channels, got ", f.narrow.columns);
@@ -235,8 +241,8 @@ Tensor ffn(
   const Tensor between = floats(rows * hidden);
   f.widen.out = between.mutable_data_ptr<float>();
   f.narrow.residual = y.const_data_ptr<float>();
-  f.narrow.residual_row = y.stride(3);
-  multiply(f.widen, f.narrow.residual, y.stride(3), rows);
+  f.narrow.residual_row = row_stride(y);
+  multiply(f.widen, f.narrow.residual, row_stride(y), rows);
   multiply(f.narrow, f.widen.out, hidden, rows);
   return out;
 }
