@@ -20,10 +20,16 @@ _EPS, _REVERSE = 1e-5, [0, 1]
 
 
 def made_up_inputs(
-    dtype: torch.dtype, device: torch.device | str, *, length: int = 50, num_states: int = 1
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    batch: int = 2,
+    length: int = 50,
+    channels: int = 40,
+    rank: int = 3,
+    num_states: int = 1,
 ) -> list[Tensor]:
-    """Return the nine tensors of `gated_scan` for two images: sequences in a type, parameters in float32."""
-    batch, channels, rank = 2, 40, 3
+    """Return the nine tensors of `gated_scan` for two directions: sequences in a type, parameters in float32."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
