@@ -76,6 +76,7 @@ def exactness(device: str, lengths: Sequence[int]) -> list[Row]:
     Batches of 1 and float16, as bfloat16 in all but its conversions, are seen at every third length: Triton compiles
     kernels for each.
     """
+    names = backend_names(device)
     rows = []
     for dtype, (tolerance, gradient_tolerance) in TOLERANCES.items():
         for batch, channels in ((5, 37), (1, 224)):
@@ -84,7 +85,7 @@ def exactness(device: str, lengths: Sequence[int]) -> list[Row]:
                 tensors = made_up_inputs(dtype, device, batch=batch, length=length, channels=channels, rank=7)
                 with use_backend(backends.REFERENCE):
                     exact = _output_and_gradients([tensor.double() for tensor in tensors])
-                for name in backend_names(device):
+                for name in names:
                     with use_backend(name), _poisoned_memory():
                         actual = _output_and_gradients(tensors)
                     errors = [relative_error(*pair) for pair in zip(actual, exact, strict=True)]
@@ -189,6 +190,7 @@ def parity(device: str, cases: Sequence[str] = PARITY_CASES) -> list[Row]:
     kit = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kit)
     arrays = np.load(PARITY / "model_eval.npz")
+    names = backend_names(device)
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     rows = []
@@ -197,7 +199,7 @@ def parity(device: str, cases: Sequence[str] = PARITY_CASES) -> list[Row]:
             variant, shape, seed = case.split("_")
             image = kit.image(*map(int, shape.split("x")), int(seed.removeprefix("seed"))).to(device)
             expected = torch.from_numpy(arrays[f"{case}_logits"]).to(device).double()
-            for name in backend_names(device):
+            for name in names:
                 model = kit.fill_(create_model(f"MobileMamba_{variant}")).eval().to(device)
                 for is_fused in (False, True):
                     with use_backend(name), torch.no_grad():

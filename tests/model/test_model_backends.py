@@ -177,6 +177,27 @@ def test_a_backend_that_fails_on_a_gpu_is_passed_over_with_a_warning(name, funct
         backends.choose("cuda")
 
 
+def test_a_backend_that_takes_the_gpu_along_is_an_error_that_tells_the_way_out(only, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    only("cuda", "triton")
+    monkeypatch.setattr(self_check, "problem_of", lambda backend, device: "an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "zeros", fail)
+    with pytest.raises(RuntimeError, match=r"takes the GPU along .*scan_backend=reference"):
+        backends.choose("cuda")
+
+
+def test_while_a_graph_is_captured_nothing_is_tried(only, monkeypatch):
+    fakes = only("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backends.choose("cuda").name == "cuda"
+    assert fakes["cuda"].calls == 0
+
+
 def test_a_backend_that_passes_is_tried_once(only):
     fakes = only("cuda")
     assert backends.choose("cuda").name == "cuda"

@@ -68,7 +68,7 @@ def cuda_problem() -> str:
 
 def toolkit() -> Path:
     """Return the folder of the CUDA toolkit that nvcc itself uses: the nvcc on the path may be a script elsewhere."""
-    command = [Path(str(CUDA_HOME), "bin", "nvcc"), "--dryrun", "-E", "-x", "cu", os.devnull]
+    command = [str(Path(str(CUDA_HOME), "bin", "nvcc")), "--dryrun", "-E", "-x", "cu", os.devnull]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     here = re.search(r"^#\$ _HERE_=(.+)$", done.stdout + done.stderr, re.MULTILINE)
     return Path(here[1]).resolve().parent if here else Path(str(CUDA_HOME))
