@@ -21,7 +21,7 @@ from model.lib_mamba.self_check import made_up_inputs, problem_of, relative_erro
 
 from . import network
 
-__all__ = ["backend_names", "backends_found", "exactness", "operators", "parity", "repeatability"]
+__all__ = ["backends_found", "exactness", "operators", "parity", "repeatability"]
 
 Row = dict[str, Any]
 
@@ -33,24 +33,16 @@ PARITY = Path(__file__).resolve().parent.parent / "tests" / "parity"
 PARITY_CASES = ("T2_1x160x224_seed1", "B1_1x256x256_seed0")
 
 
-def backends_found(device: str) -> list[Row]:
-    """Return every backend: whether it can run, and what is wrong with it if it cannot be trusted."""
+def backends_found(device: str, names: Sequence[str]) -> list[Row]:
+    """Return what is known of backends: whether they can run, and what is wrong with one that cannot be trusted."""
     rows = []
-    for name in backends.NAMES:
+    for name in names:
         is_available, detail = backends.availability(name)
         if not backends.serves(name, device):
             continue
         problem = problem_of(backends._load(name), torch.device(device)) if is_available else ""
         rows.append({"backend": name, "detail": problem or detail, "passed": not problem if is_available else None})
     return rows
-
-
-def backend_names(device: str) -> list[str]:
-    """Return the backends that can run on the device and pass their own check."""
-    found = [row["backend"] for row in backends_found(device) if row["passed"]]
-    if not found:
-        raise RuntimeError(f"no backend works on {device}")
-    return found
 
 
 def _output_and_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -70,13 +62,12 @@ def _poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def exactness(device: str, lengths: Sequence[int]) -> list[Row]:
+def exactness(device: str, names: Sequence[str], lengths: Sequence[int]) -> list[Row]:
     """Compare output and all gradients with float64, for every backend, type and length, batches of 5 and 1.
 
     Batches of 1 and float16, as bfloat16 in all but its conversions, are seen at every third length: Triton compiles
     kernels for each.
     """
-    names = backend_names(device)
     rows = []
     for dtype, (tolerance, gradient_tolerance) in TOLERANCES.items():
         for batch, channels in ((5, 37), (1, 224)):
@@ -106,10 +97,10 @@ def exactness(device: str, lengths: Sequence[int]) -> list[Row]:
     return rows
 
 
-def repeatability(device: str, lengths: Sequence[int]) -> list[Row]:
+def repeatability(device: str, names: Sequence[str], lengths: Sequence[int]) -> list[Row]:
     """Compare three runs bit for bit."""
     rows = []
-    for name in backend_names(device):
+    for name in names:
         for dtype in TOLERANCES:
             is_same = True
             for length in lengths:
@@ -123,13 +114,13 @@ def repeatability(device: str, lengths: Sequence[int]) -> list[Row]:
     return rows
 
 
-def operators(device: str) -> list[Row]:
+def operators(device: str, names: Sequence[str]) -> list[Row]:
     """Run opcheck, torch.compile without graph breaks and, on a GPU, a CUDA graph."""
     checks: dict[str, Callable[[str], str]] = {"opcheck": _opcheck, "torch.compile": _compile}
     if device == "cuda":
         checks["CUDA graph"] = _graph
     rows = []
-    for name in backend_names(device):
+    for name in names:
         for check, run in checks.items():
             with use_backend(name):
                 try:
@@ -182,7 +173,7 @@ def _difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
     return "" if all(error < 5e-3 for error in errors) else f"differs by {max(errors):.1e}"  # TF32, perhaps
 
 
-def parity(device: str, cases: Sequence[str] = PARITY_CASES) -> list[Row]:
+def parity(device: str, names: Sequence[str], cases: Sequence[str] = PARITY_CASES) -> list[Row]:
     """Compare logits with the released network's own, in float32 proper."""
     spec = importlib.util.spec_from_file_location("parity_fill", PARITY / "fill.py")
     assert spec
@@ -190,7 +181,6 @@ def parity(device: str, cases: Sequence[str] = PARITY_CASES) -> list[Row]:
     kit = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kit)
     arrays = np.load(PARITY / "model_eval.npz")
-    names = backend_names(device)
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     rows = []

@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import create_model, list_models
-from model.lib_mamba import use_backend
+from model.lib_mamba import backends, set_backend, use_backend
 
 from . import gpu_checks, network, networks, scan, train_step
 from .common import (
@@ -70,6 +70,8 @@ class Scale:
         modes: Ways to run a network, as in `network.Case`, for throughput.
         latency_modes: The same for single images.
         parity_cases: Of the parity kit.
+        asked: Backends of the scan to look at.
+        backends: Those of them that can run and pass their trial, the fastest first.
     """
 
     variants: Sequence[str]
@@ -81,6 +83,8 @@ class Scale:
     modes: Sequence[str]
     latency_modes: Sequence[str]
     parity_cases: Sequence[str] = gpu_checks.PARITY_CASES
+    asked: Sequence[str] = backends.NAMES
+    backends: Sequence[str] = ()
 
 
 FULL = Scale(
@@ -119,7 +123,7 @@ def _verdict_on(value: float, aim: float | None, device: str) -> bool | None:
 def core(device: str, scale: Scale, plan: Plan) -> list[Row]:
     """Time all scans of a batch, per variant, beside a multiplication that reads and writes as much."""
     counts = {variant: scan.calls_of(variant) for variant in scale.variants}
-    names = ["floor", *gpu_checks.backend_names(device)]
+    names = ["floor", *scale.backends]
     seconds: dict[tuple[str, str, scan.Call], float] = {}
     for call, direction in itertools.product(
         dict.fromkeys(call for calls in counts.values() for call in calls), scan.FLOOR_TENSORS
@@ -225,7 +229,7 @@ def _network_seconds(variant: str, modes: Sequence[str], batch: int, device: str
 def training(device: str, scale: Scale, plan: Plan) -> list[Row]:
     """Time training steps on each backend, on a GPU in bf16 autocast and with the peak of memory."""
     rows = []
-    for variant, name in itertools.product(scale.few_variants, gpu_checks.backend_names(device)):
+    for variant, name in itertools.product(scale.few_variants, scale.backends):
         precision = "amp" if device == "cuda" else "fp32"
         case = train_step.Case(variant, "ours", precision, scale.train_batch, device, torch.get_num_threads())
         if device == "cuda":
@@ -239,9 +243,9 @@ def training(device: str, scale: Scale, plan: Plan) -> list[Row]:
 
 
 def float16(device: str, scale: Scale, plan: Plan) -> list[Row]:
-    """Train a little in float16 (on a CPU, bfloat16) with a gradient scaler: the loss has to fall, and stay finite."""
+    """Train a little in float16 (on a CPU, float32) with a gradient scaler: the loss has to fall, and stay finite."""
     rows = []
-    for name in gpu_checks.backend_names(device):
+    for name in scale.backends:
         with use_backend(name):
             losses, factor = _train_in_float16(device)
         is_well = all(map(math.isfinite, losses)) and losses[-1] < losses[0] and factor >= 1
@@ -256,11 +260,10 @@ def _train_in_float16(device: str) -> tuple[list[float], float]:
     scaler = torch.amp.GradScaler(device)
     images = torch.randn(2, 3, 64, 64, device=device)
     targets = torch.arange(2, device=device)
-    dtype = torch.float16 if device == "cuda" else torch.bfloat16
     losses = []
     for _ in range(5):
         optimizer.zero_grad()
-        with torch.autocast(device, dtype=dtype):
+        with torch.autocast(device, dtype=torch.float16, enabled=device == "cuda"):
             loss = F.cross_entropy(model(images), targets)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -289,13 +292,17 @@ def process_group(device: str, scale: Scale, plan: Plan) -> list[Row]:
     return [{"group": backend, "gradients": len(gradients), "passed": is_well}]
 
 
-Section = Callable[[str, Scale, Plan], list[Row]]
-SECTIONS: dict[str, Section] = {
-    "backends": lambda device, scale, plan: gpu_checks.backends_found(device),
-    "exactness": lambda device, scale, plan: gpu_checks.exactness(device, scale.lengths),
-    "repeatability": lambda device, scale, plan: gpu_checks.repeatability(device, scale.repeated_lengths),
-    "operators": lambda device, scale, plan: gpu_checks.operators(device),
-    "parity": lambda device, scale, plan: gpu_checks.parity(device, scale.parity_cases),
+def check(function: Callable[..., list[Row]], *fields: str) -> Callable[[str, Scale, Plan], list[Row]]:
+    """Return a check of `gpu_checks` as a section, given these fields of the scale."""
+    return lambda device, scale, plan: function(device, *(getattr(scale, field) for field in fields))
+
+
+SECTIONS: dict[str, Callable[[str, Scale, Plan], list[Row]]] = {
+    "backends": check(gpu_checks.backends_found, "asked"),
+    "exactness": check(gpu_checks.exactness, "backends", "lengths"),
+    "repeatability": check(gpu_checks.repeatability, "backends", "repeated_lengths"),
+    "operators": check(gpu_checks.operators, "backends"),
+    "parity": check(gpu_checks.parity, "backends", "parity_cases"),
     "core": core,
     "throughput": throughput,
     "latency": latency,
@@ -308,18 +315,38 @@ SECTIONS: dict[str, Section] = {
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the sections, print their tables, and keep the result file up to date; return what it holds."""
     plan = set_up(arguments, full=PLAN, quick=QUICK_PLAN)
+    asked = arguments.backends or backends.NAMES
+    scale = replace(QUICK if arguments.quick else FULL, asked=asked, backends=_usable(asked, arguments.device))
+    set_backend(scale.backends[0])
     machine = describe_machine(arguments.device)
     print(summary_line(machine))
     path = result_path(arguments, "gpu_report", machine)
     sections: dict[str, dict[str, Any]] = {}
     for name in arguments.sections:
-        sections[name] = _run_section(name, arguments.device, QUICK if arguments.quick else FULL, plan)
+        sections[name] = _run_section(name, arguments.device, scale, plan)
         saved = save_result(path, "gpu_report", machine, arguments, plan=vars(plan), sections=sections)
     rows = [_summary(name, section) for name, section in sections.items()]
     print("\nIn short\n")
     print(table(rows, ("section", "seconds", "passed", "failed", "failure")))
     print(f"\n{saved}")
     return {"benchmark": "gpu_report", "machine": machine, "sections": sections}
+
+
+def _usable(names: Sequence[str], device: str) -> list[str]:
+    """Return the backends that run on the device; at least one has to."""
+    usable = []
+    for name in names:
+        if backends.availability(name)[0] and backends.serves(name, device):
+            with use_backend(name):
+                try:
+                    backends.choose(device)
+                except RuntimeError as error:
+                    print(error)
+                    continue
+            usable.append(name)
+    if not usable:
+        raise SystemExit(f"none of {', '.join(names)} can run the scan on {device}")
+    return usable
 
 
 def _run_section(name: str, device: str, scale: Scale, plan: Plan) -> dict[str, Any]:
@@ -355,6 +382,12 @@ def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=backends.NAMES,
+        help="of the scan, to look at; the first one runs the networks (default: all that can run, the fastest first)",
+    )
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="what to do")
     arguments = parser.parse_args(command_line)
     if arguments.device == "cpu" and not arguments.quick:

@@ -7,8 +7,15 @@ import json
 import pytest
 
 from benchmarks import gpu_checks, gpu_report
+from model.lib_mamba import set_backend
 
 SHORT = ["--quick", "--device", "cpu", "--warmup", "0", "--seconds", "0", "--runs", "1"]
+
+
+@pytest.fixture(autouse=True)
+def restored_backend():
+    yield
+    set_backend(None)
 
 
 def report(tmp_path, *options):
@@ -39,16 +46,16 @@ def test_a_section_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
         raise RuntimeError("no kernel image\nand more")
 
     monkeypatch.setitem(gpu_report.SECTIONS, "core", fail)
-    sections = report(tmp_path, "--sections", "core", "backends")
+    sections = report(tmp_path, "--sections", "core", "backends", "--backends", "reference")
     assert sections["core"]["failure"] == "RuntimeError: no kernel image"
-    assert sections["backends"]["rows"]
+    assert [row["backend"] for row in sections["backends"]["rows"]] == ["reference"]
     monkeypatch.setattr(gpu_report, "run", lambda arguments: {"sections": sections})
     assert gpu_report.main(SHORT) == 1
 
 
 def test_wrong_results_are_noticed(monkeypatch):
     monkeypatch.setattr(gpu_checks, "TOLERANCES", dict.fromkeys(gpu_checks.TOLERANCES, (0.0, 0.0)))
-    assert not any(row["passed"] for row in gpu_checks.exactness("cpu", (3,)))
+    assert not any(row["passed"] for row in gpu_checks.exactness("cpu", ["reference"], (3,)))
 
 
 def test_without_a_gpu_it_has_to_be_the_quick_one(capsys):
