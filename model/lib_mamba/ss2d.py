@@ -53,6 +53,7 @@ class SS2D(nn.Module):
         num_directions = sum(len(directions) for _, directions in SCANS[scan])
         self.in_proj = ConvBN(channels, 2 * inner)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.act = nn.SiLU()
         bound = inner**-0.5  # nn.Linear's default
         self.x_proj_weight = nn.Parameter(
             torch.empty(num_directions, rank + 2 * d_state, inner).uniform_(-bound, bound)
@@ -66,7 +67,7 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=1)
-        x = F.silu(self.conv2d(x))
+        x = self.act(self.conv2d(x))
         y = self.scan_and_gate(x.permute(0, 2, 3, 1), z.permute(0, 2, 3, 1))
         return self.out_proj(y.permute(0, 3, 1, 2))
 

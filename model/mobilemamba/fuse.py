@@ -9,7 +9,18 @@ from torch import Tensor, nn
 
 from ..layers import BatchNormLinear, ConvBN, Residual
 from ..lib_mamba import SS2D
-from .mixer import MKDeConv
+from .blocks import FFN, Block, PatchMerging
+from .folded import (
+    Activation,
+    FoldedConvs,
+    FoldedDepthwise,
+    FoldedFFN,
+    FoldedMixer,
+    FoldedPointwise,
+    FoldedSqueezeExcite,
+    FoldedWTEMamba,
+)
+from .mixer import Mixer, MKDeConv
 from .wavelet import WTEMamba
 
 __all__ = ["fuse"]
@@ -38,33 +49,81 @@ def fuse(network: Network) -> Network:
 
 
 def _fold(module: nn.Module) -> nn.Module:
-    """Return what replaces a module whose children are folded already."""
+    """Return what replaces a module whose children are folded already: plain convolutions still, up to here."""
     if isinstance(module, ConvBN):
         return _conv_bn(module.c, module.bn)
     if isinstance(module, BatchNormLinear):
         return _bn_linear(module.bn, module.l)
+    if isinstance(module, MKDeConv):
+        affine = _conv_bn(module.dwconv1x1, module.bn2)
+        return FoldedDepthwise(_conv_bn(module.dwconv3x3, module.bn1), Activation.RELU, affine=affine)
+    if isinstance(module, WTEMamba):
+        return _wte_mamba(module)
+    if isinstance(module, PatchMerging):
+        return _patch_merging(module)
     if isinstance(module, Residual):
         return _residual(module)
-    if isinstance(module, MKDeConv):
-        pointwise = ChannelAffine(_conv_bn(module.dwconv1x1, module.bn2))
-        return nn.Sequential(_conv_bn(module.dwconv3x3, module.bn1), nn.ReLU(inplace=True), pointwise)
-    if isinstance(module, WTEMamba):
-        _scales(module)
-    if isinstance(module, SS2D):
-        _lay_out_time_steps(module)
-    return module
+    if isinstance(module, Block):
+        return _block(module)
+    return _sequential(module) if isinstance(module, nn.Sequential) else module
 
 
-class ChannelAffine(nn.Module):
-    """Scale and shift every channel, as a depthwise 1 x 1 convolution does: (B, C, H, W) -> (B, C, H, W)."""
+def _layer(conv: nn.Conv2d, activation: Activation = Activation.NONE) -> nn.Module:
+    return FoldedPointwise(conv, activation) if conv.groups == 1 else FoldedDepthwise(conv, activation)
 
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(conv.weight.view(1, -1, 1, 1), requires_grad=False)
-        self.bias = nn.Parameter(conv.bias.view(1, -1, 1, 1), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.bias.to(x.dtype), x, self.weight.to(x.dtype))
+def _sequential(modules: nn.Sequential) -> nn.Module:
+    """Fold the stem as a whole; elsewhere single convolutions, and a depthwise one with the feed-forward behind it."""
+    convs = [module for module in modules if isinstance(module, nn.Conv2d)]
+    if len(convs) > 1:
+        return FoldedConvs(convs).eval()
+    layers: list[nn.Module] = []
+    for module in modules:
+        if isinstance(module, FoldedFFN) and layers and isinstance(layers[-1], FoldedDepthwise):
+            module.depthwise = layers.pop()
+        layers.append(_layer(module) if isinstance(module, nn.Conv2d) else module)
+    return nn.Sequential(*layers).eval()
+
+
+def _block(block: Block) -> Block:
+    for depthwise, ffn in (("dw0", "ffn0"), ("dw1", "ffn1")):
+        getattr(block, ffn).depthwise = getattr(block, depthwise)
+        setattr(block, depthwise, nn.Identity())
+    return block
+
+
+def _patch_merging(module: PatchMerging) -> nn.Sequential:
+    excite = FoldedSqueezeExcite(FoldedPointwise(module.se.fc1, Activation.RELU), FoldedPointwise(module.se.fc2))
+    return nn.Sequential(
+        _layer(module.conv1, Activation.RELU), _layer(module.conv2, Activation.RELU), excite, _layer(module.conv3)
+    ).eval()
+
+
+def _residual(module: Residual) -> nn.Module:
+    """Give a branch its residual: a depthwise convolution in its own centre tap, the others as they end."""
+    branch = module.m
+    if isinstance(branch, FFN):
+        return FoldedFFN(None, FoldedPointwise(branch.pw1, Activation.RELU), FoldedPointwise(branch.pw2)).eval()
+    if isinstance(branch, Mixer):
+        mixer = branch.attn
+        return FoldedMixer(mixer.split, mixer.global_op, mixer.local_op, mixer.proj[1]).eval()
+    height, width = branch.kernel_size
+    weight = branch.weight.double()
+    weight[:, :, height // 2, width // 2] += 1
+    return FoldedDepthwise(_with_weights(branch, weight, branch.bias)).eval()
+
+
+def _wte_mamba(module: WTEMamba) -> FoldedWTEMamba:
+    """Fold the branch scales into the convolutions before them."""
+    scan, bands = module.global_atten, module.wavelet_convs[0]
+    factor = module.base_scale.weight.double().flatten()
+    weight = scan.out_proj.weight.double() * factor.view(-1, 1, 1, 1)
+    scan.out_proj = FoldedPointwise(_with_weights(scan.out_proj, weight, scan.out_proj.bias.double() * factor))
+    scan.in_proj = FoldedPointwise(scan.in_proj)
+    scan.conv2d, scan.act = FoldedDepthwise(scan.conv2d, Activation.SILU), nn.Identity()
+    _lay_out_time_steps(scan)
+    bands.weight.copy_(bands.weight.double() * module.wavelet_scale[0].weight.double().view(-1, 1, 1, 1))
+    return FoldedWTEMamba(scan, module.wt_filter, module.iwt_filter, bands.requires_grad_(False)).eval()
 
 
 def _affine(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -114,32 +173,6 @@ def _average(head: nn.Module, head_dist: nn.Module) -> nn.Module:
         return head
     weight = (head.weight.double() + head_dist.weight.double()) / 2
     return _linear(weight, (head.bias.double() + head_dist.bias.double()) / 2, head)
-
-
-def _residual(module: Residual) -> nn.Module:
-    """Fold a residual depthwise convolution into its own centre tap."""
-    conv = module.m
-    if not isinstance(conv, nn.Conv2d) or conv.groups != conv.in_channels:
-        return module
-    height, width = conv.kernel_size
-    weight = conv.weight.double()
-    weight[:, :, height // 2, width // 2] += 1
-    return _with_weights(conv, weight, conv.bias)
-
-
-def _scales(module: WTEMamba) -> None:
-    """Fold the branch scales into the convolutions before them."""
-    conv, scale = module.global_atten.out_proj, module.base_scale
-    if isinstance(scale, nn.Identity):
-        return
-    factor = scale.weight.double().flatten()
-    module.global_atten.out_proj = _with_weights(
-        conv, conv.weight.double() * factor.view(-1, 1, 1, 1), conv.bias.double() * factor
-    )
-    module.base_scale = nn.Identity()
-    band_conv, band_scale = module.wavelet_convs[0], module.wavelet_scale[0]
-    band_conv.weight.copy_(band_conv.weight.double() * band_scale.weight.double().view(-1, 1, 1, 1))
-    module.wavelet_scale[0] = nn.Identity()
 
 
 def _lay_out_time_steps(module: SS2D) -> None:

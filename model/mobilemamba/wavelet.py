@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..lib_mamba import SS2D
 
-__all__ = ["ChannelScale", "WTEMamba", "haar_filters"]
+__all__ = ["ChannelScale", "WTEMamba", "haar_filters", "through_bands"]
 
 
 def haar_filters(channels: int) -> Tensor:
@@ -71,10 +71,24 @@ class WTEMamba(nn.Module):
         return self.base_scale(self.global_atten(x)) + self.enhance(x)
 
     def enhance(self, x: Tensor) -> Tensor:
-        """Return the wavelet branch, (B, C, H, W) -> (B, C, H, W); odd sides are padded by a zero, then cropped."""
-        channels, height, width = x.shape[1:]
-        x = F.pad(x, (0, width % 2, 0, height % 2))
-        bands = F.conv2d(x, self.wt_filter, stride=2, groups=channels)
-        bands = self.wavelet_scale[0](self.wavelet_convs[0](bands))
-        x = F.conv_transpose2d(bands, self.iwt_filter, stride=2, groups=channels)
-        return x[..., :height, :width]
+        """Return the wavelet branch, (B, C, H, W) -> (B, C, H, W)."""
+        return through_bands(x, self.wt_filter, self.iwt_filter, self.wavelet_convs[0], self.wavelet_scale[0])
+
+
+def through_bands(x: Tensor, wt_filter: Tensor, iwt_filter: Tensor, *layers: nn.Module) -> Tensor:
+    """Take a map to its Haar bands, through layers, and back; odd sides are padded by a zero, then cropped.
+
+    Args:
+        x: (B, C, H, W).
+        wt_filter: See `haar_filters`.
+        iwt_filter: Likewise, for the way back.
+        *layers: What happens to the bands (B, 4C, H/2, W/2), one after the other.
+
+    Returns:
+        (B, C, H, W).
+    """
+    channels, height, width = x.shape[1:]
+    bands = F.conv2d(F.pad(x, (0, width % 2, 0, height % 2)), wt_filter, stride=2, groups=channels)
+    for layer in layers:
+        bands = layer(bands)
+    return F.conv_transpose2d(bands, iwt_filter, stride=2, groups=channels)[..., :height, :width]

@@ -3,7 +3,6 @@
 // Threads take whole images, or blocks of channels where there are few images. Sums over images and positions are
 // made in an order that does not depend on the number of threads: results are the same for any number.
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -13,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu_kernel.h"
+#include "cpu_dispatch.h"
 
 namespace mobilemamba {
 namespace {
@@ -22,21 +21,6 @@ using at::Tensor;
 
 constexpr int64_t kRows = 64;     // positions that are normalised as one piece of work
 constexpr int64_t kGroups = 64;   // partial sums of the parameters' gradients, at most one for each image
-
-// The fastest kernels that PyTorch's own choice of instruction set (ATEN_CPU_CAPABILITY) allows.
-const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
-#if defined(__x86_64__)
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512")
-      return avx512_kernels();
-    if (capability == "AVX2")
-      return avx2_kernels();
-#endif
-    return portable_kernels();
-  }();
-  return chosen;
-}
 
 Tensor floats(int64_t count) {
   return at::empty({count}, at::TensorOptions(at::kFloat));
@@ -377,8 +361,4 @@ TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
   m.impl("selective_scan_backward", mobilemamba::selective_scan_backward);
   m.impl("gated_scan", mobilemamba::gated_scan);
   m.impl("gated_scan_backward", mobilemamba::gated_scan_backward);
-}
-
-TORCH_LIBRARY_FRAGMENT(mobilemamba_kernels, m) {
-  m.def("cpu_capability() -> str", []() -> std::string { return mobilemamba::kernels().name; });
 }

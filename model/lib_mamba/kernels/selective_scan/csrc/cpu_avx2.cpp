@@ -19,12 +19,16 @@ namespace avx2 {
 
 #include "cpu_scan.h"
 
+#include "cpu_dense.h"
+
+#include "cpu_depthwise.h"
+
 }  // namespace avx2
 
 const Kernels& avx2_kernels() {
   static const Kernels kernels = {
       "AVX2", LANES, avx2::scan, avx2::finish, avx2::finish_backward, avx2::scan_backward,
-      avx2::num_blocks, avx2::work_size};
+      avx2::num_blocks, avx2::work_size, avx2::dense, avx2::depthwise, avx2::wavelet, avx2::wavelet_work_size};
   return kernels;
 }
 

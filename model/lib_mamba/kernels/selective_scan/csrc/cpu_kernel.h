@@ -42,6 +42,47 @@ struct ParameterSums {
   float *dt_weight, *dt_bias, *A_log, *D_skip;
 };
 
+enum Activation : int64_t { kNone = 0, kRelu = 1, kSilu = 2 };
+
+// A product of rows of numbers with a matrix, and what follows it: out = act(row . weight + bias) + residual. A row may
+// lie in several pieces, as the pixels under a convolution's kernel do.
+struct Dense {
+  int64_t depth, columns, width;  // the weight's rows are `width` apart: `columns` padded with zeros
+  int64_t pieces, piece_stride;   // `depth` numbers each,
+  int64_t weight_stride;          // and their rows of the weight, so far apart from piece to piece
+  const float* weight;            // (pieces, depth, width)
+  const float* bias;              // (columns)
+  Activation activation;
+  const float* residual;  // as out, rows residual_row apart; null for none
+  int64_t residual_row;
+  float* out;
+  int64_t out_row;
+};
+
+// Maps are channels-last, in floats; pixels, rows of pixels and images lie `pixel`, `row`, `image` floats apart.
+struct Map {
+  int64_t height, width, channels;
+  int64_t image, row, pixel;
+  float* data;
+};
+
+// out = act(depthwise convolution of x + bias), then times scale, plus shift where there is a scale.
+struct Depthwise {
+  Map x, out;
+  int64_t side, stride, padding;
+  const float* weight;  // (side, side, C)
+  const float* bias;    // (C)
+  Activation activation;
+  const float *scale, *shift;  // (C), or null
+};
+
+// out = base + inverse Haar transform of the depthwise convolution of the Haar bands of x.
+struct Wavelet {
+  Map x, base, out;
+  int64_t side;
+  const float* weight;  // (side, side, 4, C)
+};
+
 // The functions for one instruction set. A scratch image is L * padded(D) floats: block after block, rows within.
 struct Kernels {
   const char* name;
@@ -60,6 +101,13 @@ struct Kernels {
       float* work);
   int64_t (*num_blocks)(int64_t channels);
   int64_t (*work_size)(const Problem&, bool is_backward);  // floats
+  // Rows of x, `stride` apart, times columns [first, last), in units of `lanes`; row 0 belongs to row 0 of the output.
+  void (*dense)(const Dense&, const float* x, int64_t stride, int64_t rows, int64_t first, int64_t last);
+  // A row of pixels of one image, a block of channels.
+  void (*depthwise)(const Depthwise&, int64_t image, int64_t row, int64_t block);
+  // An image, `lanes` channels from `channel` on.
+  void (*wavelet)(const Wavelet&, int64_t image, int64_t channel, float* work);
+  int64_t (*wavelet_work_size)(const Wavelet&);  // floats
 };
 
 const Kernels& avx512_kernels();

@@ -10,12 +10,16 @@ namespace portable {
 
 #include "cpu_scan.h"
 
+#include "cpu_dense.h"
+
+#include "cpu_depthwise.h"
+
 }  // namespace portable
 
 const Kernels& portable_kernels() {
   static const Kernels kernels = {
       "portable", LANES, portable::scan, portable::finish, portable::finish_backward, portable::scan_backward,
-      portable::num_blocks, portable::work_size};
+      portable::num_blocks, portable::work_size, portable::dense, portable::depthwise, portable::wavelet, portable::wavelet_work_size};
   return kernels;
 }
 

@@ -56,6 +56,29 @@ INLINE void store_part(T* to, Vec value, int64_t count) {
   __builtin_memcpy(to, lanes, count * sizeof(T));
 }
 
+// For float, masks where the processor has them: no detour through memory.
+#if LANES == 16
+INLINE Vec load_part(const float* from, int64_t count) {
+  return _mm512_maskz_loadu_ps((1u << count) - 1, from);
+}
+
+INLINE void store_part(float* to, Vec value, int64_t count) {
+  _mm512_mask_storeu_ps(to, (1u << count) - 1, value);
+}
+#elif LANES == 8
+INLINE __m256i lane_mask(int64_t count) {
+  return (__m256i)(IntVec{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<int32_t>(count));
+}
+
+INLINE Vec load_part(const float* from, int64_t count) {
+  return _mm256_maskload_ps(from, lane_mask(count));
+}
+
+INLINE void store_part(float* to, Vec value, int64_t count) {
+  _mm256_maskstore_ps(to, lane_mask(count), value);
+}
+#endif
+
 // `count` lanes where IS_PART, else all of them.
 template <bool IS_PART, class T>
 INLINE Vec load(const T* from, int64_t count) {

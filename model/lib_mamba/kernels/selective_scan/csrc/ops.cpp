@@ -15,4 +15,14 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
       "gated_scan_backward(Tensor grad, Tensor x, Tensor z, Tensor projection, Tensor dt_weight, Tensor dt_bias, "
       "Tensor A_log, Tensor D_skip, Tensor norm_weight, Tensor norm_bias, float eps, int[] reverse) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The layers of a folded network. Activations: 0 none, 1 ReLU, 2 SiLU.
+  m.def("pointwise(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int activation) -> Tensor");
+  m.def(
+      "ffn(Tensor x, Tensor? taps, Tensor? taps_bias, Tensor first_weight, Tensor first_bias, Tensor second_weight, "
+      "Tensor second_bias) -> Tensor");
+  m.def("convs(Tensor x, Tensor[] weights, Tensor[] biases, int side, int stride, int padding) -> Tensor");
+  m.def(
+      "depthwise(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int stride, int padding, "
+      "int activation) -> Tensor");
+  m.def("wavelet(Tensor x, Tensor weight, Tensor base) -> Tensor");
 }

@@ -1,0 +1,370 @@
+// The layers of a folded network on the CPU: products with what follows them, depthwise convolutions, wavelet branch.
+// For inference in float32; maps are channels-last.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "cpu_dispatch.h"
+
+namespace mobilemamba {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kRows = 64;  // of a product, as one piece of work: what is made of them stays in the cache
+
+Tensor floats(int64_t count) {
+  return at::empty({count}, at::TensorOptions(at::kFloat));
+}
+
+// As it is where channels lie side by side, channel slices of a larger map included.
+Tensor channels_last(const Tensor& x) {
+  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "a map must be (B, C, H, W) in float32, got ", x.sizes());
+  return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// Pixels at equal distances from the first to the last, so that a map is a matrix.
+Tensor as_rows(const Tensor& x) {
+  const Tensor map = channels_last(x);
+  const bool is_even = (map.size(3) == 1 || map.size(2) == 1 || map.stride(2) == map.size(3) * map.stride(3)) &&
+                       (map.size(0) == 1 || map.stride(0) == map.size(2) * map.size(3) * map.stride(3)) &&
+                       map.size(3) > 1;
+  return is_even ? map : map.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+Tensor new_map(int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  return at::empty(
+      {batch, channels, height, width}, at::TensorOptions(at::kFloat), at::MemoryFormat::ChannelsLast);
+}
+
+Map map_of(const Tensor& x) {
+  return {x.size(2), x.size(3), x.size(1), x.stride(0), x.stride(2), x.stride(3),
+          const_cast<float*>(x.const_data_ptr<float>())};
+}
+
+Activation activation_of(int64_t number) {
+  TORCH_CHECK(number >= kNone && number <= kSilu, "activations are 0 (none), 1 (ReLU) and 2 (SiLU), got ", number);
+  return static_cast<Activation>(number);
+}
+
+void check_vector(const Tensor& tensor, int64_t size, const char* name) {
+  TORCH_CHECK(
+      tensor.scalar_type() == at::kFloat && tensor.is_contiguous() && tensor.numel() == size, name, " must be ", size,
+      " floats side by side, got ", tensor.sizes());
+}
+
+Dense dense_of(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t activation) {
+  TORCH_CHECK(
+      weight.dim() == 2 && weight.scalar_type() == at::kFloat && weight.is_contiguous() && weight.size(0) == depth &&
+          weight.size(1) % kColumns == 0 && bias.numel() <= weight.size(1),
+      "a weight must be (", depth, ", columns padded to a multiple of ", kColumns, "), got ", weight.sizes());
+  check_vector(bias, bias.numel(), "bias");
+  return {depth, bias.numel(), weight.size(1), 1, 0, 0, weight.const_data_ptr<float>(), bias.const_data_ptr<float>(),
+          activation_of(activation), nullptr, 0, nullptr, bias.numel()};
+}
+
+int64_t num_vectors(const Dense& d) {
+  return (d.columns + kernels().lanes - 1) / kernels().lanes;
+}
+
+int64_t num_threads() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+// Calls `body(first, last)` for pieces of about `size`, on all threads; as many pieces each where they are few.
+template <class Body>
+void for_pieces(int64_t count, int64_t size, Body body) {
+  const int64_t threads = num_threads();
+  int64_t pieces = (count + size - 1) / size;
+  if (pieces < 4 * threads)
+    pieces = std::min(count, (pieces + threads - 1) / threads * threads);
+  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      body(i * count / pieces, (i + 1) * count / pieces);
+  });
+}
+
+// Few rows are not worth a copy of the weights in every core's cache: there, threads take columns.
+bool has_rows_for_threads(int64_t rows) {
+  return rows >= kRows / 2 * num_threads();
+}
+
+Dense from_row(const Dense& d, int64_t row) {
+  Dense rest = d;
+  rest.out += row * d.out_row;
+  if (d.residual)
+    rest.residual += row * d.residual_row;
+  return rest;
+}
+
+void multiply(const Dense& d, const float* x, int64_t stride, int64_t rows) {
+  const Kernels& kernel = kernels();
+  if (has_rows_for_threads(rows)) {
+    for_pieces(rows, kRows, [&](int64_t first, int64_t last) {
+      kernel.dense(from_row(d, first), x + first * stride, stride, last - first, 0, num_vectors(d));
+    });
+    return;
+  }
+  at::parallel_for(0, num_vectors(d), 1, [&](int64_t begin, int64_t end) { kernel.dense(d, x, stride, rows, begin, end); });
+}
+
+void add_residual(Dense& d, const Tensor& residual) {
+  d.residual = residual.const_data_ptr<float>();
+  d.residual_row = residual.stride(3);
+}
+
+Tensor pointwise(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
+    int64_t activation) {
+  const Tensor rows = as_rows(x);
+  Dense d = dense_of(weight, bias, rows.size(1), activation);
+  const Tensor out = new_map(x.size(0), d.columns, x.size(2), x.size(3));
+  d.out = out.mutable_data_ptr<float>();
+  const Tensor added = residual ? as_rows(*residual) : Tensor();
+  if (residual) {
+    TORCH_CHECK(added.sizes() == out.sizes(), "residual must be ", out.sizes(), ", got ", added.sizes());
+    add_residual(d, added);
+  }
+  multiply(d, rows.const_data_ptr<float>(), rows.stride(3), x.size(0) * x.size(2) * x.size(3));
+  return out;
+}
+
+int64_t convolved(int64_t size, int64_t side, int64_t stride, int64_t padding) {
+  return (size + 2 * padding - side) / stride + 1;
+}
+
+Depthwise depthwise_of(
+    const Tensor& map, const Tensor& out, const Tensor& weight, const Tensor& bias, int64_t stride, int64_t padding,
+    int64_t activation) {
+  const int64_t C = map.size(1), side = weight.size(0);
+  check_vector(weight, side * side * C, "weight");
+  check_vector(bias, C, "bias");
+  return {map_of(map), map_of(out), side, stride, padding, weight.const_data_ptr<float>(),
+          bias.const_data_ptr<float>(), activation_of(activation), nullptr, nullptr};
+}
+
+Tensor depthwise(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation) {
+  const Tensor map = channels_last(x);
+  const int64_t C = map.size(1), height = convolved(map.size(2), weight.size(0), stride, padding);
+  const Tensor out = new_map(map.size(0), C, height, convolved(map.size(3), weight.size(0), stride, padding));
+  Depthwise d = depthwise_of(map, out, weight, bias, stride, padding, activation);
+  TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
+  if (scale) {
+    check_vector(*scale, C, "scale");
+    check_vector(*shift, C, "shift");
+    d.scale = scale->const_data_ptr<float>(), d.shift = shift->const_data_ptr<float>();
+  }
+  const Kernels& kernel = kernels();
+  const int64_t blocks = kernel.num_blocks(C);
+  at::parallel_for(0, map.size(0) * height * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernel.depthwise(d, i / blocks / height, i / blocks % height, i % blocks);
+  });
+  return out;
+}
+
+// y + second(relu(first(y))), where y is a depthwise convolution of x, or x itself. Neither y nor the wide rows between
+// the two products leave the cache.
+struct FeedForward {
+  const Kernels& kernel = kernels();
+  Dense widen{}, narrow{};
+  Depthwise before{};  // without weight: nothing comes before
+  Map x{};
+
+  // Pixels of whole rows [first, last) of the batch, a map's rows counted through.
+  void rows(int64_t first, int64_t last) const {
+    const int64_t width = x.width, count = (last - first) * width;
+    const Tensor scratch = floats(count * ((before.weight ? x.channels : 0) + widen.columns));
+    float* between = scratch.mutable_data_ptr<float>();
+    const float* from = x.data + first * width * x.pixel;
+    Dense wide = widen, back = from_row(narrow, first * width);
+    if (before.weight) {
+      float* y = between + count * widen.columns;
+      from = back.residual = y;
+      for (int64_t i = first; i < last; ++i)
+        convolve(y + (i - first) * width * x.channels, i / x.height, i % x.height);
+    } else {
+      back.residual = from;
+    }
+    const int64_t stride = before.weight ? x.channels : x.pixel;
+    back.residual_row = stride;
+    wide.out = between;
+    kernel.dense(wide, from, stride, count, 0, num_vectors(wide));
+    kernel.dense(back, between, widen.columns, count, 0, num_vectors(back));
+  }
+
+  // A row of the depthwise convolution, to where the first pixel of it belongs.
+  void convolve(float* to, int64_t image, int64_t row) const {
+    Depthwise d = before;
+    d.x.data += image * d.x.image;
+    d.out.data = to - row * d.out.row;
+    for (int64_t block = 0; block < kernel.num_blocks(x.channels); ++block)
+      kernel.depthwise(d, 0, row, block);
+  }
+};
+
+Tensor ffn(
+    const Tensor& x, const std::optional<Tensor>& taps, const std::optional<Tensor>& taps_bias,
+    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias) {
+  const Tensor map = as_rows(x);
+  const int64_t C = map.size(1), hidden = first_bias.numel(), rows = map.size(0) * map.size(2) * map.size(3);
+  const Tensor out = new_map(map.size(0), C, map.size(2), map.size(3));
+  FeedForward f;
+  f.x = map_of(map);
+  f.widen = dense_of(first_weight, first_bias, C, kRelu);
+  f.narrow = dense_of(second_weight, second_bias, hidden, kNone);
+  TORCH_CHECK(f.narrow.columns == C, "the second product must lead back to ", C, " channels, got ", f.narrow.columns);
+  f.narrow.out = out.mutable_data_ptr<float>();
+  f.narrow.residual = f.x.data;
+  TORCH_CHECK(taps.has_value() == taps_bias.has_value(), "taps and their bias go together");
+  if (taps)
+    f.before = depthwise_of(map, out, *taps, *taps_bias, 1, taps->size(0) / 2, kNone);
+  if (has_rows_for_threads(rows)) {
+    const int64_t width = std::max<int64_t>(f.x.width, 1), lines = rows / width;
+    for_pieces(lines, std::max<int64_t>(1, kRows / width), [&](int64_t first, int64_t last) { f.rows(first, last); });
+    return out;
+  }
+  const Tensor y = taps ? depthwise(map, *taps, *taps_bias, {}, {}, 1, taps->size(0) / 2, kNone) : map;
+  const Tensor between = floats(rows * hidden);
+  f.widen.out = between.mutable_data_ptr<float>();
+  f.narrow.residual = y.const_data_ptr<float>();
+  f.narrow.residual_row = y.stride(3);
+  multiply(f.widen, f.narrow.residual, y.stride(3), rows);
+  multiply(f.narrow, f.widen.out, hidden, rows);
+  return out;
+}
+
+struct Range {
+  int64_t first, last;
+};
+
+// Which taps of a kernel that begins at `start` lie on a side of `size` pixels.
+Range inside(int64_t start, int64_t side, int64_t size) {
+  return {std::max<int64_t>(0, -start), std::min(side, size - start)};
+}
+
+// A dense convolution of one image: each row of pixels under the kernel is a piece of a row of the product. Pieces off the map fall
+// away; where the kernel is cut at the left or right, the piece is shorter.
+struct Convolution {
+  Dense whole;
+  Map x{};
+  int64_t side, stride, padding, height, width;
+
+  void columns(int64_t row, Range vertical, int64_t first, int64_t last) const {
+    const Kernels& kernel = kernels();
+    const int64_t top = row * stride - padding, left = first * stride - padding;
+    const Range horizontal = inside(left, side, x.width);
+    Dense d = from_row(whole, row * width + first);
+    const float* from = x.data + (top + vertical.first) * x.row + (left + horizontal.first) * x.pixel;
+    d.pieces = vertical.last - vertical.first;
+    d.piece_stride = x.row;
+    d.depth = (horizontal.last - horizontal.first) * x.channels;
+    d.weight += (vertical.first * side + horizontal.first) * x.channels * d.width;
+    d.weight_stride = side * x.channels * d.width;
+    kernel.dense(d, from, stride * x.pixel, last - first, 0, num_vectors(d));
+  }
+
+  void row(int64_t row) const {
+    const Range vertical = inside(row * stride - padding, side, x.height);
+    const int64_t first = std::min(width, (padding + stride - 1) / stride);
+    const int64_t last = std::max(first, std::min(width, (x.width - side + padding) / stride + 1));
+    for (int64_t column = 0; column < first; ++column)
+      columns(row, vertical, column, column + 1);
+    if (first < last)
+      columns(row, vertical, first, last);
+    for (int64_t column = last; column < width; ++column)
+      columns(row, vertical, column, column + 1);
+  }
+};
+
+Convolution convolution_of(
+    const Map& map, const Tensor& weight, const Tensor& bias, int64_t side, int64_t stride, int64_t padding,
+    Activation activation) {
+  return {dense_of(weight, bias, side * side * map.channels, activation), map, side, stride, padding,
+          convolved(map.height, side, stride, padding), convolved(map.width, side, stride, padding)};
+}
+
+Map compact(int64_t channels, int64_t height, int64_t width, float* data) {
+  return {height, width, channels, height * width * channels, width * channels, channels, data};
+}
+
+// Convolutions one after the other, a ReLU between them, image by image: what is between them stays in the cache.
+Tensor convs(
+    const Tensor& x, at::TensorList weights, at::TensorList biases, int64_t side, int64_t stride, int64_t padding) {
+  TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "there must be as many biases as weights");
+  const Tensor pixels = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const Map map = map_of(pixels);
+  std::vector<Convolution> layers;
+  int64_t largest = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const bool is_last = i + 1 == weights.size();
+    const Map from = i == 0 ? map : compact(layers[i - 1].whole.columns, layers[i - 1].height, layers[i - 1].width, nullptr);
+    layers.push_back(convolution_of(from, weights[i], biases[i], side, stride, padding, is_last ? kNone : kRelu));
+    if (!is_last)
+      largest = std::max(largest, layers[i].height * layers[i].width * layers[i].whole.columns);
+  }
+  const Convolution& last = layers.back();
+  const Tensor out = new_map(x.size(0), last.whole.columns, last.height, last.width);
+  float* to = out.mutable_data_ptr<float>();
+  const auto run = [&](int64_t image, float* scratch, const auto& for_lines) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      Convolution c = layers[i];
+      c.x.data = i == 0 ? map.data + image * map.image : scratch + (i + 1) % 2 * largest;
+      c.whole.out = scratch + i % 2 * largest;
+      if (i + 1 == layers.size())
+        c.whole.out = to + image * c.height * c.width * c.whole.columns;
+      for_lines(c.height, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+          c.row(row);
+      });
+    }
+  };
+  if (x.size(0) % num_threads() == 0 || x.size(0) >= 4 * num_threads()) {
+    at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+      const Tensor scratch = floats(2 * largest);
+      for (int64_t image = begin; image < end; ++image)
+        run(image, scratch.mutable_data_ptr<float>(), [](int64_t rows, const auto& body) { body(0, rows); });
+    });
+    return out;
+  }
+  const Tensor scratch = floats(2 * largest);
+  for (int64_t image = 0; image < x.size(0); ++image)
+    run(image, scratch.mutable_data_ptr<float>(),
+        [](int64_t rows, const auto& body) { at::parallel_for(0, rows, 1, body); });
+  return out;
+}
+
+Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
+  const Tensor map = channels_last(x), below = channels_last(base);
+  const int64_t C = map.size(1), side = weight.size(0);
+  check_vector(weight, side * side * 4 * C, "weight");
+  TORCH_CHECK(below.sizes() == map.sizes(), "base must be ", map.sizes(), ", got ", below.sizes());
+  const Tensor out = new_map(map.size(0), C, map.size(2), map.size(3));
+  const Wavelet w{map_of(map), map_of(below), map_of(out), side, weight.const_data_ptr<float>()};
+  const Kernels& kernel = kernels();
+  const int64_t pieces = (C + kernel.lanes - 1) / kernel.lanes;
+  at::parallel_for(0, map.size(0) * pieces, 1, [&](int64_t begin, int64_t end) {
+    const Tensor work = floats(kernel.wavelet_work_size(w));
+    for (int64_t i = begin; i < end; ++i)
+      kernel.wavelet(w, i / pieces, i % pieces * kernel.lanes, work.mutable_data_ptr<float>());
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace mobilemamba
+
+TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
+  m.impl("pointwise", mobilemamba::pointwise);
+  m.impl("ffn", mobilemamba::ffn);
+  m.impl("convs", mobilemamba::convs);
+  m.impl("depthwise", mobilemamba::depthwise);
+  m.impl("wavelet", mobilemamba::wavelet);
+}

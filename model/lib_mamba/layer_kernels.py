@@ -1,0 +1,89 @@
+"""The compiled kernels for a folded network's layers on a CPU: when they run, and what they give a tracer.
+
+They come with the compiled scan (`mobilemamba_kernels`), and run where it does: on a CPU, in float32, without
+gradients. Everything else is PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+__all__ = ["layer_kernels", "pad_columns", "register_fakes"]
+
+COLUMNS = 16  # what the kernels want the rows of a weight padded to
+
+
+def layer_kernels(x: Tensor) -> Any | None:
+    """Return the namespace of the operators if they are to run on ``x``, else None."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return None
+    if (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_exporting() or not _is_chosen():
+        return None
+    return torch.ops.mobilemamba_kernels
+
+
+@torch.compiler.assume_constant_result
+def _is_chosen() -> bool:
+    return backends.choose("cpu").name == "cpu"
+
+
+def pad_columns(weight: Tensor) -> Tensor:
+    """Return a matrix (K, N) with its rows padded by zeros to whole vectors of any processor."""
+    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % COLUMNS)).contiguous()
+
+
+def _new_map(x: Tensor, channels: int, height: Any, width: Any) -> Tensor:
+    return x.new_empty((x.shape[0], channels, height, width)).contiguous(memory_format=torch.channels_last)
+
+
+def _convolved(x: Tensor, channels: int, side: int, stride: int, padding: int) -> Tensor:
+    height, width = ((size + 2 * padding - side) // stride + 1 for size in x.shape[2:])
+    return _new_map(x, channels, height, width)
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: int) -> Tensor:
+    return _new_map(x, bias.shape[0], *x.shape[2:])
+
+
+def _ffn(x: Tensor, *weights: Tensor | None) -> Tensor:
+    return _new_map(x, *x.shape[1:])
+
+
+def _convs(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], side: int, stride: int, padding: int
+) -> Tensor:
+    for bias in biases:
+        x = _convolved(x, bias.shape[0], side, stride, padding)
+    return x
+
+
+def _depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: int,
+    padding: int,
+    activation: int,
+) -> Tensor:
+    return _convolved(x, x.shape[1], weight.shape[0], stride, padding)
+
+
+def _wavelet(x: Tensor, weight: Tensor, base: Tensor) -> Tensor:
+    return _new_map(x, *x.shape[1:])
+
+
+def register_fakes() -> None:
+    """Tell torch.compile the shapes that the operators give. Once: the library may have been loaded before."""
+    fakes = {"pointwise": _pointwise, "ffn": _ffn, "convs": _convs, "depthwise": _depthwise, "wavelet": _wavelet}
+    for name, fake in fakes.items():
+        operator = f"mobilemamba_kernels::{name}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "Meta"):
+            torch.library.register_fake(operator, fake)

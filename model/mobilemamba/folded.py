@@ -1,0 +1,203 @@
+"""Layers of a folded network: convolutions with the bias, activation and residual that belong to them.
+
+Each runs on the compiled kernels where they are at hand (`layer_kernels`), and on PyTorch everywhere else.
+B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..lib_mamba import SS2D
+from ..lib_mamba.layer_kernels import layer_kernels, pad_columns
+from .wavelet import through_bands
+
+__all__ = [
+    "Activation",
+    "FoldedConvs",
+    "FoldedDepthwise",
+    "FoldedFFN",
+    "FoldedMixer",
+    "FoldedPointwise",
+    "FoldedSqueezeExcite",
+    "FoldedWTEMamba",
+]
+
+
+class Activation(IntEnum):
+    """What follows a convolution, by the kernels' numbers."""
+
+    NONE = 0
+    RELU = 1
+    SILU = 2
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the activated map, in place of the old one."""
+        if self is Activation.RELU:
+            return F.relu(x, inplace=True)
+        return F.silu(x, inplace=True) if self is Activation.SILU else x
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+class FoldedPointwise(nn.Module):
+    """1 x 1 convolution as a product of matrices: (B, C, H, W) -> (B, C', H, W), plus a residual if one is given.
+
+    Args:
+        conv: 1 x 1, of stride 1, with bias.
+        activation: What follows, before the residual is added.
+    """
+
+    def __init__(self, conv: nn.Conv2d, activation: Activation = Activation.NONE) -> None:
+        super().__init__()
+        self.activation = activation
+        self.weight = _frozen(pad_columns(conv.weight.flatten(1).t()))  # (C, C' padded)
+        self.bias = _frozen(conv.bias)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        kernels = layer_kernels(x)
+        if kernels is not None:
+            return kernels.pointwise(x, self.weight, self.bias, residual, int(self.activation))
+        y = F.linear(x.permute(0, 2, 3, 1), self.weight[:, : len(self.bias)].t(), self.bias).permute(0, 3, 1, 2)
+        y = self.activation.apply(y)
+        return y if residual is None else y + residual
+
+
+class FoldedDepthwise(nn.Module):
+    """Depthwise convolution: (B, C, H, W) -> (B, C, H', W'), then scaled and shifted if so asked.
+
+    Args:
+        conv: Depthwise, with a square kernel and bias.
+        activation: What follows.
+        affine: Depthwise 1 x 1 convolution with bias that follows the activation.
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, activation: Activation = Activation.NONE, *, affine: nn.Conv2d | None = None
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.stride, self.padding = conv.stride[0], conv.padding[0]
+        self.weight = _frozen(conv.weight)
+        self.bias = _frozen(conv.bias)
+        self.register_buffer("taps", conv.weight.squeeze(1).permute(1, 2, 0).contiguous())
+        self.scale = None if affine is None else _frozen(affine.weight.flatten())
+        self.shift = None if affine is None else _frozen(affine.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernels = layer_kernels(x)
+        if kernels is not None:
+            affine = (self.scale, self.shift, self.stride, self.padding, int(self.activation))
+            return kernels.depthwise(x, self.taps, self.bias, *affine)
+        groups = len(self.weight)
+        y = self.activation.apply(F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=groups))
+        if self.scale is None:
+            return y
+        # Multiplied, not convolved: some CPUs and sizes would do a depthwise 1 x 1 channel by channel.
+        return torch.addcmul(self.shift.to(y.dtype).view(-1, 1, 1), y, self.scale.to(y.dtype).view(-1, 1, 1))
+
+
+class FoldedFFN(nn.Module):
+    """Feed-forward with its residual, and the depthwise convolution before it: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, depthwise: FoldedDepthwise | None, widen: FoldedPointwise, narrow: FoldedPointwise) -> None:
+        super().__init__()
+        self.depthwise = depthwise
+        self.widen = widen
+        self.narrow = narrow
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernels = layer_kernels(x)
+        if kernels is not None:
+            before = (None, None) if self.depthwise is None else (self.depthwise.taps, self.depthwise.bias)
+            products = (self.widen.weight, self.widen.bias, self.narrow.weight, self.narrow.bias)
+            return kernels.ffn(x, *before, *products)
+        if self.depthwise is not None:
+            x = self.depthwise(x)
+        return self.narrow(self.widen(x), x)
+
+
+class FoldedConvs(nn.Module):
+    """Convolutions over all channels, one after the other, a ReLU between them: (B, C, H, W) -> (B, C', H', W').
+
+    Args:
+        convs: With square kernels alike, and bias.
+    """
+
+    def __init__(self, convs: Sequence[nn.Conv2d]) -> None:
+        super().__init__()
+        first = convs[0]
+        self.shape = (first.kernel_size[0], first.stride[0], first.padding[0])
+        self.weights = nn.ParameterList(_frozen(conv.weight) for conv in convs)
+        self.biases = nn.ParameterList(_frozen(conv.bias) for conv in convs)
+        self.columns = nn.ParameterList(  # (H C W of the kernel, C' padded)
+            _frozen(pad_columns(conv.weight.permute(2, 3, 1, 0).flatten(0, 2))) for conv in convs
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernels = layer_kernels(x)
+        if kernels is not None:
+            return kernels.convs(x, list(self.columns), list(self.biases), *self.shape)
+        _, stride, padding = self.shape
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = F.conv2d(F.relu(x, inplace=True) if index else x, weight, bias, stride, padding)
+        return x
+
+
+class FoldedSqueezeExcite(nn.Module):
+    """Squeeze-excite: every channel times what the means of all say: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, reduce: FoldedPointwise, expand: FoldedPointwise) -> None:
+        super().__init__()
+        self.reduce = reduce
+        self.expand = expand
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.expand(self.reduce(x.mean((2, 3), keepdim=True)))
+        return x * gate.sigmoid()
+
+
+class FoldedWTEMamba(nn.Module):
+    """Scan plus the wavelet branch, with their scales folded: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, scan: SS2D, wt_filter: Tensor, iwt_filter: Tensor, bands: nn.Conv2d) -> None:
+        super().__init__()
+        self.global_atten = scan
+        self.wt_filter = _frozen(wt_filter)
+        self.iwt_filter = _frozen(iwt_filter)
+        self.bands = bands
+        channels, side = len(bands.weight) // 4, bands.kernel_size[0]
+        taps = bands.weight.view(channels, 4, side, side).permute(2, 3, 1, 0).flatten(2).contiguous()
+        self.register_buffer("taps", taps)  # (H, W of the kernel, bands and channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.global_atten(x)
+        kernels = layer_kernels(x)
+        if kernels is not None:
+            return kernels.wavelet(x, self.taps, y)
+        return y + through_bands(x, self.wt_filter, self.iwt_filter, self.bands)
+
+
+class FoldedMixer(nn.Module):
+    """The three branches, their projection and the residual around them: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(
+        self, split: tuple[int, int, int], global_op: nn.Module, local_op: nn.Module, proj: FoldedPointwise
+    ) -> None:
+        super().__init__()
+        self.split = split
+        self.global_op = global_op
+        self.local_op = local_op
+        self.proj = proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_global, x_local, x_identity = x.split(self.split, dim=1)
+        y = torch.cat([self.global_op(x_global), self.local_op(x_local), x_identity], dim=1)
+        return self.proj(F.relu(y, inplace=True), x)

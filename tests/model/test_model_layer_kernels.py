@@ -1,0 +1,201 @@
+"""The compiled layers of a folded network against float64, and when they run."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import create_model
+from model.lib_mamba import backends, use_backend
+from model.lib_mamba.layer_kernels import layer_kernels
+from model.mobilemamba.folded import Activation, FoldedConvs, FoldedDepthwise, FoldedFFN, FoldedPointwise
+from model.mobilemamba.wavelet import haar_filters, through_bands
+
+TOLERANCE = 2e-6
+# A map of one pixel, odd sides, images that do and do not divide among the threads.
+MAPS = [(1, 1, 1), (1, 3, 3), (2, 5, 7), (5, 8, 8), (1, 12, 12), (3, 17, 1)]
+
+
+@pytest.fixture
+def kernels():
+    is_available, reason = backends.availability("cpu")
+    if not is_available:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    # Fills what the kernels allocate with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with use_backend("cpu"), torch.inference_mode():
+        yield torch.ops.mobilemamba_kernels
+    torch.use_deterministic_algorithms(False)
+
+
+def feature_map(batch, height, width, channels, *, extra=0):
+    """Random features; with ``extra``, a slice of the channels of a larger map."""
+    whole = torch.randn(batch, channels + extra, height, width).contiguous(memory_format=torch.channels_last)
+    return whole[:, :channels]
+
+
+def assert_close(actual, expected):
+    assert actual.dtype == torch.float32
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert (actual.double() - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def exactly(module, *inputs):
+    """What a module gives in float64, where no kernel runs."""
+    return copy.deepcopy(module).double()(*(x.double() for x in inputs))
+
+
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+@pytest.mark.parametrize(("channels", "out"), [(5, 3), (37, 16), (64, 49), (72, 130)])
+@pytest.mark.parametrize("activation", Activation)
+def test_pointwise(kernels, shape, channels, out, activation):
+    layer = FoldedPointwise(nn.Conv2d(channels, out, 1), activation)
+    x, residual = feature_map(*shape, channels, extra=4), feature_map(*shape, out, extra=1)
+    assert_close(layer(x), exactly(layer, x))
+    assert_close(layer(x, residual), exactly(layer, x, residual))
+
+
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+@pytest.mark.parametrize("channels", [5, 48, 75])
+@pytest.mark.parametrize("has_depthwise", [False, True])
+def test_ffn(kernels, shape, channels, has_depthwise):
+    depthwise = FoldedDepthwise(nn.Conv2d(channels, channels, 3, padding=1, groups=channels)) if has_depthwise else None
+    widen = FoldedPointwise(nn.Conv2d(channels, 2 * channels, 1), Activation.RELU)
+    layer = FoldedFFN(depthwise, widen, FoldedPointwise(nn.Conv2d(2 * channels, channels, 1)))
+    x = feature_map(*shape, channels, extra=3)
+    assert_close(layer(x), exactly(layer, x))
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (2, 33, 47), (8, 40, 35), (3, 1, 2)], ids=str)
+def test_convs(kernels, shape):
+    widths = [3, 9, 18, 40]
+    convs = [nn.Conv2d(narrow, wide, 3, 2, 1) for narrow, wide in zip(widths, widths[1:], strict=False)]
+    layer = FoldedConvs(convs)
+    x = torch.randn(shape[0], 3, *shape[1:])
+    assert_close(layer(x), exactly(layer, x))
+
+
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+@pytest.mark.parametrize("channels", [5, 16, 75, 134])
+@pytest.mark.parametrize(("side", "stride"), [(3, 1), (3, 2), (5, 1), (7, 1)])
+def test_depthwise(kernels, shape, channels, side, stride):
+    conv = nn.Conv2d(channels, channels, side, stride, side // 2, groups=channels)
+    x = feature_map(*shape, channels, extra=2)
+    for activation in Activation:
+        layer = FoldedDepthwise(conv, activation)
+        assert_close(layer(x), exactly(layer, x))
+    layer = FoldedDepthwise(conv, Activation.RELU, affine=nn.Conv2d(channels, channels, 1, groups=channels))
+    assert_close(layer(x), exactly(layer, x))
+
+
+@pytest.mark.parametrize("shape", [*MAPS, (1, 32, 50)], ids=str)
+@pytest.mark.parametrize(("channels", "side"), [(5, 3), (32, 5), (37, 7)])
+def test_wavelet(kernels, shape, channels, side):
+    bands = nn.Conv2d(4 * channels, 4 * channels, side, padding="same", groups=4 * channels, bias=False)
+    x, base = feature_map(*shape, channels, extra=2), feature_map(*shape, channels)
+    taps = bands.weight.view(channels, 4, side, side).permute(2, 3, 1, 0).flatten(2).contiguous()
+    filters = haar_filters(channels).double()
+    expected = base.double() + through_bands(x.double(), filters, filters, copy.deepcopy(bands).double())
+    assert_close(kernels.wavelet(x, taps, base), expected)
+
+
+def test_empty_batch(kernels):
+    network = create_model("MobileMamba_T2", num_classes=3).fuse()
+    assert network(torch.zeros(0, 3, 64, 64)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_results_do_not_depend_on_the_threads(kernels, threads):
+    network = create_model("MobileMamba_T2", num_classes=3).fuse()
+    images = torch.randn(3, 3, 64, 96)
+    before = torch.get_num_threads()
+    expected = network(images)
+    try:
+        torch.set_num_threads(threads)
+        torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
+    x = torch.zeros(1, 2, 3, 3)
+    assert layer_kernels(x) is not None
+    assert layer_kernels(x.bfloat16()) is None
+    assert layer_kernels(x.to("meta")) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer_kernels(x) is None
+    with torch.inference_mode(False), torch.enable_grad():
+        assert layer_kernels(torch.zeros(1, 2, 3, 3, requires_grad=True)) is None
+        assert layer_kernels(torch.zeros(1, 2, 3, 3)) is not None
+    with use_backend("reference"):
+        assert layer_kernels(x) is None
+
+
+def test_gradients_of_the_image_flow_through_a_folded_network(kernels):
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.manual_seed(0)
+        network = create_model("MobileMamba_T2", num_classes=3).eval()
+        images = torch.randn(1, 3, 64, 64, requires_grad=True)
+        (expected,) = torch.autograd.grad(network(images).square().sum(), images)
+        (actual,) = torch.autograd.grad(network.fuse()(images).square().sum(), images)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        ("pointwise", (torch.randn(2, 5, 3, 4), torch.zeros(5, 16), torch.randn(7), torch.randn(2, 7, 3, 4), 1)),
+        (
+            "ffn",
+            (
+                torch.randn(2, 5, 3, 4),
+                torch.randn(3, 3, 5),
+                torch.randn(5),
+                torch.zeros(5, 16),
+                torch.randn(10),
+                torch.zeros(10, 16),
+                torch.randn(5),
+            ),
+        ),
+        ("convs", (torch.randn(2, 3, 9, 8), [torch.zeros(27, 16)], [torch.randn(4)], 3, 2, 1)),
+        ("depthwise", (torch.randn(2, 5, 4, 4), torch.randn(3, 3, 5), torch.randn(5), None, None, 2, 1, 2)),
+        ("wavelet", (torch.randn(2, 5, 4, 3), torch.randn(3, 3, 20), torch.randn(2, 5, 4, 3))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_opcheck(kernels, operator, arguments):
+    with torch.inference_mode(False), torch.no_grad():
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(getattr(kernels, operator).default, arguments, test_utils=checks)
+
+
+def test_compiles_without_graph_breaks(kernels):
+    with torch.inference_mode(False), torch.no_grad():
+        network = create_model("MobileMamba_T2", num_classes=3).fuse()
+        images = torch.randn(2, 3, 64, 64)
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), network(images))
+
+
+def test_misshapen_arguments_are_refused(kernels):
+    x = feature_map(1, 4, 4, 5)
+    with pytest.raises(RuntimeError, match="a weight must be"):
+        kernels.pointwise(x, torch.zeros(5, 7), torch.zeros(7), None, 0)
+    with pytest.raises(RuntimeError, match="weight must be"):
+        kernels.depthwise(x, torch.zeros(3, 3, 4), torch.zeros(5), None, None, 1, 1, 0)
+    with pytest.raises(RuntimeError, match="base must be"):
+        kernels.wavelet(x, torch.zeros(3, 3, 20), F.pad(x, (0, 1)))
+
+
+def test_saved_and_loaded_folded_network_agrees(kernels):
+    torch.manual_seed(1)
+    network = create_model("MobileMamba_T2", num_classes=3).fuse()
+    other = create_model("MobileMamba_T2", num_classes=3).fuse()
+    other.load_state_dict(network.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(other(images), network(images), rtol=0, atol=0)
