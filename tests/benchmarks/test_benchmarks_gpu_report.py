@@ -9,7 +9,7 @@ import pytest
 from benchmarks import gpu_checks, gpu_report
 from model.lib_mamba import set_backend
 
-SHORT = ["--quick", "--device", "cpu", "--warmup", "0", "--seconds", "0", "--runs", "1"]
+SHORT = ["--quick", "--device", "cpu", "--threads", "1", "--warmup", "0", "--seconds", "0", "--runs", "1"]
 
 
 @pytest.fixture(autouse=True)
