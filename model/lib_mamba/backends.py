@@ -8,6 +8,9 @@ A backend is an object (a module will do) that offers::
 
 and may answer any call with ``NotImplemented`` for inputs that it does not cover (a type, a number of states): the
 next simpler way is taken then, at the end of which stands the reference.
+
+On a GPU a backend is tried on small inputs before it is chosen: one that fails is passed over with a warning, or, where
+it was asked for by name, is an error.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, self_check
 
 __all__ = [
     "NAMES",
@@ -155,6 +159,9 @@ def choose(device_type: str) -> Choice:
 @functools.cache
 def _choose(device_type: str, forced: str | None) -> Choice:
     if forced:
+        problem = _problem(forced, device_type)
+        if problem:
+            raise RuntimeError(f"scan backend {forced!r} was asked for, but on {device_type} it fails: {problem}")
         choice = Choice(forced, _load(forced), f"{availability(forced)[1]}, as asked for")
     else:
         choice = _first_available(device_type)
@@ -176,10 +183,36 @@ def _first_available(device_type: str) -> Choice:
         is_available, reason = availability(name)
         if is_available and name == "triton" and _is_interpreting():
             is_available, reason = False, "TRITON_INTERPRET is set, which is for debugging"
+        problem = _problem(name, device_type) if is_available else ""
+        if problem:
+            logger.warning("scan on %s: the %s backend is passed over, as it fails: %s", device_type, name, problem)
+            is_available, reason = False, "fails its check"
         if is_available:
             return Choice(name, _load(name), reason + missing)
         missing += f"; {name}: {reason}"
     return Choice(REFERENCE, _load(REFERENCE), availability(REFERENCE)[1] + missing)
+
+
+def _problem(name: str, device_type: str) -> str:
+    """Return what is wrong with a backend on a GPU, or nothing; the CPU's need no such trial.
+
+    Raises:
+        RuntimeError: If the trial has left the GPU unusable for this process, so that no other backend can take over.
+    """
+    if device_type != "cuda" or name == REFERENCE or _is_interpreting():
+        return ""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return ""  # a graph takes what is launched and nothing else; whoever captures has warmed up before
+    problem = self_check.problem_of(_load(name), torch.device(device_type))
+    if problem and torch.cuda.is_available():
+        try:
+            torch.zeros(1, device=device_type).item()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the {name} scan backend fails and takes the GPU along ({problem}): run again with another one, "
+                "model.model_kwargs.scan_backend=reference for instance"
+            ) from error
+    return problem
 
 
 def _attempt(choice: Choice, operation: str, *arguments: Any) -> Any:

@@ -75,7 +75,8 @@ class CompiledBackend:
         if not is_loaded:
             return False, reason
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{PACKAGE}::gated_scan", self.device_type.upper()):
-            return False, f"{PACKAGE} was built without {self.device_type.upper()}: build it again with FORCE_CUDA=1"
+            why = build_info()[0].get("without_cuda") or "unknown reason"
+            return False, f"{PACKAGE} was built without {self.device_type.upper()} ({why}): build it again ({BUILD})"
         if self.device_type == "cpu":
             return True, f"{reason}, {torch.ops.mobilemamba_kernels.cpu_capability()}"
         if not torch.cuda.is_available():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import backends
 from .gated_scan import gated_scan
+from .self_check import made_up_inputs, relative_error
 
 __all__ = ["describe", "main", "self_check"]
 
@@ -29,32 +30,13 @@ def self_check(name: str, device_type: str) -> dict[torch.dtype, float]:
     """
     errors = {}
     for dtype in TOLERANCES:
-        tensors = _arguments(dtype, device_type)
+        tensors = made_up_inputs(dtype, device_type)
         with backends.use_backend(name):
             actual = _output_and_gradients(tensors)
         with backends.use_backend(backends.REFERENCE):
             exact = _output_and_gradients([tensor.double() for tensor in tensors])
-        errors[dtype] = max(_relative_error(*pair) for pair in zip(actual, exact, strict=True))
+        errors[dtype] = max(relative_error(*pair) for pair in zip(actual, exact, strict=True))
     return errors
-
-
-def _arguments(dtype: torch.dtype, device_type: str) -> list[Tensor]:
-    batch, length, channels, rank = 2, 50, 40, 3
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    sequences = (normal(batch, length, channels), normal(batch, length, channels), normal(batch, length, 2 * rank + 4))
-    parameters = (
-        normal(2, channels, rank),
-        normal(2, channels),
-        normal(2 * channels, 1),
-        normal(2 * channels),
-        normal(channels),
-        normal(channels),
-    )
-    return [tensor.to(device_type, dtype) for tensor in sequences] + [tensor.to(device_type) for tensor in parameters]
 
 
 def _output_and_gradients(tensors: list[Tensor]) -> list[Tensor]:
@@ -62,10 +44,6 @@ def _output_and_gradients(tensors: list[Tensor]) -> list[Tensor]:
     y = gated_scan(*inputs)
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).cos().view_as(y)
     return [y.detach(), *torch.autograd.grad(y, inputs, weights.to(y.dtype))]
-
-
-def _relative_error(actual: Tensor, exact: Tensor) -> float:
-    return ((actual.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 def describe() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from model import create_model
-from model.lib_mamba import SS2D, backends, compiled, info, reference
+from model.lib_mamba import SS2D, backends, compiled, info, reference, self_check
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "model" / "lib_mamba" / "kernels" / "selective_scan"
@@ -54,7 +55,14 @@ def package(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def only(monkeypatch):
+def checked_on_cpu(monkeypatch):
+    """Let what is to run on a GPU be tried on the CPU."""
+    problem_of = self_check.problem_of
+    monkeypatch.setattr(self_check, "problem_of", lambda backend, device: problem_of(backend, torch.device("cpu")))
+
+
+@pytest.fixture
+def only(monkeypatch, checked_on_cpu):
     """Make some backends available and the others not; return fakes that count their calls."""
 
     class Fake:
@@ -124,6 +132,93 @@ def test_tritons_interpreter_is_not_for_real_work_unless_asked_for(only, monkeyp
     with backends.use_backend("triton"):
         assert backends.choose("cuda").name == "triton"
         assert backends.choose("cpu").name == "triton"
+
+
+def wrong(self, x, *arguments):
+    return reference.gated_scan(x, *arguments) + 0.1
+
+
+def broken(self, x, *arguments):
+    raise RuntimeError("no kernel image is available")
+
+
+def not_a_number(self, x, *arguments):
+    return torch.full_like(x, float("nan"))
+
+
+def wrong_gradient(self, grad, *arguments):
+    dx, *others = reference.gated_scan_backward(grad, *arguments)
+    return (2 * dx, *others)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "reason"),
+    [
+        ("gated_scan", wrong, "gated_scan is off by"),
+        ("gated_scan", broken, "gated_scan raises RuntimeError .*: no kernel image is available"),
+        ("gated_scan", not_a_number, "gated_scan is off by nan"),
+        ("gated_scan_backward", wrong_gradient, "gated_scan_backward is off by"),
+    ],
+)
+def test_a_backend_that_fails_on_a_gpu_is_passed_over_with_a_warning(name, function, reason, only, monkeypatch, caplog):
+    fakes = only("cuda", "triton")
+    monkeypatch.setattr(fakes["cuda"], name, function.__get__(fakes["cuda"]), raising=False)
+    with caplog.at_level(logging.INFO, logger="model.lib_mamba.backends"):
+        choice = backends.choose("cuda")
+        backends.choose("cuda")
+    assert choice.name == "triton"
+    assert "cuda: fails its check" in choice.reason
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert re.search(f"the cuda backend is passed over, as it fails: {reason}", caplog.messages[0])
+    with (
+        backends.use_backend("cuda"),
+        pytest.raises(RuntimeError, match=f"'cuda' was asked for, but on cuda it fails: {reason}"),
+    ):
+        backends.choose("cuda")
+
+
+def test_a_backend_that_takes_the_gpu_along_is_an_error_that_tells_the_way_out(only, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    only("cuda", "triton")
+    monkeypatch.setattr(self_check, "problem_of", lambda backend, device: "an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "zeros", fail)
+    with pytest.raises(RuntimeError, match=r"takes the GPU along .*scan_backend=reference"):
+        backends.choose("cuda")
+
+
+def test_while_a_graph_is_captured_nothing_is_tried(only, monkeypatch):
+    fakes = only("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backends.choose("cuda").name == "cuda"
+    assert fakes["cuda"].calls == 0
+
+
+def test_a_backend_that_passes_is_tried_once(only):
+    fakes = only("cuda")
+    assert backends.choose("cuda").name == "cuda"
+    calls = fakes["cuda"].calls
+    assert calls > 0
+    backends.choose("cuda")
+    assert fakes["cuda"].calls == calls
+
+
+def test_on_the_cpu_nothing_is_tried(only, monkeypatch):
+    fakes = only("cpu")
+    monkeypatch.setattr(fakes["cpu"], "gated_scan", lambda *arguments: pytest.fail("tried"))
+    assert backends.choose("cpu").name == "cpu"
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_real_backends_pass(name):
+    is_available, reason = backends.availability(name)
+    if not is_available:
+        pytest.skip(reason)
+    assert self_check.problem_of(backends._load(name), torch.device("cpu")) == ""
 
 
 def test_a_forced_backend_that_is_missing_is_an_error_that_tells_the_way_out(monkeypatch):
@@ -241,3 +336,28 @@ def test_the_published_command_builds_the_kernels(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "self-check of cpu on cpu: passed" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_cuda_part_that_fails_to_build_leaves_the_rest(tmp_path):
+    if shutil.which("c++") is None or torch.version.cuda is None:
+        pytest.skip("no C++ compiler, or a PyTorch without CUDA")
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "release {torch.version.cuda}, V{torch.version.cuda}.1"\n'
+    )
+    nvcc.write_text(nvcc.read_text() + 'case "$*" in *csrc*) exit 1;; esac\n')
+    nvcc.chmod(0o755)
+    source, target = tmp_path / "selective_scan", tmp_path / "installed"
+    shutil.copytree(KERNELS, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, "."]
+    environment = os.environ | {"CUDA_HOME": str(tmp_path / "cuda"), "MAX_JOBS": "2"}
+    environment.pop("FORCE_CUDA", None)
+    subprocess.run(command, cwd=source, env=environment, check=True)
+    build = json.loads((target / compiled.PACKAGE / "build.json").read_text())
+    assert build["cuda"] is None
+    assert "the CUDA part failed to build" in build["without_cuda"]
+    assert (target / compiled.PACKAGE / build["library"]).is_file()
+    forced = subprocess.run(command, cwd=source, env=environment | {"FORCE_CUDA": "1"}, check=False)
+    assert forced.returncode != 0

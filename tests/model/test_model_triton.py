@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: the backends' tests, with Triton's interpreter, in a process of their own."""
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for GPUs that are not there."""
 
 from __future__ import annotations
 
@@ -9,22 +9,48 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from scan_cases import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 # The interpreter is slow: short sequences, odd numbers of channels, strided views.
 FILE = "tests/model/test_model_scan_backends.py"
 CASES = [
     *(
         f"test_output_and_every_gradient_against_float64[triton-{case}]"
-        for case in ("1-float32", "9-float32", "16-bfloat16")
+        for case in (
+            "1-float32",
+            "1-bfloat16",
+            "3-float32",
+            "9-float32",
+            "9-float16",
+            "16-bfloat16",
+            "36-float32",
+            "49-float16",
+            "64-float32",
+            "144-bfloat16",
+        )
     ),
+    "test_any_number_of_channels[triton-1-1-1]",
+    "test_any_number_of_channels[triton-1-16-17]",
     "test_any_number_of_channels[triton-2-70-5]",
     "test_both_sequences_may_be_views[triton]",
+    "test_channels_need_not_lie_side_by_side[triton]",
+    "test_empty_batch[triton]",
+    "test_not_a_number_is_passed_on[triton-x]",
+    "test_extreme_time_steps_and_gates[triton-300.0]",
+    "test_results_are_the_same_from_run_to_run[triton-float32]",
+    "test_results_are_the_same_from_run_to_run[triton-bfloat16]",
 ]
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", int: "i32", float: "fp32"}
+KERNELS = {
+    "triton_forward": ["scan_kernel", "norm_gate_kernel"],
+    "triton_backward": ["norm_gate_backward_kernel", "scan_backward_kernel"],
+}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_output_and_every_gradient_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
@@ -33,7 +59,74 @@ def test_output_and_every_gradient_in_the_interpreter():
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert f"{len(CASES)} passed" in done.stdout
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Collect what would be launched: kernel, arguments, options."""
+    from model.lib_mamba.kernels import triton_backward, triton_forward
+
+    launched = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append((self.kernel, arguments, options))
+
+    for module in (triton_forward, triton_backward):
+        for name in KERNELS[module.__name__.rpartition(".")[2]]:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
+    return launched
+
+
+def compile_launch(kernel, arguments, options, capability):
+    """Compile a kernel as a launch would have it; return its machine code."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_source
+
+    names = kernel.arg_names
+    constants = {name: value for name, value in options.items() if name in names}
+    types = {
+        name: TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+        for name, value in zip(names, arguments, strict=False)
+    }
+    source = ASTSource(
+        kernel,
+        signature={name: "constexpr" if name in constants else types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    others = {name: value for name, value in options.items() if name not in names}
+    return compile_source(source, target=GPUTarget("cuda", capability, 32), options=others).asm["cubin"]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"), reason="Triton interprets")
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        (90, torch.bfloat16),
+        pytest.param(90, torch.float32, marks=pytest.mark.slow),
+        pytest.param(90, torch.float16, marks=pytest.mark.slow),
+        pytest.param(80, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(80, torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_kernel_compiles_for_a_gpu(capability, dtype, launches, monkeypatch, tmp_path):
+    """For a call of MobileMamba-T2, forward and backward."""
+    from model.lib_mamba.kernels import triton_scan
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tensors = arguments(144, batch=1, channels=224, rank=7, dtype=dtype)
+    triton_scan.gated_scan(*tensors, 1e-5, [0, 1])
+    triton_scan.gated_scan_backward(tensors[0], *tensors, 1e-5, [0, 1])
+    assert len(launches) == 6
+    for kernel, own_arguments, options in launches:
+        code = compile_launch(kernel, own_arguments, options, capability)
+        assert code.startswith(b"\x7fELF"), kernel.__name__

@@ -22,7 +22,8 @@ __all__ = ["gated_scan", "gated_scan_backward", "is_available"]
 MAX_RANK = 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCK_D = 32
-_MAX_BLOCK_L = 32
+# Positions of a tile. The backward kernel holds much more of each: with 32 it would run out of registers.
+_MAX_BLOCK_L, _MAX_BLOCK_L_BACKWARD = 32, 16
 # Up to this many tiles their number is known when a kernel is compiled: every length of the released networks.
 _MAX_KNOWN_TILES = 8
 
@@ -63,13 +64,13 @@ def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 class _Scan:
     """What the kernels of one scan share: its inputs as they take them, its sizes and its tiles."""
 
-    def __init__(self, x: Tensor, projection: Tensor, *parameters: Tensor) -> None:
+    def __init__(self, max_block_l: int, x: Tensor, projection: Tensor, *parameters: Tensor) -> None:
         self.batch, self.length, self.channels = x.shape
         self.rank = parameters[0].shape[2]
         self.x = _rows(x)
         self.projection = projection.contiguous()
         self.parameters = tuple(parameter.float().contiguous() for parameter in parameters)
-        self.block_l = min(max(triton.next_power_of_2(self.length), 16), _MAX_BLOCK_L)
+        self.block_l = min(max(triton.next_power_of_2(self.length), 16), max_block_l)
         self.num_tiles = triton.cdiv(self.length, self.block_l)
         is_known = self.num_tiles <= _MAX_KNOWN_TILES or _is_interpreting()
         self.grid = (triton.cdiv(self.channels, _BLOCK_D), self.batch)
@@ -130,7 +131,7 @@ def gated_scan(
     gate, num_rows, channels = _rows(z), x.shape[0] * x.shape[1], x.shape[2]
     tiles = _norm_tiles(channels)
     with _on_device(x):
-        _Scan(x, projection, dt_weight, dt_bias, A_log, D_skip).forward(y)
+        _Scan(_MAX_BLOCK_L, x, projection, dt_weight, dt_bias, A_log, D_skip).forward(y)
         triton_forward.norm_gate_kernel[(triton.cdiv(num_rows, tiles["BLOCK_ROWS"]),)](
             y, gate, norm_weight.float(), norm_bias.float(), num_rows, channels, gate.stride(0), eps, **tiles
         )
@@ -154,7 +155,7 @@ def gated_scan_backward(
     """Return the gradients of `gated_scan` for its nine tensors, each in its tensor's type; NotImplemented likewise."""
     if not _covers(x, dt_weight, A_log, reverse):
         return NotImplemented
-    scan = _Scan(x, projection, dt_weight, dt_bias, A_log, D_skip)
+    scan = _Scan(_MAX_BLOCK_L_BACKWARD, x, projection, dt_weight, dt_bias, A_log, D_skip)
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     checkpoints = y.new_empty(scan.batch, 2, scan.num_tiles, scan.channels)
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)

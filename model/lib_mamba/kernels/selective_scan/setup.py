@@ -1,7 +1,7 @@
-"""Builds `mobilemamba_kernels`: the scans in C++, and with FORCE_CUDA=1 in CUDA C++ too.
+"""Builds `mobilemamba_kernels`: the scans in C++, and where nvcc is found in CUDA C++ too.
 
-CUDA is not built unless asked for, since its kernels have been compiled but not yet run on a GPU.
-TORCH_CUDA_ARCH_LIST and MAX_JOBS are PyTorch's own switches.
+Where CUDA cannot be built, the library is built without it, and build.json says why; FORCE_CUDA=1 makes that an error,
+FORCE_CUDA=0 leaves CUDA out. TORCH_CUDA_ARCH_LIST and MAX_JOBS are PyTorch's own switches.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ try:
 except ImportError as error:
     sys.exit(f"mobilemamba_kernels is built against the installed PyTorch: install torch first ({error})")
 
+NAME = "mobilemamba_kernels._C"
 VERSION = "1.0.0"
 SCHEMA = 2  # as in model/lib_mamba/compiled.py
 FOLDER = Path(__file__).resolve().parent
+FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
 # Threads are PyTorch's, and so is the OpenMP library: compiled for it, but not linked to one of its own.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 CXX_FLAGS = [
@@ -64,25 +66,39 @@ def cuda_problem() -> str:
     return ""
 
 
-def wheel_headers() -> list[str]:
-    """Return where PyPI's CUDA packages keep the headers that a small CUDA toolkit lacks."""
+def toolkit() -> Path:
+    """Return the folder of the CUDA toolkit that nvcc itself uses: the nvcc on the path may be a script elsewhere."""
+    command = [str(Path(str(CUDA_HOME), "bin", "nvcc")), "--dryrun", "-E", "-x", "cu", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    here = re.search(r"^#\$ _HERE_=(.+)$", done.stdout + done.stderr, re.MULTILINE)
+    return Path(here[1]).resolve().parent if here else Path(str(CUDA_HOME))
+
+
+def cuda_runtime() -> dict[str, list[str]]:
+    """Return how to link the CUDA runtime: the toolkit's, or where it has none, the one that PyTorch brings along."""
+    for folder in (toolkit() / "lib64", toolkit() / "lib"):
+        if (folder / "libcudart.so").exists():
+            return {"libraries": ["cudart"], "library_dirs": [str(folder)]}
     spec = importlib.util.find_spec("nvidia")
-    folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-    return [str(path) for folder in folders for path in sorted(Path(folder).glob("*/include"))]
+    name = f"libcudart.so.{str(torch.version.cuda).split('.')[0]}"
+    for root in spec.submodule_search_locations or [] if spec else []:
+        for path in sorted(Path(root).glob(f"*/lib/{name}")):
+            return {"libraries": [f":{name}"], "library_dirs": [str(path.parent)]}
+    return {"libraries": ["cudart"]}
 
 
-def wants_cuda() -> bool:
-    """Return whether to build CUDA, which has to be asked for. Exits where it is asked for and cannot be built."""
-    if os.environ.get("FORCE_CUDA", "0") in ("", "0"):
-        return False
+def why_without_cuda() -> str:
+    """Return why CUDA is left out, or nothing. Exits where it is asked for and cannot be built."""
+    if FORCE_CUDA == "0":
+        return "FORCE_CUDA=0"
     problem = cuda_problem()
-    if problem:
+    if problem and FORCE_CUDA:
         sys.exit(f"FORCE_CUDA is set, but {problem}")
-    return True
+    return problem
 
 
 class Build(BuildExtension):
-    """Compiles, and writes beside the library what it was built for."""
+    """Compiles, without CUDA if that fails, and writes beside the library what it was built for."""
 
     def build_extensions(self) -> None:
         compiler = os.environ.get("CXX", "c++").split()[0]
@@ -91,31 +107,56 @@ class Build(BuildExtension):
                 f"no C++ compiler ({compiler}): install one (g++ 9 or newer, or clang), or do without "
                 "mobilemamba_kernels: MobileMamba then runs on Triton or plain PyTorch"
             )
-        super().build_extensions()
-        (extension,) = self.extensions
-        library = Path(self.get_ext_fullpath(extension.name))
+        without_cuda = why_without_cuda()
+        if not without_cuda:
+            without_cuda = self._build_with_cuda()
+        if without_cuda:
+            print(f"mobilemamba_kernels is built for the CPU alone: {without_cuda}", file=sys.stderr)
+            vars(self.extensions[0]).update(vars(cpu_extension()))  # in place, as setuptools has prepared it
+            super().build_extensions()
+        library = Path(self.get_ext_fullpath(NAME))
         info = {
             "version": VERSION,
             "schema": SCHEMA,
             "library": library.name,
             "torch": torch.__version__.split("+")[0],
-            "cuda": torch.version.cuda if any(name.endswith(".cu") for name in extension.sources) else None,
+            "cuda": None if without_cuda else torch.version.cuda,
+            "without_cuda": without_cuda,
         }
         library.with_name("build.json").write_text(json.dumps(info, indent=2) + "\n")
 
+    def _build_with_cuda(self) -> str:
+        """Compile, link and load the library; return why that failed, unless CUDA is asked for."""
+        try:
+            super().build_extensions()
+            torch.ops.load_library(self.get_ext_fullpath(NAME))
+        except (Exception, SystemExit) as error:  # whatever it is, the CPU's part can do without
+            if FORCE_CUDA:
+                raise
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return f"the CUDA part failed to build ({lines[0]}); FORCE_CUDA=1 stops there and shows it all"
+        return ""
 
-def extension() -> Extension:
-    """Return the library to build."""
-    if not wants_cuda():
-        return CppExtension("mobilemamba_kernels._C", sources("*.cpp"), extra_compile_args={"cxx": CXX_FLAGS})
+
+def cpu_extension() -> Extension:
+    """Return the library for the CPU alone."""
+    return CppExtension(NAME, sources("*.cpp"), extra_compile_args={"cxx": CXX_FLAGS})
+
+
+def cuda_extension() -> Extension:
+    """Return the library for CPU and CUDA."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-    return CUDAExtension(
-        "mobilemamba_kernels._C",
+    runtime = cuda_runtime()
+    extension = CUDAExtension(
+        NAME,
         sources("*.cpp", "*.cu"),
-        include_dirs=wheel_headers(),
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        library_dirs=runtime.get("library_dirs", []),
     )
+    extension.libraries.remove("cudart")  # which PyTorch adds by that name, wherever it is
+    extension.libraries += runtime["libraries"]
+    return extension
 
 
 setup(
@@ -125,6 +166,6 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=["mobilemamba_kernels"],
-    ext_modules=[extension()],
+    ext_modules=[cpu_extension() if why_without_cuda() else cuda_extension()],
     cmdclass={"build_ext": Build},
 )

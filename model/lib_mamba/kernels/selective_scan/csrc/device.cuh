@@ -34,9 +34,11 @@ __device__ __forceinline__ float round_tf32(float value) {
 }
 
 // c += a b for a (16, 8), b (8, 8), c (16, 8), spread over a warp. Lane l = 4 g + q holds a[g][q], a[g + 8][q],
-// a[g][q + 4], a[g + 8][q + 4]; b[q][g], b[q + 4][g]; c[g][2q], c[g][2q + 1], c[g + 8][2q], c[g + 8][2q + 1].
+// a[g][q + 4], a[g + 8][q + 4]; b[q][g], b[q + 4][g]; c[g][2q], c[g][2q + 1], c[g + 8][2q], c[g + 8][2q + 1]. Volatile,
+// so that it is not moved to where only some of the lanes need it.
 __device__ __forceinline__ void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),

@@ -217,9 +217,9 @@ ScanGradients run_scan_backward(const ScanTensors& scan, const Tensor& dsum, con
   return {
       dx,
       plan.blocks == 1 ? dprojection.squeeze(0) : dprojection.sum(0),
-      sums.narrow(-1, 0, R).contiguous(),
-      sums.select(-1, R).contiguous(),
-      sums.select(-1, R + 1).contiguous().view({2 * D, 1}),
+      copy_of(sums.narrow(-1, 0, R)),
+      copy_of(sums.select(-1, R)),
+      copy_of(sums.select(-1, R + 1)).view({2 * D, 1}),
       dD.repeat(2)};
 }
 
@@ -319,8 +319,8 @@ GatedGradients gated_scan_backward_cuda(
       std::get<3>(gradients).to(dt_bias.scalar_type()),
       std::get<4>(gradients).to(A_log.scalar_type()),
       std::get<5>(gradients).to(D_skip.scalar_type()),
-      dnorms.select(0, 0).to(norm_weight.scalar_type(), false, true),
-      dnorms.select(0, 1).to(norm_bias.scalar_type(), false, true)};
+      copy_of(dnorms.select(0, 0)).to(norm_weight.scalar_type()),
+      copy_of(dnorms.select(0, 1)).to(norm_bias.scalar_type())};
 }
 
 }  // namespace mobilemamba

@@ -35,17 +35,18 @@ __host__ __device__ constexpr int fused_shared_floats(int warps, bool is_backwar
 // Mean and 1 / deviation over all channels for position p, in lanes p and p + 16.
 __device__ __forceinline__ float2 combine_moments(const float2* moments, int warps, int channels, float eps) {
   const int p = lane_index() % kChunk, half = lane_index() / kChunk;
-  const int last = channels - kLanes * (warps - 1);
+  constexpr float kFull = kLanes;
+  const float last = channels - kLanes * (warps - 1);
   float sum = 0.f;
   for (int w = half; w < warps; w += 2)
-    sum = fmaf(w == warps - 1 ? last : kLanes, moments[w * kChunk + p].x, sum);
+    sum = fmaf(w == warps - 1 ? last : kFull, moments[w * kChunk + p].x, sum);
   sum += __shfl_xor_sync(kWarp, sum, kChunk);
   const float mean = sum / channels;
   float squares = 0.f;
   for (int w = half; w < warps; w += 2) {
     const float2 own = moments[w * kChunk + p];
     const float deviation = own.x - mean;
-    squares += fmaf(deviation * (w == warps - 1 ? last : kLanes), deviation, own.y);
+    squares += fmaf(deviation * (w == warps - 1 ? last : kFull), deviation, own.y);
   }
   squares += __shfl_xor_sync(kWarp, squares, kChunk);
   return make_float2(mean, rsqrtf(squares / channels + eps));

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime.h>
 
 #include <tuple>
@@ -27,16 +27,23 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_fl
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = bytes;
-  config.stream = at::cuda::getCurrentCUDAStream();
+  config.stream = c10::cuda::getCurrentCUDAStream();
   C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
+// An attribute of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, c10::cuda::current_device()));
+  return value;
+}
+
 inline int num_multiprocessors() {
-  return at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  return device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
 inline bool fits_shared(int floats) {
-  return sizeof(float) * floats <= at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin;
+  return sizeof(float) * floats <= static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
 template <typename Integer>
@@ -69,6 +76,11 @@ inline Tensor as_floats(const Tensor& tensor) {
 
 inline Tensor empty_floats(at::IntArrayRef shape, const Tensor& like) {
   return at::empty(shape, like.options().dtype(at::kFloat));
+}
+
+// Results may not share memory, as parts of one sum do.
+inline Tensor copy_of(const Tensor& part) {
+  return part.clone(at::MemoryFormat::Contiguous);
 }
 
 inline int row_stride(const Tensor& rows) {

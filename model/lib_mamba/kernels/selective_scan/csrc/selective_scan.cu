@@ -139,10 +139,10 @@ ScanGradients selective_scan_backward_cuda(
   return {
       dx.to(x.scalar_type()),
       dprojection.sum(0).to(projection.scalar_type()),
-      ddt_weight.sum(0).transpose(1, 2).contiguous().to(dt_weight.scalar_type()),
-      sums.select(1, N).contiguous().to(dt_bias.scalar_type()),
-      sums.narrow(1, 0, N).transpose(1, 2).contiguous().view({K * D, N}).to(A_log.scalar_type()),
-      sums.select(1, N + 1).contiguous().view({K * D}).to(D_skip.scalar_type())};
+      copy_of(ddt_weight.sum(0).transpose(1, 2)).to(dt_weight.scalar_type()),
+      copy_of(sums.select(1, N)).to(dt_bias.scalar_type()),
+      copy_of(sums.narrow(1, 0, N).transpose(1, 2)).view({K * D, N}).to(A_log.scalar_type()),
+      copy_of(sums.select(1, N + 1)).view({K * D}).to(D_skip.scalar_type())};
 }
 
 }  // namespace mobilemamba

@@ -1,0 +1,102 @@
+"""Whether a backend computes what the reference does: on small made-up inputs, before it is trusted with real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["made_up_inputs", "problem_of", "relative_error"]
+
+# Positions, state components, type: the ways that kernels differ in. Few, as Triton compiles kernels for each.
+_CASES = ((20, 1, torch.bfloat16), (80, 1, torch.float32), (20, 2, torch.float32))
+# Far beyond rounding, far below what a wrong kernel gives.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+_EPS, _REVERSE = 1e-5, [0, 1]
+
+
+def made_up_inputs(
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    batch: int = 2,
+    length: int = 50,
+    channels: int = 40,
+    rank: int = 3,
+    num_states: int = 1,
+) -> list[Tensor]:
+    """Return the nine tensors of `gated_scan` for two directions: sequences in a type, parameters in float32."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    sequences = (
+        normal(batch, length, channels),
+        normal(batch, length, channels),
+        normal(batch, length, 2 * (rank + 2 * num_states)),
+    )
+    parameters = (
+        normal(2, channels, rank),
+        normal(2, channels),
+        normal(2 * channels, num_states),
+        normal(2 * channels),
+        normal(channels),
+        normal(channels),
+    )
+    return [tensor.to(device, dtype) for tensor in sequences] + [tensor.to(device) for tensor in parameters]
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Return the largest error relative to the largest exact value; NaN where there is one."""
+    return ((actual.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+@torch.no_grad()
+def problem_of(backend: Any, device: torch.device) -> str:
+    """Run a backend's functions, forward and backward, on small inputs, beside the reference in float64.
+
+    Takes milliseconds on a GPU, and for Triton the time in which it compiles these kernels.
+
+    Returns:
+        What is wrong: that a function raises, or how far its results are off. Nothing if all is well.
+    """
+    for length, num_states, dtype in _CASES:
+        tensors = made_up_inputs(dtype, device, length=length, num_states=num_states)
+        where = f"{str(dtype).removeprefix('torch.')}, {length} positions"
+        for name, arguments in _calls(tensors):
+            try:
+                error = _error_of(backend, name, arguments)
+            except Exception as raised:
+                return f"{name} raises {type(raised).__name__} ({where}): {raised}"
+            if not error <= _TOLERANCES[dtype]:
+                return f"{name} is off by {error:.1e} ({where})"
+    return ""
+
+
+def _calls(tensors: list[Tensor]) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the operators with their arguments."""
+    x, _, *scan = tensors[:7]
+    grad = torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x)
+    yield "gated_scan", [*tensors, _EPS, _REVERSE]
+    yield "gated_scan_backward", [grad.to(x.dtype), *tensors, _EPS, _REVERSE]
+    yield "selective_scan", [x, *scan, _REVERSE]
+    yield "selective_scan_backward", [grad, x, *scan, _REVERSE]
+
+
+def _error_of(backend: Any, name: str, arguments: list[Any]) -> float:
+    """Return the largest relative error of a function's results; 0 where it has no such function, or declines."""
+    function = getattr(backend, name, None)
+    results = NotImplemented if function is None else function(*arguments)
+    if results is NotImplemented:
+        return 0.0
+    doubles = [value.double() if isinstance(value, Tensor) else value for value in arguments]
+    exact = getattr(reference, name)(*doubles)
+    if isinstance(results, Tensor):
+        results, exact = (results,), (exact,)
+    errors = [relative_error(*pair) for pair in zip(results, exact, strict=True)]
+    return max(errors, key=lambda error: float("inf") if error != error else error)

@@ -1,0 +1,79 @@
+// What the CUDA kernels use of CUDA, for a C++ compiler: threads are fibers of one CPU thread (fibers.cpp).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+void __syncthreads();
+void __syncwarp(unsigned mask = 0xffffffffu);
+float __shfl_xor_sync(unsigned mask, float value, int lane_mask);
+
+inline int min(int a, int b) {
+  return std::min(a, b);
+}
+inline float rsqrtf(float value) {
+  return 1.f / std::sqrt(value);
+}
+
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  int stream;
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+
+namespace cuda_on_cpu {
+
+// Run `thread` once for every thread of every block. Raises where the GPU would refuse, or wait for ever.
+void run_kernel(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+
+float* shared_memory();
+
+// What tensor cores make of a warp's fragments.
+void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]);
+
+}  // namespace cuda_on_cpu
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(
+    const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  cuda_on_cpu::run_kernel(
+      reinterpret_cast<const void*>(kernel), *config, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  return cudaSuccess;
+}
