@@ -12,7 +12,7 @@ from typing import Any
 from model.zoo import Entry, fetch, models_of, read_zoo
 from trainer.run_folder import make_run_folder
 from util.distributed import Process, init_process
-from util.errors import EXIT_FAILED, EXIT_USER_ERROR, exit_code_of
+from util.errors import EXIT_FAILED, EXIT_USER_ERROR, RunError, exit_code_of
 from util.launch import Launch, find_launch
 from util.logging import setup_console
 
@@ -107,9 +107,11 @@ class _Check:
         exit_code = 0
         for entry in entries:
             checkpoint = self._fetch(entry)
-            if checkpoint is not None:
-                results, exit_code = self._measure(entry, checkpoint)
+            if checkpoint is not None and entry.task == "imagenet":
+                results, exit_code = self._measure_classifier(entry, checkpoint)
                 self.results += results
+            elif checkpoint is not None:
+                self.results += self._measure_downstream(entry, checkpoint)
             if self.process.is_logging:
                 write(self.folder, self.results, errors=self.errors, run=self._facts(entries))
             if exit_code:
@@ -124,20 +126,27 @@ class _Check:
         try:
             path = Path(self.process.on_first(lambda: str(fetch(entry, source=self.parsed.source))))
         except (ValueError, OSError) as error:
-            self.errors.append(f"{entry.name}: {error}")
-            logger.error("%s", self.errors[-1])
+            self._note(entry, error)
             return None
         return path if path.exists() else fetch(entry, source=self.parsed.source)  # another node, another disk
 
-    def _measure(self, entry: Entry, checkpoint: Path) -> tuple[list[Result], int]:
-        tolerance = self.parsed.tolerance
-        if entry.task == "imagenet":
-            root = [f"data.root={self.parsed.data}"] if self.parsed.data else []
-            overrides = [*root, *self.parsed.overrides]
-            return check_classifier(entry, checkpoint, self.process, overrides=overrides, tolerance=tolerance)
+    def _measure_classifier(self, entry: Entry, checkpoint: Path) -> tuple[list[Result], int]:
+        root = [f"data.root={self.parsed.data}"] if self.parsed.data else []
+        overrides = [*root, *self.parsed.overrides]
+        return check_classifier(entry, checkpoint, self.process, overrides=overrides, tolerance=self.parsed.tolerance)
+
+    def _measure_downstream(self, entry: Entry, checkpoint: Path) -> list[Result]:
         root = self.parsed.coco if entry.task == "det" else self.parsed.ade20k
         options = Downstream(num_gpus=self.parsed.gpus, root=root, work_dir=self.folder / entry.name)
-        return [check_downstream(entry, checkpoint, options, tolerance=tolerance)], 0
+        try:
+            return [check_downstream(entry, checkpoint, options, tolerance=self.parsed.tolerance)]
+        except (ValueError, OSError, RunError) as error:
+            self._note(entry, error)
+            return []
+
+    def _note(self, entry: Entry, error: Exception) -> None:
+        self.errors.append(f"{entry.name}: {error}")
+        logger.error("%s", self.errors[-1])
 
     def _facts(self, entries: Sequence[Entry]) -> dict[str, Any]:
         names = [entry.name for entry in entries]

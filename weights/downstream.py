@@ -139,10 +139,9 @@ def _doubts(num_images: int, num_classes: int | None, expected: Dataset) -> list
 
 
 def _run_tool(command: Sequence[str], *, folder: Path) -> None:
-    """Run a tool to its end, its words going where ours go, with this interpreter's own commands found first."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    """Run a tool to its end with this interpreter; its words go where ours go."""
     logger.info("running %s", shlex.join(command))
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, check=False)
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHON": sys.executable}, check=False)
     if done.returncode:
         raise RunError(f"{command[0]} failed with exit code {done.returncode}; what it said stands above")
 
