@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import platform
 import sys
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from model.zoo import Entry, fetch, models_of, read_zoo
 from trainer.run_folder import make_run_folder
@@ -88,8 +93,16 @@ def _run(parsed: argparse.Namespace, launch: Launch) -> int:
             "`python -m weights.check ... --gpus N`, and the classifiers alone under a launcher"
         )
     with init_process(launch, device=parsed.device) as process:
-        folder = Path(process.on_first(lambda: str(make_run_folder(parsed.results, "check"))))
+        folder = Path(process.on_first(lambda: _make_folder(parsed.results)))
         return _Check(parsed, process, folder).run(entries)
+
+
+def _make_folder(results: str) -> str:
+    try:
+        return str(make_run_folder(results, "check"))
+    except OSError as error:
+        cause = os.strerror(error.errno) if error.errno else error
+        raise OSError(f"{results} cannot be written to ({cause}): name another folder with --results") from error
 
 
 class _Check:
@@ -149,8 +162,15 @@ class _Check:
         logger.error("%s", self.errors[-1])
 
     def _facts(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        names = [entry.name for entry in entries]
-        return {"checkpoints": names, "processes": self.process.world_size, "device_type": self.process.device.type}
+        device = self.process.device
+        return {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "checkpoints": [entry.name for entry in entries],
+            "processes": self.process.world_size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
 
     def _say(self) -> None:
         if self.results:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from util.logging import table
 
@@ -40,7 +36,7 @@ def write(folder: Path, results: Sequence[Result], *, errors: Sequence[str], run
     lines = [f"| {' | '.join(row)} |" for row in rows]
     said = [f"- {line}" for line in (*notes(results), *errors)]
     (folder / "check.md").write_text("\n".join([*lines, "", *said]).rstrip() + "\n", encoding="utf-8")
-    contents = {**_environment(), **run, "results": [_plain(result) for result in results], "errors": list(errors)}
+    contents = {**run, "results": [_plain(result) for result in results], "errors": list(errors)}
     (folder / "check.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
 
 
@@ -56,7 +52,7 @@ def notes(results: Sequence[Result]) -> list[str]:
                 difference = figure.measured - figure.in_table
                 lines.append(
                     f"{title}: the published table gives {figure.name} {figure.in_table:g} ({difference:+.3f} to it), "
-                    f"the released test log {figure.published:.3f}, against which it is judged"
+                    f"the log of the release {figure.published:.3f}, which is what counts here"
                 )
         if result.verdict == FAIL:
             lines.append(f"{title}: a figure lies further than {result.tolerance:g} points from the published one")
@@ -89,13 +85,3 @@ def _plain(result: Result) -> dict[str, Any]:
     figures = [{**asdict(figure), "difference": figure.difference} for figure in result.figures]
     added = {"figures": figures, "verdict": result.verdict, "images_per_second": result.images_per_second}
     return {**asdict(result), **added}
-
-
-def _environment() -> dict[str, Any]:
-    has_gpu = torch.cuda.is_available()
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if has_gpu else platform.machine(),
-    }

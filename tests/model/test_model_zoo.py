@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import re
@@ -16,10 +17,12 @@ from model.mobilemamba import variant_shapes
 from model.zoo import find, local_path, models_of, read_zoo, released_entry, verify
 from model.zoo.verification import DOWNSTREAM_ENTRIES, record_path
 
+shapes_of_variants = functools.cache(variant_shapes)
+
 
 def released_weights(entry, downstream=None):
     """Return zeros under the names that a released file has."""
-    shapes = variant_shapes()[entry.network]
+    shapes = shapes_of_variants()[entry.network]
     if entry.task != "imagenet":
         backbone = {f"backbone.{name}": shape for name, shape in shapes.items() if not name.startswith("head.")}
         shapes = {**backbone, **downstream[entry.name]["not_backbone"]}

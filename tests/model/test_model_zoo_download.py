@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import io
 import logging
@@ -23,12 +24,13 @@ from model.zoo.verification import record_path
 
 NAME = "mobilemamba_t2"
 REMOTE = "MobileMamba_T2/mobilemamba_t2.pth"
+shapes_of_variants = functools.cache(variant_shapes)
 
 
 @pytest.fixture(scope="module")
 def contents() -> bytes:
     """A whole checkpoint of T2."""
-    shapes = variant_shapes()["MobileMamba_T2"]
+    shapes = shapes_of_variants()["MobileMamba_T2"]
     file = io.BytesIO()
     torch.save({"net": {name: torch.zeros(shape) for name, shape in shapes.items()}}, file)
     return file.getvalue()
@@ -180,7 +182,7 @@ def test_a_file_with_another_checksum_than_recorded_is_refused(server, file, con
     recorded = hashlib.sha256(contents).hexdigest()
     file.unlink()
     other = io.BytesIO()
-    shapes = variant_shapes()["MobileMamba_T2"]
+    shapes = shapes_of_variants()["MobileMamba_T2"]
     torch.save({"net": {name: torch.ones(shape) for name, shape in shapes.items()}}, other)
     server.files[REMOTE] = other.getvalue()
     with pytest.raises(ValueError, match="take it from another source") as caught:
