@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-SUBPACKAGES = ("mobilemamba", "lib_mamba", "lib_mamba.kernels", "lib_teacher")
+SUBPACKAGES = ("mobilemamba", "lib_mamba", "lib_mamba.kernels", "lib_teacher", "zoo")
 
 setup(
     name="mobilemamba",
@@ -17,8 +17,10 @@ setup(
     python_requires=">=3.10",
     packages=["mobilemamba", *(f"mobilemamba.{name}" for name in SUBPACKAGES)],
     package_dir={"mobilemamba": "model"},
-    install_requires=["torch>=2.6,<2.15", "timm>=1.0.15", "safetensors"],
+    package_data={"mobilemamba.zoo": ["*.json"]},
+    install_requires=["torch>=2.6,<2.15", "timm>=1.0.15", "safetensors", "filelock", "tqdm"],
     extras_require={
+        "zoo": ["gdown>=6"],
         "train": ["torchvision", "PyYAML", "lmdb", "tensorboardX", "fvcore", "tqdm", "pillow", "numpy", "scikit-learn"],
     },
 )
