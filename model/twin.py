@@ -40,10 +40,10 @@ def _share(own: str) -> None:
             continue
         version = sys.modules[f"{twin}.version"]
         if version.__version__ != __version__:
+            places = f"{own} {__version__} ({Path(__file__).parent}) and {twin} {version.__version__}"
             raise ImportError(
-                f"{own} {__version__} ({Path(__file__).parent}) and {twin} {version.__version__} "
-                f"({Path(str(version.__file__)).parent}) register the same operators and cannot share a process: import "
-                "one of them, or install the other's version"
+                f"{places} ({Path(str(version.__file__)).parent}) register the same operators and cannot share a "
+                "process: import one of them, or install the other's version"
             )
         sys.modules.update({f"{own}.{name}": module for name, module in modules.items() if module is not None})
 

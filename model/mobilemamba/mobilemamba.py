@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from ..layers import BatchNormLinear
 from ..recompute import recompute
-from . import fuse as folding
 from .blocks import Block, downsample, patch_embed
+from .fuse import fuse
 
 __all__ = ["POOLINGS", "VARIANTS", "MobileMamba", "check_images"]
 
@@ -61,8 +62,8 @@ class MobileMamba(nn.Module):
     Attributes:
         feature_info: What `forward_intermediates` can return, in order: ``num_chs`` channels at the stride
             ``reduction``, from the attribute ``module``.
-        default_cfg: What timm notes of a network: the size and normalisation of its input, where its weights come from.
-            Empty where neither `create_model` nor timm has built it.
+        default_cfg: What timm notes of a network, `pretrained_cfg` too: the size and normalisation of its input, where
+            its weights come from. Empty where neither `create_model` nor timm has built it.
         model_args: The arguments that differ from the variant's, as `create_model` or timm was given them.
 
     Raises:
@@ -76,6 +77,11 @@ class MobileMamba(nn.Module):
     blocks3: nn.Sequential
     head: nn.Module
     head_dist: nn.Module
+    global_pool: str
+    feature_info: list[dict[str, Any]]
+    default_cfg: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    model_args: dict[str, Any]
 
     def __init__(
         self,
@@ -101,8 +107,8 @@ class MobileMamba(nn.Module):
         self.img_size = img_size
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self.drop_rate = drop_rate
-        self.default_cfg: dict[str, Any] = {}
-        self.model_args: dict[str, Any] = {}
+        self.default_cfg = self.pretrained_cfg = {}
+        self.model_args = {}
         self.feature_info = [
             {"num_chs": channels, "reduction": stride, "module": name}
             for channels, stride, name in zip(
@@ -296,9 +302,10 @@ class MobileMamba(nn.Module):
         Returns:
             The network itself.
         """
-        return folding.fuse(self)
+        return fuse(self)
 
 
+@register_notrace_function  # as torch.fx cannot follow what depends on sizes
 def check_images(x: Tensor, in_chans: int) -> Tensor:
     """Check the input and lay it out channels-last, which all that follows keeps: the scan reads it uncopied."""
     if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
