@@ -24,6 +24,7 @@ EXTRAS = {
         "ftfy",
         "regex",
     ],
+    "export": ["onnx", "onnxscript", "onnxruntime"],
     "dev": [*TRAIN, "gdown>=6", "pytest", "matplotlib", "ruff", "mypy", "types-PyYAML", "pylint", "setuptools>=77,<82"],
 }
 

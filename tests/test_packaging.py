@@ -93,7 +93,7 @@ def test_wheel_says_what_it_is(wheel):
         (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
         metadata = archive.read(name).decode()
     assert f"\nVersion: {model.__version__}\n" in metadata
-    for extra in ("lmdb", "downstream", "dev", "train", "zoo"):
+    for extra in ("lmdb", "downstream", "export", "dev", "train", "zoo"):
         assert f"\nProvides-Extra: {extra}\n" in metadata
 
 

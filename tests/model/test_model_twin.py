@@ -25,18 +25,23 @@ second.set_backend("reference")
 assert first.lib_mamba.choose("cpu").name == "reference"
 
 torch.manual_seed(0)
-networks = [package.create_model("mobilemamba_t2", num_classes=3) for package in packages]
-networks[1].load_state_dict(networks[0].state_dict())
-images = torch.randn(2, 3, 64, 64)
+layers = [package.SS2D(16) for package in packages]
+layers[1].load_state_dict(layers[0].state_dict())
+images = torch.randn(2, 16, 5, 4)
 results = []
-for network in networks:
-    for run in (network, torch.compile(network, backend="aot_eager", fullgraph=True)):
-        network.zero_grad()
-        logits = run(images)
-        logits.square().sum().backward()
-        results.append([logits, *(value.grad for value in network.parameters() if value.requires_grad)])
+for layer in layers:
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        layer.zero_grad()
+        y = run(images)
+        y.square().sum().backward()
+        results.append([y, *(value.grad for value in layer.parameters())])
 for one, other in ((0, 2), (1, 3)):
     assert all(torch.equal(x, y) for x, y in zip(results[one], results[other], strict=True))
+
+networks = [package.create_model("mobilemamba_t2", num_classes=3).eval() for package in packages]
+networks[1].load_state_dict(networks[0].state_dict())
+images = torch.randn(2, 3, 64, 64)
+assert torch.equal(networks[0](images), networks[1](images))
 for package in packages:
     assert isinstance(package.create_model("mobilemamba_t2").fuse().patch_embed[0], torch.nn.Conv2d)
 """
