@@ -153,7 +153,7 @@ class Data(Node):
 class ModelKwargs(Node):
     """Arguments of ``model.create_model`` and of the checkpoint that it starts from."""
 
-    pretrained: bool = False  # a released checkpoint of this name, or timm's own for `timm_<name>`
+    pretrained: bool | str = False  # the released checkpoint, or another by its name; timm's own for `timm_<name>`
     checkpoint_path: str = ""
     ema: bool = False  # take `net_E` rather than `net` from the checkpoint
     strict: bool = True
@@ -171,6 +171,7 @@ class Model(Node):
     """The network by name."""
 
     name: str = "MobileMamba_T2"
+    released: str = ""  # the checkpoint that `pretrained=True` loads; that of the network's own name when empty
     model_kwargs: ModelKwargs = field(default_factory=ModelKwargs)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"configs", "model", "util", "loss", "optim", "data", "trainer", "run", "downstream", "benchmarks"}
+OURS = {"configs", "model", "util", "loss", "optim", "data", "trainer", "run", "downstream", "benchmarks", "weights"}
 ALLOWED = {
     "configs": set(),
     "model": set(),
@@ -26,6 +26,7 @@ ALLOWED = {
     "hubconf": {"model"},
     "downstream": {"model"},
     "benchmarks": {"model", "util"},
+    "weights": {"configs", "model", "util", "data", "trainer"},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from .entries import Entry
 from .places import local_path, relative_path
@@ -29,7 +30,7 @@ def find_sources(entry: Entry, source: str | Path = "") -> list[Source]:
     if not text:
         return [_original_source(entry)]
     if re.match("https?://", text):
-        is_file = text.endswith(path.suffix)
+        is_file = urlsplit(text).path.endswith(path.suffix)
         return [HttpSource(text)] if is_file else [HttpSource(f"{text.rstrip('/')}/{name}") for name in names]
     place = Path(text).expanduser()
     if place.is_file():

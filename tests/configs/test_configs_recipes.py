@@ -98,3 +98,9 @@ def test_importing_configs_imports_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_pretrained_means_the_recipes_own_checkpoint(name):
+    config = load_config(f"configs/mobilemamba/{name}", mode="test")
+    assert (config.model.released or config.model.name.lower()) == name
