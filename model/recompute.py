@@ -26,7 +26,7 @@ def recompute(layer: nn.Module, x: Tensor) -> Tensor:
 def _frozen_statistics(layer: nn.Module) -> Iterator[None]:
     """Keep the running statistics of all batch norms as they are, though they normalise by the batch."""
     norms = [norm for norm in layer.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    before = [(norm.momentum, norm.get_buffer("num_batches_tracked").clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -34,4 +34,4 @@ def _frozen_statistics(layer: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+            norm.get_buffer("num_batches_tracked").copy_(count)
