@@ -44,6 +44,6 @@ setup(
         "mobilemamba.lib_mamba.kernels": [f"selective_scan/{pattern}" for pattern in KERNELS],
         "mobilemamba.zoo": ["*.json"],
     },
-    install_requires=["torch>=2.6,<2.15", "timm>=1.0.26", "safetensors", "numpy", "filelock", "tqdm"],
+    install_requires=["torch>=2.6,<2.15", "timm>=1.0.31", "safetensors", "numpy", "filelock", "tqdm"],
     extras_require=EXTRAS,
 )
