@@ -10,13 +10,33 @@ from typing import Any
 import timm
 from torch import nn
 
+from . import twin  # first: it decides whose operators all that follows takes
 from .checkpoint import load_checkpoint
-from .lib_mamba import set_backend
+from .hub import from_pretrained, save_pretrained
+from .lib_mamba import SS2D, gated_scan, selective_scan, set_backend, use_backend
 from .lib_teacher import TEACHERS, create_teacher
-from .mobilemamba import VARIANTS, MobileMamba, variant_shapes
+from .mobilemamba import VARIANTS, MobileMamba, fuse, variant_shapes
+from .timm_models import note_origin
+from .version import __version__
 from .zoo import fetch, released_entry
 
-__all__ = ["MobileMamba", "create_model", "list_models", "variant_shapes"]
+__all__ = [
+    "SS2D",
+    "MobileMamba",
+    "__version__",
+    "create_model",
+    "from_pretrained",
+    "fuse",
+    "gated_scan",
+    "list_models",
+    "load_checkpoint",
+    "save_pretrained",
+    "selective_scan",
+    "set_backend",
+    "twin",
+    "use_backend",
+    "variant_shapes",
+]
 
 TIMM_PREFIX = "timm_"
 
@@ -107,7 +127,10 @@ def _build(name: str, pretrained: bool | str, kwargs: dict[str, Any]) -> nn.Modu
         if argument not in known_arguments:
             near = difflib.get_close_matches(argument, known_arguments, n=1, cutoff=0.0)
             raise ValueError(f"{name} has no argument {argument!r}; did you mean {near[0]!r}?")
-    return MobileMamba(**{**VARIANTS[known[name.lower()]], **kwargs})
+    variant = known[name.lower()]
+    network = MobileMamba(**{**VARIANTS[variant], **kwargs})
+    note_origin(network, variant, kwargs)
+    return network
 
 
 def _build_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:

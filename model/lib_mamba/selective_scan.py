@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .reference import state_dtype
+from . import backends, reference
 
 __all__ = ["check_shapes", "selective_scan"]
 
@@ -44,7 +43,7 @@ def _(
     D_skip: Tensor,
     reverse: Sequence[int],
 ) -> Tensor:
-    return x.new_empty(x.shape, dtype=state_dtype(x.dtype))
+    return x.new_empty(x.shape, dtype=reference.state_dtype(x.dtype))
 
 
 @torch.library.custom_op("mobilemamba::selective_scan_backward", mutates_args=())
@@ -155,4 +154,7 @@ def selective_scan(
         ValueError: If shapes do not fit together.
     """
     check_shapes(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
-    return _scan(x, projection, dt_weight, dt_bias, A_log, D_skip, [int(is_reverse) for is_reverse in reverse])
+    directions = [int(is_reverse) for is_reverse in reverse]
+    # ONNX has no operators of ours: it gets what they are made of.
+    run = reference.selective_scan if torch.onnx.is_in_onnx_export() else _scan
+    return run(x, projection, dt_weight, dt_bias, A_log, D_skip, directions)

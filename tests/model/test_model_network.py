@@ -267,6 +267,36 @@ def test_compiled_and_exported_networks_agree():
     torch.testing.assert_close(single, expected[:1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scan", ["bidirectional", "cross"])
+def test_onnx_is_given_no_operators_of_ours(scan, monkeypatch):
+    torch.manual_seed(0)
+    network = lively(create_model("MobileMamba_T2", num_classes=5, depth=(1, 0, 0), scan=scan)).eval()
+    images = torch.randn(2, 3, 80, 64)
+    with torch.no_grad():
+        expected = network(images)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    program = torch.export.export(network, (images,))
+    assert not [node for node in program.graph.nodes if "mobilemamba" in str(node.target)]
+    torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_exported_to_onnx_for_any_batch(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    network = lively(create_model("MobileMamba_T2", num_classes=5)).fuse()
+    images = torch.randn(2, 3, 64, 64)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.onnx.export(network, (images,), dynamo=True, dynamic_shapes=({0: batch},))
+    program.save(tmp_path / "network.onnx")
+    session = runtime.InferenceSession(tmp_path / "network.onnx")
+    images = torch.randn(5, 3, 64, 64)
+    (actual,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(actual), network(images), rtol=1e-4, atol=1e-4)
+
+
 def test_compiled_training_gradients_agree():
     torch.manual_seed(0)
     network = lively(create_model("MobileMamba_T2", num_classes=5))
