@@ -32,11 +32,11 @@ class FrozenParts:
         names = [name for name, _ in network.named_parameters()]
         words = [word for part in parts.split(",") if (word := part.strip())]
         frozen = {name for word in words for name in _parameters_of(network, word, names)}
-        if len(frozen) == len(names):
-            raise ValueError(f"model.freeze={parts} leaves nothing to train; take a part out")
         for name, parameter in network.named_parameters():
             if name in frozen:
                 parameter.requires_grad_(False)
+        if frozen and not any(parameter.requires_grad for parameter in network.parameters()):
+            raise ValueError(f"model.freeze={parts} leaves nothing to train; take a part out")
         self._modules = [module for name, module in network.named_modules() if _is_within(f"{name}.", names, frozen)]
         if frozen:
             logger.info("frozen: %s, %d of %d parameter tensors", ", ".join(words), len(frozen), len(names))
