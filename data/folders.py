@@ -130,7 +130,7 @@ def _no_classes_message(root: Path, split: str) -> str:
         found = listed(class_folders(root)) or "none"
         return (
             f"{folder} does not exist; data.root must hold a folder per class below train/ and val/, or train.txt and "
-            f"val.txt (folders in {root}: {found})"
+            f"val.txt (folders in {root}: {found}); `python -m data.prepare split` makes both from plain class folders"
         )
     num_images = sum(is_image_name(path.name) for path in folder.iterdir())
     if num_images == 0:
