@@ -1,24 +1,48 @@
 """Packaging: the network as ``mobilemamba``, the code of ``model/`` under a name of its own."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
 
-SUBPACKAGES = ("mobilemamba", "lib_mamba", "lib_mamba.kernels", "lib_teacher")
+ROOT = Path(__file__).parent
+SUBPACKAGES = ("mobilemamba", "lib_mamba", "lib_mamba.kernels", "lib_teacher", "zoo")
+# The sources of the compiled scans, which are built against the installed PyTorch, by a pip install of their own.
+KERNELS = ("*.md", "*.py", "*.toml", "csrc/*", "mobilemamba_kernels/*.py")
+
+TRAIN = ["torchvision", "PyYAML", "lmdb", "tensorboardX", "fvcore", "tqdm", "pillow", "scikit-learn"]
+EXTRAS = {
+    "train": TRAIN,
+    "lmdb": ["lmdb"],
+    "zoo": ["gdown>=6"],
+    "downstream": [
+        "onedl-mmengine==0.10.12",
+        "onedl-mmcv==2.3.6",
+        "onedl-mmdetection==3.5.1",
+        "onedl-mmsegmentation==1.4.2",
+        "onedl-mmpretrain==1.3.6",
+        "ftfy",
+        "regex",
+    ],
+    "dev": [*TRAIN, "gdown>=6", "pytest", "matplotlib", "ruff", "mypy", "types-PyYAML", "pylint", "setuptools>=77,<82"],
+}
 
 setup(
     name="mobilemamba",
-    version="1.0.0",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "model" / "version.py").read_text(encoding="utf-8"))[1],
     description="MobileMamba: a light visual backbone of wavelet-enhanced bidirectional Mamba (CVPR 2025)",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     url="https://arxiv.org/abs/2411.15941",
     python_requires=">=3.10",
     packages=["mobilemamba", *(f"mobilemamba.{name}" for name in SUBPACKAGES)],
     package_dir={"mobilemamba": "model"},
-    install_requires=["torch>=2.6,<2.15", "timm>=1.0.15", "safetensors"],
-    extras_require={
-        "train": ["torchvision", "PyYAML", "lmdb", "tensorboardX", "fvcore", "tqdm", "pillow", "numpy", "scikit-learn"],
+    package_data={
+        "mobilemamba": ["py.typed"],
+        "mobilemamba.lib_mamba.kernels": [f"selective_scan/{pattern}" for pattern in KERNELS],
+        "mobilemamba.zoo": ["*.json"],
     },
+    install_requires=["torch>=2.6,<2.15", "timm>=1.0.16", "safetensors", "numpy", "filelock", "tqdm"],
+    extras_require=EXTRAS,
 )

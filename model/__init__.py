@@ -8,18 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
+from . import twin  # first: it decides whose operators all that follows takes
 from .checkpoint import load_checkpoint
-from .lib_mamba import set_backend
+from .hub import from_pretrained, save_pretrained
+from .lib_mamba import SS2D, gated_scan, selective_scan, set_backend, use_backend
 from .lib_teacher import TEACHERS, create_teacher
-from .mobilemamba import VARIANTS, MobileMamba
+from .mobilemamba import VARIANTS, MobileMamba, fuse, variant_shapes
+from .timm_models import note_origin
+from .version import __version__
+from .zoo import fetch, released_entry
 
-__all__ = ["MobileMamba", "create_model", "list_models", "variant_shapes"]
+__all__ = [
+    "SS2D",
+    "MobileMamba",
+    "__version__",
+    "create_model",
+    "from_pretrained",
+    "fuse",
+    "gated_scan",
+    "list_models",
+    "load_checkpoint",
+    "save_pretrained",
+    "selective_scan",
+    "set_backend",
+    "twin",
+    "use_backend",
+    "variant_shapes",
+]
 
 TIMM_PREFIX = "timm_"
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
 def list_models() -> list[str]:
@@ -30,7 +49,7 @@ def list_models() -> list[str]:
 def create_model(
     name: str,
     *,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     checkpoint_path: str | Path = "",
     ema: bool = False,
     strict: bool = True,
@@ -43,7 +62,8 @@ def create_model(
 
     Args:
         name: A variant (`list_models`, upper or lower case), ``timm_<name>`` for any timm model, or a teacher.
-        pretrained: Load the released checkpoint from ``weights/``; timm's own for a timm model.
+        pretrained: Load the variant's released checkpoint, or, by a name such as ``"mobilemamba_t2s"``, the distilled
+            one; it is downloaded once and verified. For a timm model, load timm's own.
         checkpoint_path: Checkpoint to load instead.
         ema: Take the averaged weights (``net_E``) from it.
         strict: Refuse a checkpoint whose entries are not exactly the network's.
@@ -57,9 +77,13 @@ def create_model(
         ValueError: If the name or an argument is unknown, the checkpoint does not fit, or ``fuse`` is asked of a
             network that cannot, or the scan backend cannot run here.
         FileNotFoundError: If the checkpoint does not exist.
+        OSError: If a released checkpoint cannot be downloaded.
     """
     if scan_backend:
         set_backend(scan_backend)
+    is_ours = not name.startswith(TIMM_PREFIX) and name.lower() not in TEACHERS
+    if isinstance(pretrained, str) and not is_ours:
+        raise ValueError(f"pretrained={pretrained!r} names a checkpoint of MobileMamba; {name} takes True or False")
     if name.lower() in TEACHERS:
         loading: dict[str, Any] = {
             "pretrained": pretrained,
@@ -69,8 +93,8 @@ def create_model(
         }
         return create_teacher(name, **loading, **kwargs)
     network = _build(name, pretrained, kwargs)
-    if pretrained and not checkpoint_path and isinstance(network, MobileMamba):
-        checkpoint_path = _released_checkpoint(name)
+    if pretrained and not checkpoint_path and is_ours:
+        checkpoint_path = fetch(released_entry(name, pretrained))
     if checkpoint_path:
         load_checkpoint(
             network,
@@ -88,9 +112,9 @@ def create_model(
     return network
 
 
-def _build(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def _build(name: str, pretrained: bool | str, kwargs: dict[str, Any]) -> nn.Module:
     if name.startswith(TIMM_PREFIX):
-        return _build_timm(name.removeprefix(TIMM_PREFIX), pretrained, kwargs)
+        return _build_timm(name.removeprefix(TIMM_PREFIX), bool(pretrained), kwargs)
     known = {variant.lower(): variant for variant in VARIANTS}
     if name.lower() not in known:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
@@ -103,7 +127,10 @@ def _build(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
         if argument not in known_arguments:
             near = difflib.get_close_matches(argument, known_arguments, n=1, cutoff=0.0)
             raise ValueError(f"{name} has no argument {argument!r}; did you mean {near[0]!r}?")
-    return MobileMamba(**{**VARIANTS[known[name.lower()]], **kwargs})
+    variant = known[name.lower()]
+    network = MobileMamba(**{**VARIANTS[variant], **kwargs})
+    note_origin(network, variant, kwargs)
+    return network
 
 
 def _build_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
@@ -111,22 +138,3 @@ def _build_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
         raise ValueError(f"timm {timm.__version__} has no model {name!r}; the nearest is {TIMM_PREFIX}{near[0]}")
     return timm.create_model(name, pretrained=pretrained, **kwargs)
-
-
-def _released_checkpoint(name: str) -> Path:
-    """Return where the released checkpoint of a variant lies."""
-    variant = next(variant for variant in VARIANTS if variant.lower() == name.lower())
-    path = WEIGHTS / variant / f"{variant.lower()}.pth"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"pretrained weights of {variant} are not at {path}: download them as the README's table of results says, "
-            "or name another file with checkpoint_path"
-        )
-    return path
-
-
-def variant_shapes(num_classes: int = 1000) -> dict[str, dict[str, torch.Size]]:
-    """Return the state-dict shapes of every variant, without allocating any weights."""
-    with torch.device("meta"):
-        networks = {name: MobileMamba(num_classes=num_classes, **settings) for name, settings in VARIANTS.items()}
-    return {name: {key: value.shape for key, value in net.state_dict().items()} for name, net in networks.items()}

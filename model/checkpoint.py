@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from .mismatch import LoadReport, Variants, compare, explain
 
-__all__ = ["LoadReport", "head_names", "load_checkpoint", "read_checkpoint", "select_state_dict"]
+__all__ = [
+    "LoadReport",
+    "head_names",
+    "load_checkpoint",
+    "read_checkpoint",
+    "select_state_dict",
+    "web_page_title",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +85,8 @@ def _check_file(path: Path) -> None:
     if not start:
         raise ValueError(f"{path} is empty: the download or copy of it failed; get it again")
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
-        title = re.search(r"<title[^>]*>(.*?)</title>", start.decode(errors="replace"), re.IGNORECASE | re.DOTALL)
-        shown = f" ({html.unescape(title[1]).strip()!r})" if title else ""
+        title = web_page_title(start)
+        shown = f" ({title!r})" if title else ""
         raise ValueError(
             f"{path} is a web page{shown}, not a checkpoint: the server sent a page in place of the file, as it does "
             "when a download quota is used up or a confirmation is asked for; download it again, later or in a browser"
@@ -87,6 +94,12 @@ def _check_file(path: Path) -> None:
     for offset, magic, kind in OTHER_FILES:
         if start[offset:].startswith(magic):
             raise ValueError(f"{path} is {kind}")
+
+
+def web_page_title(start: bytes) -> str:
+    """Return the title of a web page, given its first bytes; empty where it has none."""
+    title = re.search(r"<title[^>]*>(.*?)</title>", start.decode(errors="replace"), re.IGNORECASE | re.DOTALL)
+    return html.unescape(title[1]).strip() if title else ""
 
 
 def _neighbours(path: Path) -> str:

@@ -22,6 +22,16 @@ def inductor() -> None:
         pytest.skip("needs g++, and an environment without a space in its path")
 
 
+@pytest.fixture
+def weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty ``weights/`` in place of the repository's."""
+    folder = tmp_path / "repository" / "weights"
+    folder.mkdir(parents=True)
+    (folder / "README.md").touch()
+    monkeypatch.setattr("model.zoo.places.ROOT", folder.parent)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def parity_fill() -> ModuleType:
     """The kit's `fill_` and `image`, which derive weights and inputs from names and seeds."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import read_checkpoint
+from model.files import sync_folder
 
 from .run_folder import RunLock, check_free_space, make_run_folder
 
@@ -81,7 +82,7 @@ def save_atomically(obj: Any, path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -116,16 +117,6 @@ def _remove_leftovers(folder: Path, name: str = "*") -> None:
     for leftover in folder.glob(f".{name}.*.tmp"):
         leftover.unlink(missing_ok=True)
         logger.info("removed %s, left over from a save that was killed", leftover)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder outlast a power cut, where the file system has a way to."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _os_error_behind(error: BaseException | None) -> OSError | None:

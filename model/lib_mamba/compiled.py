@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["CompiledBackend", "build_info", "cpu", "cuda", "load"]
 
 PACKAGE = "mobilemamba_kernels"
-BUILD = "cd model/lib_mamba/kernels/selective_scan && pip install ."
+BUILD = f"pip install {Path(__file__).resolve().parent / 'kernels' / 'selective_scan'}"
 # Raised whenever the operators' schemas change, here and in setup.py: a library of another number is not used.
 SCHEMA = 1
 

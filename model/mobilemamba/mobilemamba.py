@@ -10,16 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from ..layers import BatchNormLinear
 from ..recompute import recompute
-from . import fuse as folding
 from .blocks import Block, downsample, patch_embed
+from .fuse import fuse
 
-__all__ = ["VARIANTS", "MobileMamba"]
+__all__ = ["POOLINGS", "VARIANTS", "MobileMamba", "check_images"]
 
 MIN_SIZE = 32
+POOLINGS = ("avg", "max", "")
+STEM = "patch_embed"
 
 # What differs between the variants. B2 and B4 are B1 at a larger input.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -37,6 +41,8 @@ class MobileMamba(nn.Module):
 
     Args:
         num_classes: Width of the classifier; 0 returns the pooled features (B, C).
+        global_pool: What makes one position of the last feature map: "avg" (the released networks), "max", or "" for
+            the map itself, with ``num_classes`` 0.
         in_chans: Channels of the input.
         img_size: Side of the input in pixels that the variant is trained at; other sizes >= 32 work too.
         embed_dim: Channels of the three stages.
@@ -48,10 +54,21 @@ class MobileMamba(nn.Module):
         d_state: See `SS2D`.
         scan: See `SS2D`.
         drop_path: Probability of leaving out the last block in training, rising to it linearly from 0.
+        drop_rate: Probability with which a pooled feature is zeroed in training.
         distillation: A second head for a teacher's answers: both are returned in training, averaged in evaluation.
 
+    The methods and attributes beside `forward` and `fuse` are those of timm's networks.
+
+    Attributes:
+        feature_info: What `forward_intermediates` can return, in order: ``num_chs`` channels at the stride
+            ``reduction``, from the attribute ``module``.
+        default_cfg: What timm notes of a network, `pretrained_cfg` too: the size and normalisation of its input, where
+            its weights come from. Empty where neither `create_model` nor timm has built it.
+        model_args: The arguments that differ from the variant's, as `create_model` or timm was given them.
+
     Raises:
-        ValueError: In `forward`, if the input is not (B, in_chans, H, W) with H and W of 32 or more.
+        ValueError: If ``global_pool`` is unknown or leaves no vector to classify; in `forward`, if the input is not
+            (B, in_chans, H, W) with H and W of 32 or more.
     """
 
     patch_embed: nn.Sequential
@@ -60,12 +77,18 @@ class MobileMamba(nn.Module):
     blocks3: nn.Sequential
     head: nn.Module
     head_dist: nn.Module
+    global_pool: str
+    feature_info: list[dict[str, Any]]
+    default_cfg: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    model_args: dict[str, Any]
 
     def __init__(
         self,
         *,
         num_classes: int = 1000,
         in_chans: int = 3,
+        global_pool: str = "avg",
         img_size: int = 192,
         embed_dim: Sequence[int] = (144, 272, 368),
         depth: Sequence[int] = (1, 2, 2),
@@ -76,19 +99,22 @@ class MobileMamba(nn.Module):
         d_state: int = 1,
         scan: str = "bidirectional",
         drop_path: float = 0.0,
+        drop_rate: float = 0.0,
         distillation: bool = False,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.img_size = img_size
-        self.num_features = embed_dim[-1]
+        self.num_features = self.head_hidden_size = embed_dim[-1]
+        self.drop_rate = drop_rate
+        self.default_cfg = self.pretrained_cfg = {}
+        self.model_args = {}
         self.feature_info = [
             {"num_chs": channels, "reduction": stride, "module": name}
             for channels, stride, name in zip(
                 (embed_dim[0], *embed_dim),
                 (16, 16, 32, 64),
-                ("patch_embed", "blocks1", "blocks2", "blocks3"),
+                (STEM, "blocks1", "blocks2", "blocks3"),
                 strict=True,
             )
         ]
@@ -114,18 +140,32 @@ class MobileMamba(nn.Module):
             setattr(self, f"blocks{stage + 1}", nn.Sequential(*layers))
         self.grad_checkpointing = False
         self.distillation = distillation
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
 
     def get_classifier(self) -> nn.Module:
         """Return the head; with distillation the pair of heads."""
         return nn.ModuleList([self.head, self.head_dist]) if self.distillation else self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Put a fresh head (or pair of heads) for ``num_classes`` in place; 0 removes it."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a fresh head (or pair of heads) for ``num_classes`` in place, on the device of the rest; 0 removes it.
+
+        Args:
+            num_classes: Width of the classifier.
+            global_pool: One of `POOLINGS`; the present one when None.
+        """
+        global_pool = self.global_pool if global_pool is None else global_pool
+        if global_pool not in POOLINGS:
+            raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOLINGS))}, got {global_pool!r}")
+        if num_classes and not global_pool:
+            raise ValueError(f"global_pool='' leaves no vector to classify into {num_classes}: set num_classes=0")
         self.num_classes = num_classes
+        self.global_pool = global_pool
+        like = next(self.parameters())
 
         def head() -> nn.Module:
-            return BatchNormLinear(self.num_features, num_classes) if num_classes else nn.Identity()
+            if not num_classes:
+                return nn.Identity()
+            return BatchNormLinear(self.num_features, num_classes).to(like.device, like.dtype).train(self.training)
 
         self.head = head()
         if self.distillation:
@@ -144,41 +184,94 @@ class MobileMamba(nn.Module):
         blocks = r"^blocks(\d+)" if coarse else r"^blocks(\d+)\.(\d+)"
         return {"stem": r"^patch_embed", "blocks": [(blocks, None)]}
 
-    def forward_intermediates(
-        self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
+    def forward_intermediates(  # positions and names of the arguments are timm's
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Return the feature maps of stages, and unless ``intermediates_only`` the last one beside them.
 
         Args:
             x: Images, (B, in_chans, H, W).
-            indices: Which of patch_embed, blocks1, blocks2, blocks3 (0 to 3, or from the end) to return; all when
-                None. What follows the last of them is not computed with ``intermediates_only``.
+            indices: Which of patch_embed, blocks1, blocks2, blocks3 (0 to 3, or from the end) to return; the last
+                ones if a number; all when None.
+            norm: There is no normalisation after a stage: changes nothing.
+            stop_early: Do not compute what follows the last of them; implied by ``intermediates_only``.
+            output_fmt: "NCHW", the only one.
             intermediates_only: Return the list alone.
 
         Returns:
             Feature maps (B, C, H / stride, W / stride), rounded up, strides 16, 16, 32, 64.
+
+        Raises:
+            ValueError: If a stage is not there, or ``output_fmt`` is another.
         """
-        stages = [self.patch_embed, self.blocks1, self.blocks2, self.blocks3]
-        wanted = range(len(stages)) if indices is None else [range(len(stages))[index] for index in indices]
-        x = self._prepare(x)
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        wanted = self._stage_indices(indices)
+        stages = self._stages()
+        x = check_images(x, self.in_chans)
         features = []
-        for stage in stages[: max(wanted) + 1] if intermediates_only else stages:
+        for stage in stages[: max(wanted) + 1] if stop_early or intermediates_only else stages:
             x = self._run(stage, x)
             features.append(x)
         taken = [features[index] for index in wanted]
         return taken if intermediates_only else (x, taken)
 
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove, in place, what `forward_intermediates` does not need for some stages.
+
+        Args:
+            indices: The stages, as for `forward_intermediates`.
+            prune_norm: There is no normalisation after a stage: changes nothing.
+            prune_head: Remove the head even where all stages stay; it goes with the last stage anyway.
+
+        Returns:
+            The indices, counted from the start.
+        """
+        wanted = self._stage_indices(indices)
+        num_kept = max(wanted) + 1
+        for info in self.feature_info[num_kept:]:
+            delattr(self, info["module"])
+        is_cut = num_kept < len(self.feature_info)
+        self.feature_info = self.feature_info[:num_kept]
+        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
+        if prune_head or is_cut:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def _stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Return indices of stages, counted from the start; a number means so many of the last."""
+        num_stages = len(self.feature_info)
+        if indices is None:
+            return list(range(num_stages))
+        asked = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
+        if not asked or not all(-num_stages <= index < num_stages for index in asked):
+            names = ", ".join(self._stages())
+            raise ValueError(f"indices must be of {num_stages} stages ({names}; or from the end), got {indices}")
+        return [index % num_stages for index in asked]
+
+    def _stages(self) -> list[str]:
+        """Return the names of the stages that are there, in order."""
+        return [info["module"] for info in self.feature_info]
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last feature map: (B, in_chans, H, W) -> (B, C, H/64, W/64), rounded up."""
-        x = self._prepare(x)
-        x = self.patch_embed(x)
-        x = self._run(self.blocks1, x)
-        x = self._run(self.blocks2, x)
-        return self._run(self.blocks3, x)
+        x = check_images(x, self.in_chans)
+        for stage in self._stages():
+            x = self._run(stage, x)
+        return x
 
-    def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+    def _run(self, name: str, x: Tensor) -> Tensor:
         """Run a stage; with gradient checkpointing, keep what stands between its layers and compute the rest again."""
-        if not self.grad_checkpointing or not torch.is_grad_enabled():
+        stage = getattr(self, name)
+        if name == STEM or not self.grad_checkpointing or not torch.is_grad_enabled():
             return stage(x)
         for layer in stage:
             x = recompute(layer, x)
@@ -186,7 +279,10 @@ class MobileMamba(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Pool the last feature map and classify it: (B, C, H, W) -> (B, num_classes), (B, C) if ``pre_logits``."""
-        x = x.mean((2, 3))
+        if self.global_pool:
+            x = x.mean((2, 3)) if self.global_pool == "avg" else x.amax((2, 3))
+        if self.drop_rate:
+            x = F.dropout(x, self.drop_rate, self.training)
         if pre_logits:
             return x
         if not self.distillation:
@@ -197,13 +293,6 @@ class MobileMamba(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return self.forward_head(self.forward_features(x))
 
-    def _prepare(self, x: Tensor) -> Tensor:
-        """Check the input and lay it out channels-last, which all that follows keeps: the scan reads it uncopied."""
-        if x.dim() != 4 or x.shape[1] != self.in_chans or x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
-            expected = f"(B, {self.in_chans}, H, W) with H and W of {MIN_SIZE} pixels or more"
-            raise ValueError(f"input must be {expected}, got {tuple(x.shape)}")
-        return x.contiguous(memory_format=torch.channels_last)
-
     def fuse(self) -> MobileMamba:
         """Fold for inference, in place: batch norms, scales and residual depthwise convolutions into their neighbours.
 
@@ -213,4 +302,13 @@ class MobileMamba(nn.Module):
         Returns:
             The network itself.
         """
-        return folding.fuse(self)
+        return fuse(self)
+
+
+@register_notrace_function  # as torch.fx cannot follow what depends on sizes
+def check_images(x: Tensor, in_chans: int) -> Tensor:
+    """Check the input and lay it out channels-last, which all that follows keeps: the scan reads it uncopied."""
+    if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
+        expected = f"(B, {in_chans}, H, W) with H and W of {MIN_SIZE} pixels or more"
+        raise ValueError(f"input must be {expected}, got {tuple(x.shape)}")
+    return x.contiguous(memory_format=torch.channels_last)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..lib_mamba import SS2D
@@ -36,6 +37,7 @@ class ChannelScale(nn.Module):
         return self.weight * x
 
 
+@register_notrace_module  # as torch.fx cannot follow what depends on sizes
 class WTEMamba(nn.Module):
     """Scaled SS2D plus a depthwise convolution of the four Haar bands: (B, C, H, W) -> (B, C, H, W).
 

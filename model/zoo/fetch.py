@@ -1,0 +1,106 @@
+"""From a name to a verified file on this machine, downloaded where it is not there yet."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..files import sync_folder
+from .entries import Entry, find
+from .places import local_path
+from .sources import find_sources
+from .transfer import DownloadError, Source
+from .verify import verify
+
+__all__ = ["fetch"]
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 1.0  # before it is said that another process is waited for
+
+
+def fetch(checkpoint: str | Entry, *, source: str | Path = "") -> Path:
+    """Return the local file of a released checkpoint, downloaded if need be, and verified.
+
+    Several processes may ask for one checkpoint at once: one downloads it, the others wait and find it there.
+
+    Args:
+        checkpoint: A name, such as ``mobilemamba_t2s``, or an entry of a zoo file.
+        source: Where to get it if it is not there: the address of a mirror, or a folder or file of this machine. Its
+            original source when empty.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or the file is not what it should be.
+        OSError: If it cannot be got or written.
+    """
+    entry = find(checkpoint) if isinstance(checkpoint, str) else checkpoint
+    file = local_path(entry)
+    if not file.exists():
+        sources = find_sources(entry, source)
+        with _writable(file), _locked(file):
+            if not file.exists():
+                _download(entry, file, sources)
+                return file
+    verify(entry, file)
+    return file
+
+
+@contextlib.contextmanager
+def _writable(file: Path) -> Iterator[None]:
+    """Make the folder of a file, and say which file cannot be written where it cannot."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except PermissionError as error:
+        raise DownloadError(f"{file} cannot be written ({error.strerror}): make {file.parent} writable") from error
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold the one right to download a file; the lock's own file stays, as removing it would let two in."""
+    lock = FileLock(f"{file}.lock")
+    try:
+        lock.acquire(timeout=PATIENCE_SECONDS)
+    except Timeout:
+        logger.info("another process is downloading %s: waiting for it", file)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _download(entry: Entry, file: Path, sources: list[Source]) -> None:
+    """Get a file from the first source that has it, aside, check it, and put it in its place."""
+    for number, source in enumerate(sources, start=1):
+        # What was begun from one source is not gone on with from another.
+        aside = file.with_name(f"{file.name}.{source.tag}.part")
+        try:
+            _get_checked(entry, source, file, aside)
+        except FileNotFoundError:
+            if number == len(sources):
+                raise
+            continue
+        aside.replace(file)
+        sync_folder(file.parent)
+        return
+
+
+def _get_checked(entry: Entry, source: Source, file: Path, aside: Path) -> None:
+    """Fill ``aside`` and check what it holds; what was resumed and turns out wrong is got once more from its start."""
+    was_begun = aside.exists()
+    logger.info("downloading %s from %s", entry.name, source)
+    source.get(aside, title=entry.name)
+    try:
+        verify(entry, file, aside=aside)
+    except ValueError as error:
+        aside.unlink()
+        if was_begun:
+            logger.info("%s: what was resumed is not whole, so it is downloaded anew (%s)", entry.name, error)
+            _get_checked(entry, source, file, aside)
+            return
+        raise ValueError(f"{source} does not give {entry.name}: {error}") from error
