@@ -53,7 +53,7 @@ lint: setup-dev ## Check style, types and repeated blocks
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pylint --score=n run.py benchmarks configs data loss model optim trainer util
+	$(PY) -m pylint --score=n run.py benchmarks configs data loss model optim trainer util weights
 
 format: setup-dev ## Put every file into shape
 	$(PY) -m ruff check --fix .

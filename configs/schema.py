@@ -154,7 +154,7 @@ class Data(Node):
 class ModelKwargs(Node):
     """Arguments of ``model.create_model`` and of the checkpoint that it starts from."""
 
-    pretrained: bool = False  # a released checkpoint of this name, or timm's own for `timm_<name>`
+    pretrained: bool | str = False  # the released checkpoint, or another by its name; timm's own for `timm_<name>`
     checkpoint_path: str = ""
     ema: bool = False  # take `net_E` rather than `net` from the checkpoint
     strict: bool = True
@@ -173,6 +173,7 @@ class Model(Node):
 
     name: str = "MobileMamba_T2"
     freeze: str = ""  # what is not trained, by commas: backbone (all but the head), stem, modules such as blocks1
+    released: str = ""  # the checkpoint that `pretrained=True` loads; that of the network's own name when empty
     model_kwargs: ModelKwargs = field(default_factory=ModelKwargs)
 
 

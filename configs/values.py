@@ -1,12 +1,14 @@
 """How the value of one entry is read and checked against the annotation that stands beside it in ``configs.schema``.
 
-An annotation is a scalar type, ``Literal`` for a choice, one of the bounded numbers below, a list, a dictionary of
-further arguments, a ``Node`` or a union of nodes told apart by their ``type``; each of them optional with ``| None``.
+An annotation is a scalar type or a union of these, ``Literal`` for a choice, one of the bounded numbers below, a list,
+a dictionary of further arguments, a ``Node`` or a union of nodes told apart by their ``type``; each of them optional
+with ``| None``.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import json
 import math
@@ -109,10 +111,10 @@ def convert(value: Any, annotation: Any, path: str) -> Any:
         return _convert_node(value, kinds, path)
     if get_origin(kinds[0]) is list:
         return _convert_list(value, annotation, path)
-    try:
-        return _convert_scalar(value, kinds[0], bounds)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(f"{path}={value!r}: expected {_describe(annotation)}{_hint(value, kinds[0])}") from None
+    for kind in kinds:
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+            return _convert_scalar(value, kind, bounds)
+    raise ValueError(f"{path}={value!r}: expected {_describe(annotation)}{_hint(value, kinds[0])}")
 
 
 def _split(annotation: Any) -> tuple[tuple[Any, ...], Range | None, bool]:
@@ -195,7 +197,7 @@ def _describe(annotation: Any) -> str:
     elif is_group(annotation):
         words = " or ".join(kind.__name__ for kind in kinds)
     else:
-        words = _KIND_WORDS[get_origin(kind) or kind]
+        words = " or ".join(_KIND_WORDS[get_origin(kind) or kind] for kind in kinds)
     return words + (f" {bounds}" if bounds else "") + (", or None" if is_optional else "")
 
 

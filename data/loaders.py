@@ -100,6 +100,7 @@ class TestLoader:
         device_type: Where the batches go; memory is pinned for ``cuda`` alone.
 
     Attributes:
+        dataset: The test split.
         num_images: Size of the test set, over all processes.
     """
 
@@ -108,6 +109,7 @@ class TestLoader:
     ) -> None:
         options = config.trainer.data
         batch_size = options.batch_size_per_gpu_test
+        self.dataset = dataset
         self.num_images = len(dataset)
         self._sampler = EvaluationSampler(self.num_images, batch_size=batch_size, rank=rank, world_size=world_size)
         reader = _reader(dataset, config, is_training=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"configs", "model", "util", "loss", "optim", "data", "trainer", "run", "downstream", "benchmarks"}
+OURS = {"configs", "model", "util", "loss", "optim", "data", "trainer", "run", "downstream", "benchmarks", "weights"}
 ALLOWED = {
     "configs": set(),
     "model": set(),
@@ -24,6 +24,7 @@ ALLOWED = {
     "run": {"configs", "util", "trainer"},
     "downstream": {"model"},
     "benchmarks": {"model", "util"},
+    "weights": {"configs", "model", "util", "data", "trainer"},
 }
 
 

@@ -70,6 +70,7 @@ class CLSTester:
 
     Attributes:
         scores: By weights, once it has run.
+        seconds: That each test took, reading the images included.
 
     Raises:
         ValueError: If there is nothing to test, or it does not fit.
@@ -85,6 +86,7 @@ class CLSTester:
         self.weights = tested_weights(config)
         self.loaders = _build_loaders(config, process)
         self.scores: dict[str, Score] = {}
+        self.seconds: dict[str, float] = {}
 
     def run(self) -> int:
         """Test the plain and the averaged weights, as far as there are such; return the exit code."""
@@ -104,6 +106,7 @@ class CLSTester:
     def _score(self, name: str, *, ema: bool) -> Score:
         network = build_tested_network(self.config, self.process, ema=ema)
         log_network(f"{self.config.model.name} ({name})", network)
+        start = time.perf_counter()
         score = _test(
             self.config,
             self.process,
@@ -113,6 +116,7 @@ class CLSTester:
             watch=self.watch,
             title=name,
         )
+        self.seconds[name] = time.perf_counter() - start
         logger.info("Test %s: %s", name, score)
         return score
 

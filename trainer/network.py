@@ -37,7 +37,7 @@ def build_network(config: Config, process: Process) -> nn.Module:
         )
     network = create_model(
         config.model.name,
-        pretrained=kwargs.pretrained,
+        pretrained=_pretrained(config),
         checkpoint_path=kwargs.checkpoint_path,
         ema=kwargs.ema,
         strict=kwargs.strict,
@@ -110,7 +110,7 @@ def build_tested_network(config: Config, process: Process, *, ema: bool) -> nn.M
     kwargs = config.model.model_kwargs
     network = create_model(
         config.model.name,
-        pretrained=kwargs.pretrained,
+        pretrained=_pretrained(config),
         checkpoint_path=kwargs.checkpoint_path,
         ema=ema,
         strict=kwargs.strict,
@@ -144,6 +144,12 @@ def _place(network: nn.Module, config: Config, process: Process) -> nn.Module:
         choose_backend(process.device.type)
     memory_format = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
     return network.to(process.device, memory_format=memory_format)
+
+
+def _pretrained(config: Config) -> bool | str:
+    """Return what ``create_model`` is to load: by name where the configuration gives one, else yes or no."""
+    pretrained = config.model.model_kwargs.pretrained
+    return config.model.released or True if pretrained is True else pretrained
 
 
 def _arguments(config: Config) -> dict[str, Any]:

@@ -57,5 +57,6 @@ def distilled(name: str, size: int) -> Config:
     """
     config = imagenet(name, size)
     config.epoch_full = 1000
+    config.model.released = f"{name.lower()}s"
     config.loss.loss_terms += [DistillationTerm(lam=5.0, kd_type="soft", tau=1.0, size=224)]
     return config

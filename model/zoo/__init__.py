@@ -1,10 +1,10 @@
 """The released checkpoints: their names, sources and published figures, and how each becomes a verified local file."""
 
 from .entries import Dataset, Entry, find, models_of, read_zoo, released_entry
-from .fetch import fetch
+from .fetching import fetch
 from .places import local_path
 from .transfer import DownloadError
-from .verify import verify
+from .verification import verify
 
 __all__ = [
     "Dataset",

@@ -32,6 +32,9 @@ class Dataset:
         num_classes: Its classes.
         tolerance: How far a measured figure may lie from the published one, in points.
         fingerprint: Hash of the set as the data loaders give it; empty where it is not known.
+        images_per_class: Images of each class, where every class has as many.
+        image_names: Names of the image files without their endings, given their numbers from 1.
+        class_list: timm's name of the list of class names.
     """
 
     name: str
@@ -40,6 +43,9 @@ class Dataset:
     num_classes: int
     tolerance: float
     fingerprint: str = ""
+    images_per_class: int | None = None
+    image_names: str = ""
+    class_list: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,7 @@ KNOWN = {
     "model.model_kwargs.strict=false": False,
     "model.model_kwargs.num_classes=10": 10,
     "model.model_kwargs.pretrained=yes": True,
+    "model.model_kwargs.pretrained=mobilemamba_t2s": "mobilemamba_t2s",
     "data.type=ImageFolderLMDB": "ImageFolderLMDB",
     "data.root=/data/my images": "/data/my images",
     "data.nb_classes=100": 100,

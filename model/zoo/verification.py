@@ -6,6 +6,7 @@ then recorded beside it. From then on, and from the start where the checksum is 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -23,6 +24,7 @@ from ..checkpoint import AVERAGED, HEADS, read_checkpoint, select_state_dict
 from ..mismatch import compare, explain
 from ..mobilemamba import VARIANTS, MobileMamba, variant_shapes
 from .entries import Entry
+from .training_state import ignoring_histories
 
 __all__ = ["Checksum", "check_contents", "record_path", "verify"]
 
@@ -128,14 +130,15 @@ def check_contents(entry: Entry, file: Path) -> None:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no checkpoint, is damaged, or is of another network.
     """
-    checkpoint = read_checkpoint(file, mmap=True)
+    is_classifier = entry.task == "imagenet"
+    with contextlib.nullcontext() if is_classifier else ignoring_histories():
+        checkpoint = read_checkpoint(file, mmap=True)
     own = _own_entries(entry)
     has_average = any(isinstance(checkpoint.get(name), Mapping) for name in AVERAGED)
     for ema in (False, True) if has_average else (False,):
         weights, source = select_state_dict(checkpoint, ema=ema, origin=file)
         report = compare(weights, own, source=source)
         if not report.fits:
-            is_classifier = entry.task == "imagenet"
             reasons = explain(
                 report,
                 weights,

@@ -14,7 +14,7 @@ from .entries import Entry, find
 from .places import local_path
 from .sources import find_sources
 from .transfer import DownloadError, Source
-from .verify import verify
+from .verification import verify
 
 __all__ = ["fetch"]
 
@@ -41,7 +41,7 @@ def fetch(checkpoint: str | Entry, *, source: str | Path = "") -> Path:
     file = local_path(entry)
     if not file.exists():
         sources = find_sources(entry, source)
-        with _writable(file), _locked(file):
+        with _locked(file):
             if not file.exists():
                 _download(entry, file, sources)
                 return file
@@ -50,24 +50,17 @@ def fetch(checkpoint: str | Entry, *, source: str | Path = "") -> Path:
 
 
 @contextlib.contextmanager
-def _writable(file: Path) -> Iterator[None]:
-    """Make the folder of a file, and say which file cannot be written where it cannot."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except PermissionError as error:
-        raise DownloadError(f"{file} cannot be written ({error.strerror}): make {file.parent} writable") from error
-
-
-@contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Hold the one right to download a file; the lock's own file stays, as removing it would let two in."""
     lock = FileLock(f"{file}.lock")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=PATIENCE_SECONDS)
     except Timeout:
         logger.info("another process is downloading %s: waiting for it", file)
         lock.acquire()
+    except PermissionError as error:
+        raise DownloadError(f"{file} cannot be written ({error.strerror}): make {file.parent} writable") from error
     try:
         yield
     finally:

@@ -1,0 +1,154 @@
+"""Measure released checkpoints and compare the published figures: ``python -m weights.check mobilemamba_t2``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from model.zoo import Entry, fetch, models_of, read_zoo
+from trainer.run_folder import make_run_folder
+from util.distributed import Process, init_process
+from util.errors import EXIT_FAILED, EXIT_USER_ERROR, exit_code_of
+from util.launch import Launch, find_launch
+from util.logging import setup_console
+
+from .classifiers import check_classifier
+from .download import add_zoo_options
+from .downstream import Downstream, check_downstream
+from .report import screen, write
+from .results import FAIL, Result
+
+__all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+EPILOG = """\
+examples:
+  python -m weights.check mobilemamba_t2 --data /data/imagenet
+  torchrun --nproc_per_node=8 -m weights.check imagenet --data /data/imagenet
+  python -m torch.distributed.launch --use_env --nproc_per_node=8 -m weights.check imagenet --data /data/imagenet
+  python -m weights.check maskrcnn fpn --gpus 4 --coco /data/coco --ade20k /data/ADEChallengeData2016
+
+What is not here is downloaded first. The report goes to the screen and to check.md and check.json in a folder of its
+own. Figures of another validation set, or of a part of it, are shown but never judged.
+
+Exit codes: 0 no figure failed, 1 one did, 2 bad input or a checkpoint that could not be measured, 128 + signal number
+when stopped.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check what the command line names; return the exit code."""
+    parsed = _parse(arguments)
+    return exit_code_of(find_launch, lambda launch: _run(parsed, launch))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m weights.check",
+        description="Measure released checkpoints and compare the published figures.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "names",
+        nargs="+",
+        metavar="NAME | path.key=value",
+        help="a checkpoint, or: imagenet, det, seg, all; with '=' in it, an override of a classifier's config",
+    )
+    parser.add_argument("--data", metavar="FOLDER", help="ImageNet, with val/ in it (default: that of the config)")
+    parser.add_argument("--coco", metavar="FOLDER", help="COCO 2017 (default: that of the config)")
+    parser.add_argument("--ade20k", metavar="FOLDER", help="ADEChallengeData2016 (default: that of the config)")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="processes for detection and segmentation, 0: CPU (default: all GPUs)"
+    )
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="for the classifiers")
+    parser.add_argument("--tolerance", type=float, metavar="POINTS", help="instead of the data set's own")
+    parser.add_argument("--results", default="runs/check", metavar="FOLDER", help="where the report's folder goes")
+    add_zoo_options(parser)
+    parsed = parser.parse_intermixed_args(arguments)
+    parsed.overrides = [word for word in parsed.names if "=" in word]
+    parsed.names = [word for word in parsed.names if "=" not in word]
+    if not parsed.names:
+        parser.error("name a checkpoint, or: imagenet, det, seg, all")
+    return parsed
+
+
+def _run(parsed: argparse.Namespace, launch: Launch) -> int:
+    setup_console(is_logging=launch.is_logging, rank=launch.rank)
+    entries = models_of(parsed.names, read_zoo(parsed.zoo) if parsed.zoo else read_zoo())
+    others = [entry.name for entry in entries if entry.task != "imagenet"]
+    if others and launch.world_size > 1:
+        raise ValueError(
+            f"{', '.join(others)}: detectors and segmentors start processes of their own; check them with plain "
+            "`python -m weights.check ... --gpus N`, and the classifiers alone under a launcher"
+        )
+    with init_process(launch, device=parsed.device) as process:
+        folder = Path(process.on_first(lambda: str(make_run_folder(parsed.results, "check"))))
+        return _Check(parsed, process, folder).run(entries)
+
+
+class _Check:
+    """Measures one checkpoint after the other and keeps the report up to date."""
+
+    def __init__(self, parsed: argparse.Namespace, process: Process, folder: Path) -> None:
+        self.parsed = parsed
+        self.process = process
+        self.folder = folder
+        self.results: list[Result] = []
+        self.errors: list[str] = []
+
+    def run(self, entries: Sequence[Entry]) -> int:
+        """Measure the checkpoints; return the exit code."""
+        exit_code = 0
+        for entry in entries:
+            checkpoint = self._fetch(entry)
+            if checkpoint is not None:
+                results, exit_code = self._measure(entry, checkpoint)
+                self.results += results
+            if self.process.is_logging:
+                write(self.folder, self.results, errors=self.errors, run=self._facts(entries))
+            if exit_code:
+                break
+        self._say()
+        if exit_code or self.errors:
+            return exit_code or EXIT_USER_ERROR
+        return EXIT_FAILED if any(result.verdict == FAIL for result in self.results) else 0
+
+    def _fetch(self, entry: Entry) -> Path | None:
+        """Return the checkpoint's verified file; a failure is noted, and the others are measured all the same."""
+        try:
+            path = Path(self.process.on_first(lambda: str(fetch(entry, source=self.parsed.source))))
+        except (ValueError, OSError) as error:
+            self.errors.append(f"{entry.name}: {error}")
+            logger.error("%s", self.errors[-1])
+            return None
+        return path if path.exists() else fetch(entry, source=self.parsed.source)  # another node, another disk
+
+    def _measure(self, entry: Entry, checkpoint: Path) -> tuple[list[Result], int]:
+        tolerance = self.parsed.tolerance
+        if entry.task == "imagenet":
+            root = [f"data.root={self.parsed.data}"] if self.parsed.data else []
+            overrides = [*root, *self.parsed.overrides]
+            return check_classifier(entry, checkpoint, self.process, overrides=overrides, tolerance=tolerance)
+        root = self.parsed.coco if entry.task == "det" else self.parsed.ade20k
+        options = Downstream(num_gpus=self.parsed.gpus, root=root, work_dir=self.folder / entry.name)
+        return [check_downstream(entry, checkpoint, options, tolerance=tolerance)], 0
+
+    def _facts(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        names = [entry.name for entry in entries]
+        return {"checkpoints": names, "processes": self.process.world_size, "device_type": self.process.device.type}
+
+    def _say(self) -> None:
+        if self.results:
+            logger.info("published against measured\n%s", screen(self.results))
+        if self.process.is_logging:
+            logger.info("the report is in %s and %s", self.folder / "check.md", self.folder / "check.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

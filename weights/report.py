@@ -1,0 +1,101 @@
+"""The report of a check: a table on screen, the same in Markdown, and everything in JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from util.logging import table
+
+from .results import FAIL, Figure, Result
+
+__all__ = ["notes", "screen", "write"]
+
+HEADER = ("checkpoint", "weights", "figure", "published", "measured", "difference", "verdict", "images", "images/s")
+ROUNDING = 0.05  # a table of one decimal says no more than this
+
+
+def screen(results: Sequence[Result]) -> str:
+    """Return the table, and below it what is to be said of single checkpoints."""
+    return "\n".join([table(HEADER, _rows(results)), *notes(results)])
+
+
+def write(folder: Path, results: Sequence[Result], *, errors: Sequence[str], run: dict[str, Any]) -> None:
+    """Write ``check.md`` and ``check.json``.
+
+    Args:
+        folder: Where to.
+        results: What was measured.
+        errors: What could not be measured, and why.
+        run: Facts of the run.
+    """
+    rows = [list(HEADER), ["---", *["---:"] * (len(HEADER) - 1)], *_rows(results)]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    said = [f"- {line}" for line in (*notes(results), *errors)]
+    (folder / "check.md").write_text("\n".join([*lines, "", *said]).rstrip() + "\n", encoding="utf-8")
+    contents = {**_environment(), **run, "results": [_plain(result) for result in results], "errors": list(errors)}
+    (folder / "check.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """Return what the table cannot show."""
+    lines = []
+    for result in results:
+        title = f"{result.name} ({result.weights})"
+        if result.doubts:
+            lines.append(f"{title} is not judged: {'; '.join(result.doubts)}")
+        for figure in result.figures:
+            if figure.in_table is not None and abs(figure.in_table - figure.published) > ROUNDING + 1e-9:
+                difference = figure.measured - figure.in_table
+                lines.append(
+                    f"{title}: the published table gives {figure.name} {figure.in_table:g} ({difference:+.3f} to it), "
+                    f"the released test log {figure.published:.3f}, against which it is judged"
+                )
+        if result.verdict == FAIL:
+            lines.append(f"{title}: a figure lies further than {result.tolerance:g} points from the published one")
+    return lines
+
+
+def _rows(results: Sequence[Result]) -> list[list[str]]:
+    return [
+        [
+            result.name,
+            result.weights,
+            figure.name,
+            _published(figure),
+            f"{figure.measured:.3f}",
+            f"{figure.difference:+.3f}",
+            figure.verdict,
+            str(result.num_images),
+            f"{result.images_per_second:.1f}",
+        ]
+        for result in results
+        for figure in result.figures
+    ]
+
+
+def _published(figure: Figure) -> str:
+    return " or ".join(f"{value:.3f}" for value in (figure.published, *figure.also_known))
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    figures = [{**asdict(figure), "difference": figure.difference} for figure in result.figures]
+    added = {"figures": figures, "verdict": result.verdict, "images_per_second": result.images_per_second}
+    return {**asdict(result), **added}
+
+
+def _environment() -> dict[str, Any]:
+    has_gpu = torch.cuda.is_available()
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if has_gpu else platform.machine(),
+    }
