@@ -1,4 +1,4 @@
-"""Train, fine-tune or test a classifier: ``python run.py -c CONFIG -m MODE [path.key=value ...]``."""
+"""Train, test or use a classifier: ``python run.py -c CONFIG -m MODE [path.key=value ...]``."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, mode: str = 
         path: A Python file that holds ``def get_config() -> Config``, with or without ``.py``, or a file that
             ``save_config`` wrote; relative to the working directory, or else to the repository.
         overrides: ``path.key=value`` arguments.
-        mode: train, ft, test or test_net.
+        mode: train, ft, test, test_net or predict.
         world_size: Number of processes.
 
     Raises:

@@ -6,7 +6,7 @@ in where they are None, and listed in ``Config.derived`` so that a saved configu
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,15 @@ from .schema import (
     SoftTargetTerm,
     TimmTrainTransform,
 )
-from .tree import freeze
-from .values import entry_types
+from .tree import freeze, to_dict
+from .values import convert, entry_types
 
-__all__ = ["resolve"]
+__all__ = ["resolve", "with_classes"]
 
-_TEST_MODES = ("test", "test_net")
+_TEST_MODES = ("test", "test_net", "predict")
+_MODE_GROUPS = {"finetune": "ft", "predict": "predict"}  # groups that one mode alone reads
+
+_CLASSES = ("nb_classes", "data.nb_classes", "model.model_kwargs.num_classes", "trainer.mixup_kwargs.num_classes")
 
 # The first entry of each group gives the value where none of the group is overridden.
 _TIES = (
@@ -36,11 +39,11 @@ _TIES = (
     ("test_start_epoch", "trainer.test_start_epoch"),
     ("batch_size", "trainer.data.batch_size"),
     ("weight_decay", "optim.optim_kwargs.weight_decay"),
-    ("nb_classes", "data.nb_classes", "model.model_kwargs.num_classes", "trainer.mixup_kwargs.num_classes"),
+    _CLASSES,
 )
 
 
-def resolve(config: Config, given: Collection[str], *, world_size: int) -> Config:
+def resolve(config: Config, given: Set[str], *, world_size: int) -> Config:
     """Fill in what follows, check what must agree, and return ``config`` read-only.
 
     Args:
@@ -52,9 +55,15 @@ def resolve(config: Config, given: Collection[str], *, world_size: int) -> Confi
         ValueError: where entries contradict each other.
     """
     for path in given:
-        if path.startswith("finetune.") and config.mode != "ft":
-            raise ValueError(f"{path} holds with -m ft alone; override {path.removeprefix('finetune.')} instead")
+        owner, _, name = path.partition(".")
+        mode = _MODE_GROUPS.get(owner, config.mode)
+        if mode != config.mode:
+            way_out = f"; override {name} instead" if owner == "finetune" else ""
+            raise ValueError(f"{path} holds with -m {mode} alone{way_out}")
     run = _Run(config, given)
+    if config.mode == "predict" and run.given.isdisjoint(_CLASSES):
+        for path in _CLASSES:
+            set_entry(config, path, None)  # a recipe's number is not that of every checkpoint
     for group in _TIES:
         _tie(run, group)
     _share_batches(run, world_size)
@@ -70,10 +79,24 @@ def resolve(config: Config, given: Collection[str], *, world_size: int) -> Confi
     return freeze(config)
 
 
+def with_classes(config: Config, num_classes: int) -> Config:
+    """Return a resolved configuration that left ``nb_classes`` open, with the number in it, read-only again.
+
+    The number counts as derived: a run that starts from the saved configuration counts anew.
+    """
+    filled: Config = convert(to_dict(config), Config, "")
+    run = _Run(filled, set(), [*config.derived])
+    for path in _CLASSES:
+        set_entry(filled, path, num_classes)
+    _follow_classes(run)
+    filled.derived = list(dict.fromkeys([*run.derived, *_CLASSES]))
+    return freeze(filled)
+
+
 @dataclass
 class _Run:
     config: Config
-    given: Collection[str]
+    given: Set[str]
     derived: list[str] = field(default_factory=list)
 
     def follow(self, path: str, value: Any) -> None:

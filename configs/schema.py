@@ -37,6 +37,7 @@ __all__ = [
     "Normalize",
     "Optim",
     "OptimKwargs",
+    "Predict",
     "Resize",
     "Scheduler",
     "SoftTargetTerm",
@@ -140,7 +141,7 @@ class Data(Node):
         "INAT19CLS",
     ] = "DefaultCLS"
     root: str = "data/imagenet"
-    loader_type: Literal["pil", "torchvision"] = "pil"  # who decodes the image
+    loader_type: Literal["pil", "pil_upright", "torchvision"] = "pil"  # who decodes; upright: turned as EXIF says
     sampler: Literal["naive", "ra"] = "naive"  # ra: repeated augmentation
     num_repeats: PositiveCount = 3  # augmented views of each image, for `ra`
     nb_classes: PositiveCount | None = None  # tied to `nb_classes`
@@ -162,7 +163,7 @@ class ModelKwargs(Node):
     distillation: bool = False  # a second head, `head_dist`
     drop_path: Share | None = None  # the variant's own when None
     scan_backend: Literal["", "reference", "cpu", "cuda", "triton"] = ""  # forced for the scans; the fastest when empty
-    fuse: bool = False  # fold for inference after loading; test modes only
+    fuse: bool = False  # fold for inference after loading; test and predict only
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments, for `timm_<name>`
 
 
@@ -171,6 +172,7 @@ class Model(Node):
     """The network by name."""
 
     name: str = "MobileMamba_T2"
+    freeze: str = ""  # what is not trained, by commas: backbone (all but the head), stem, modules such as blocks1
     released: str = ""  # the checkpoint that `pretrained=True` loads; that of the network's own name when empty
     model_kwargs: ModelKwargs = field(default_factory=ModelKwargs)
 
@@ -411,10 +413,21 @@ class Finetune(Node):
 
 
 @dataclass(kw_only=True, slots=True)
+class Predict(Node):
+    """What mode predict reads and leaves; nothing is written where no file is named."""
+
+    input: str = ""  # an image, a folder with images at any depth, or a glob such as photos/**/*.jpg
+    top_k: PositiveCount = 5  # classes that are named for each image
+    output: str = ""  # file of all predictions, .json or .csv
+    sheet: str = ""  # picture file that shows the images with their classes, .png, .jpg, ...
+    sheet_images: PositiveCount = 100  # images on the sheet at most, the first ones
+
+
+@dataclass(kw_only=True, slots=True)
 class Config(Node):
     """One run. The entries at the top are shorthands that the entries below follow."""
 
-    mode: Literal["train", "ft", "test", "test_net"] = "train"  # given by -m
+    mode: Literal["train", "ft", "test", "test_net", "predict"] = "train"  # given by -m
     seed: Count = 42
     size: Side = 224  # pixels, the side of the square input
     epoch_full: PositiveCount = 300
@@ -423,8 +436,9 @@ class Config(Node):
     batch_size: PositiveCount = 1024  # images per optimiser step over all processes
     lr: NonNegative = 1.5e-3  # per 512 images
     weight_decay: NonNegative = 0.05
-    nb_classes: PositiveCount = 1000
+    nb_classes: PositiveCount | None = 1000  # None: counted in the data set, in mode predict in the checkpoint
     finetune: Finetune = field(default_factory=Finetune)
+    predict: Predict = field(default_factory=Predict)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optim: Optim = field(default_factory=Optim)

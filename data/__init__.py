@@ -1,18 +1,26 @@
 """Data sets, transforms, samplers and loaders."""
 
-from .datasets import DATASETS, check_dataset
+from .class_names import ClassNames, find_class_names
+from .datasets import DATASETS, check_dataset, count_classes
+from .images import UnreadableImageError
 from .loaders import Loaders, TestLoader, TrainLoader, build_loaders, worker_failures
+from .pictures import Pictures
 from .samples import Batch
 from .transforms import build_transform
 
 __all__ = [
     "DATASETS",
     "Batch",
+    "ClassNames",
     "Loaders",
+    "Pictures",
     "TestLoader",
     "TrainLoader",
+    "UnreadableImageError",
     "build_loaders",
     "build_transform",
     "check_dataset",
+    "count_classes",
+    "find_class_names",
     "worker_failures",
 ]

@@ -127,7 +127,7 @@ class FileDataset(ImageDataset):
         source: File or folder that messages name.
         class_names: Name of each class.
         has_all_classes: Whether these are all.
-        loader_type: Who decodes: ``pil`` or ``torchvision``.
+        loader_type: Who decodes; a key of ``images.DECODERS``.
     """
 
     labels: np.ndarray

@@ -16,7 +16,7 @@ from .cifar import Cifar10CLS, Cifar100CLS
 from .folders import DefaultCLS
 from .lmdb_folder import ImageFolderLMDB
 
-__all__ = ["DATASETS", "check_dataset", "check_same_classes", "open_datasets"]
+__all__ = ["DATASETS", "check_dataset", "check_same_classes", "count_classes", "open_datasets"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +50,8 @@ def open_datasets(config: Config) -> tuple[ImageDataset | None, ImageDataset]:
         ValueError: If something is missing, or the classes are not those that the configuration or the other split
             has.
     """
-    data = config.data
-    root = Path(data.root).expanduser()
-    if not root.is_dir():
-        raise ValueError(f"data.root={data.root}: there is no such folder; set data.root to that of the data set")
-    kind = DATASETS[data.type]
-    splits = ("val",) if config.mode in ("test", "test_net") else ("train", "val")
-    opened = {split: kind(root, split=split, loader_type=data.loader_type) for split in splits}
+    splits = ("val",) if _is_test(config) else ("train", "val")
+    opened = {split: _open(config, split) for split in splits}
     train, test = opened.get("train"), opened["val"]
     if train is not None:
         check_same_classes(train, test)
@@ -74,6 +69,34 @@ def check_dataset(config: Config) -> None:
         ValueError: If not; the message names the way out.
     """
     open_datasets(config)
+
+
+def count_classes(config: Config) -> int:
+    """Return the number of classes in a run's data set, for a configuration that leaves ``nb_classes`` open.
+
+    Raises:
+        ValueError: If the data set is missing or laid out otherwise, or does not say how many classes there are.
+    """
+    dataset = _open(config, "val" if _is_test(config) else "train")
+    found = len(dataset.class_names)
+    if not dataset.has_all_classes:
+        raise ValueError(
+            f"{dataset.source} does not say how many classes there are (at least {found} by its images): set nb_classes"
+        )
+    logger.info("%s: %d classes, nb_classes follows", dataset.source, found)
+    return found
+
+
+def _is_test(config: Config) -> bool:
+    return config.mode in ("test", "test_net")
+
+
+def _open(config: Config, split: str) -> ImageDataset:
+    data = config.data
+    root = Path(data.root).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"data.root={data.root}: there is no such folder; set data.root to that of the data set")
+    return DATASETS[data.type](root, split=split, loader_type=data.loader_type)
 
 
 def _num_classes(config: Config) -> int:

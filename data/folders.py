@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from .base import FileDataset, index_names, listed
 from .images import is_image_name
 
-__all__ = ["DefaultCLS", "best_folder", "checked_label", "class_folders"]
+__all__ = ["DefaultCLS", "best_folder", "checked_label", "class_folders", "images_below"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _scan(root: Path, split: str) -> tuple[list[str], list[str], list[int]]:
     empty: list[str] = []
     strays = [path for path in sorted(folder.iterdir()) if path.is_file()]
     for label, class_name in enumerate(class_names):
-        images = _images_below(folder, class_name, strays)
+        images = images_below(folder, class_name, strays)
         if not images:
             empty.append(class_name)
         names += images
@@ -113,10 +113,10 @@ def _scan(root: Path, split: str) -> tuple[list[str], list[str], list[int]]:
     return class_names, names, labels
 
 
-def _images_below(folder: Path, class_name: str, strays: list[Path]) -> list[str]:
-    """Return the images in a class folder and its subfolders as ``class/file``; add other files to ``strays``."""
+def images_below(folder: Path, subfolder: str, strays: list[Path]) -> list[str]:
+    """Return the images in a folder's subfolder, at any depth, as ``subfolder/file``; add other files to ``strays``."""
     names: list[str] = []
-    for parent, subfolders, files in os.walk(folder / class_name, followlinks=True):
+    for parent, subfolders, files in os.walk(folder / subfolder, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         prefix = Path(parent).relative_to(folder).as_posix()
         names += [f"{prefix}/{name}" for name in sorted(files) if is_image_name(name)]
@@ -130,7 +130,7 @@ def _no_classes_message(root: Path, split: str) -> str:
         found = listed(class_folders(root)) or "none"
         return (
             f"{folder} does not exist; data.root must hold a folder per class below train/ and val/, or train.txt and "
-            f"val.txt (folders in {root}: {found})"
+            f"val.txt (folders in {root}: {found}); `python -m data.prepare split` makes both from plain class folders"
         )
     num_images = sum(is_image_name(path.name) for path in folder.iterdir())
     if num_images == 0:

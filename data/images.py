@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import to_pil_image
@@ -36,8 +36,8 @@ def is_image_name(name: str) -> bool:
 def decode(data: bytes, *, name: str, loader_type: str) -> Image.Image:
     """Decode an image file's content to RGB, 8 bits a channel.
 
-    An orientation in the EXIF data is not applied: the published accuracies were measured with loaders that leave it
-    alone, and some images of ImageNet carry one.
+    An orientation in the EXIF data is not applied, except by ``pil_upright``: the published accuracies were measured
+    with loaders that leave it alone, and some images of ImageNet carry one.
 
     Args:
         data: The file's content.
@@ -49,12 +49,21 @@ def decode(data: bytes, *, name: str, loader_type: str) -> Image.Image:
     """
     try:
         return DECODERS[loader_type](data)
+    except UnidentifiedImageError as error:  # its own text names a buffer
+        raise UnreadableImageError(name, "not an image, or of an unknown format") from error
     except Exception as error:  # decoders raise nearly anything on a broken file
         raise UnreadableImageError(name, error) from error
 
 
 def _decode_with_pil(data: bytes) -> Image.Image:
-    image: Image.Image = Image.open(io.BytesIO(data))
+    return _to_rgb(Image.open(io.BytesIO(data)))
+
+
+def _decode_upright(data: bytes) -> Image.Image:
+    return _to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit values at 255; it opens 16-bit PGM files with mode I.
         return _to_8_bits(np.asarray(image)).convert("RGB")
@@ -81,5 +90,6 @@ def _to_8_bits(values: np.ndarray) -> Image.Image:
 
 DECODERS: dict[str, Callable[[bytes], Image.Image]] = {
     "pil": _decode_with_pil,
+    "pil_upright": _decode_upright,
     "torchvision": _decode_with_torchvision,
 }

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from types import FrameType
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from configs.schema import Config, TrainerData
 from util.errors import RunError
 
 from .base import ImageDataset
 from .datasets import open_datasets
-from .samplers import EvaluationSampler, Key, TrainSampler
+from .samplers import EvaluationSampler, TrainSampler
 from .samples import Batch, SampleReader, collate
 from .transforms import build_transform
 
@@ -182,9 +182,9 @@ class _Batches:
     """A PyTorch loader that draws from no generator of the process, and whose errors are clean."""
 
     def __init__(
-        self, reader: SampleReader, sampler: Sampler[list[Key]], options: TrainerData, *, device_type: str
+        self, reader: SampleReader, sampler: TrainSampler | EvaluationSampler, options: TrainerData, *, device_type: str
     ) -> None:
-        self.num_workers = options.num_workers_per_gpu
+        self.num_workers = min(options.num_workers_per_gpu, len(sampler))  # a worker reads whole batches
         self._loader = DataLoader(
             reader,
             batch_sampler=sampler,

@@ -1,4 +1,4 @@
-"""Makes and checks data sets: ``python -m data.prepare {folder-to-lmdb,lmdb-to-folder,verify,digits} --help``."""
+"""Makes and checks data sets: ``python -m data.prepare {folder-to-lmdb,lmdb-to-folder,verify,split,digits} --help``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .digits import write_digits
 from .folders import DefaultCLS
 from .images import decode
 from .lmdb_file import LmdbFile, write_lmdb
+from .split import split_folder
 
 __all__ = ["folder_to_lmdb", "lmdb_to_folder", "main", "verify"]
 
@@ -152,6 +153,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("root", type=Path, help="folder with the LMDB files")
     check.add_argument("--against", type=Path, metavar="ROOT", help="class folders with the same images")
     check.add_argument("--decode", action="store_true", help="decode the images, too")
+    split = commands.add_parser("split", help="part class folders into training and test images")
+    split.set_defaults(command=_run_split)
+    split.add_argument("root", type=Path, help="folder with one folder of images per class")
+    split.add_argument("out", type=Path, help="folder to make")
+    split.add_argument("--share", type=_share, default=0.2, help="of each class to test on (default: %(default)s)")
     digits = commands.add_parser("digits", help="write scikit-learn's handwritten digits as class folders")
     digits.set_defaults(command=_run_digits)
     digits.add_argument("out", type=Path, help="folder to make")
@@ -168,6 +174,18 @@ def _run_verify(parsed: argparse.Namespace) -> None:
     if problems:
         raise ValueError(f"{len(problems)} problems: {listed(problems, 20)}")
     print(f"{parsed.root}: {_summary(counts)}, all as they should be")
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
+    return share
+
+
+def _run_split(parsed: argparse.Namespace) -> None:
+    counts = split_folder(parsed.root, parsed.out, share=parsed.share)
+    print(f"{parsed.out}: {_summary(counts)}")
 
 
 def _run_digits(parsed: argparse.Namespace) -> None:

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from .mismatch import LoadReport, Variants, compare, explain
 
-__all__ = ["LoadReport", "load_checkpoint", "read_checkpoint", "select_state_dict", "web_page_title"]
+__all__ = [
+    "LoadReport",
+    "head_names",
+    "load_checkpoint",
+    "read_checkpoint",
+    "select_state_dict",
+    "web_page_title",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +271,7 @@ def load_checkpoint(
     """
     weights, source = select_state_dict(read_checkpoint(path, mmap=True), ema=ema, origin=path)
     own = network.state_dict()
-    heads = _head_names(network) if heads is None else heads
+    heads = head_names(network) if heads is None else heads
     report = compare(weights, own, source=source, reset_heads=heads if reset_head else ())
     left_out = {*report.unexpected, *report.mismatched, *report.reset}
     fitting = {entry: value for entry, value in weights.items() if entry not in left_out}
@@ -281,7 +288,7 @@ def load_checkpoint(
     return report
 
 
-def _head_names(network: nn.Module) -> tuple[str, ...]:
+def head_names(network: nn.Module) -> tuple[str, ...]:
     """Return the names of the classifiers, MobileMamba's or those that timm notes on its networks."""
     noted = getattr(network, "default_cfg", None) or {}
     classifier = noted.get("classifier") or HEADS

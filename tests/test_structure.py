@@ -74,7 +74,10 @@ def test_readme_has_the_published_figures_and_commands():
 
 def test_readme_links_exist():
     own = [folder for folder in ALLOWED if (ROOT / folder).is_dir()]
-    for document in [*ROOT.glob("*.md"), *(path for name in [*own, "tests"] for path in (ROOT / name).rglob("*.md"))]:
+    for document in [
+        *ROOT.glob("*.md"),
+        *(path for name in [*own, "docs", "tests"] for path in (ROOT / name).rglob("*.md")),
+    ]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.relative_to(ROOT)} links to {target}"
 

@@ -69,6 +69,7 @@ class BaseTrainer(TrainerSetup):
         """Do the steps of the epoch that are not done yet."""
         state = self.state
         self.network.train()
+        self.frozen.hold()
         self._epoch_mark = time.perf_counter()
         self._num_images = 0
         self._step_seconds = 0.0

@@ -53,14 +53,15 @@ def equalise_statistics(network: nn.Module, kind: str, process: Process) -> None
 
     Args:
         network: The bare network; with several processes, changed in place.
-        kind: ``trainer.dist_BN``: ``reduce`` takes the mean over processes; otherwise all get those of rank 0, which
+        kind: ``trainer.dist_BN``: ``reduce`` takes the mean over processes, in double precision so that what is equal
+            stays as it is; otherwise all get those of rank 0, which
             are the ones that are saved.
         process: This process.
     """
     statistics = [value for value in batch_norm_statistics(network).values() if value.is_floating_point()]
     if not process.is_distributed or not statistics:
         return
-    flat = torch.cat([value.flatten() for value in statistics])
+    flat = torch.cat([value.flatten() for value in statistics]).double()
     flat = process.sum_tensor(flat).div_(process.world_size) if kind == "reduce" else process.broadcast_tensor(flat)
     for value, new in zip(statistics, flat.split([value.numel() for value in statistics]), strict=True):
         value.copy_(new.view_as(value))

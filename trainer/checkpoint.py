@@ -150,13 +150,13 @@ class CheckpointStore:
         """Save the same as ``ckpt_<epoch>.pth``, which is kept."""
         return self._save_state(state, f"ckpt_{epoch}.pth")
 
-    def save_best_net(self, weights: Mapping[str, Tensor], *, epoch: int, scores: Mapping[str, float]) -> Path:
-        """Save the best plain weights so far, with their epoch and scores, as ``net.pth``."""
-        return self._save({"net": weights, "epoch": epoch, "scores": scores}, BEST_NET)
+    def save_best_net(self, weights: Mapping[str, Tensor], **facts: Any) -> Path:
+        """Save the best plain weights so far, with what is to be known of them (epoch, scores), as ``net.pth``."""
+        return self._save({"net": weights, **facts}, BEST_NET)
 
-    def save_best_ema(self, weights: Mapping[str, Tensor], *, epoch: int, scores: Mapping[str, float]) -> Path:
-        """Save the best averaged weights so far, with their epoch and scores, as ``net_E.pth``."""
-        return self._save({"net_E": weights, "epoch": epoch, "scores": scores}, BEST_EMA)
+    def save_best_ema(self, weights: Mapping[str, Tensor], **facts: Any) -> Path:
+        """Save the best averaged weights so far, with what is to be known of them (epoch, scores), as ``net_E.pth``."""
+        return self._save({"net_E": weights, **facts}, BEST_EMA)
 
     def latest(self) -> Path:
         """Return the path of the checkpoint to resume from.
@@ -207,7 +207,8 @@ def check_resumable(
 
     Args:
         saved: The checkpoint's ``meta``: ``world_size``, ``batch_size`` (images per optimiser step),
-            ``batch_size_per_gpu``, ``accumulation_steps``, ``model`` (the name), ``fingerprint`` (of the dataset).
+            ``batch_size_per_gpu``, ``accumulation_steps``, ``model`` (the name), ``fingerprint`` (of the dataset),
+            ``freeze`` (nothing, where it is left out).
         current: The same of this run.
         rescale: Whether other numbers of processes and images were asked for.
         path: The checkpoint, for messages.
@@ -228,6 +229,11 @@ def check_resumable(
         )
     if saved["model"] != current["model"]:
         raise ValueError(f"{path} is of {saved['model']}, not of {current['model']}: set model.name={saved['model']}")
+    if saved.get("freeze", "") != current.get("freeze", ""):
+        raise ValueError(
+            f"{path} was trained with model.freeze={saved.get('freeze', '')!r}, this run has "
+            f"{current.get('freeze', '')!r}: set it as it was, or start a new run from its weights"
+        )
     changed = tuple(name for name in RESCALABLE if saved[name] != current[name])
     if not changed:
         return ()

@@ -19,7 +19,7 @@ from .precision import Precision
 from .signals import SignalWatch
 from .stop import SignalError, StopError
 
-__all__ = ["Score", "count_correct", "evaluate"]
+__all__ = ["Score", "count_correct", "evaluate", "stop_on_signal"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def evaluate(
                 names = ("top1_cnt", "top5_cnt", "top_all")
                 meters.update({"batch_t": time.perf_counter() - start, **dict(zip(names, hits, strict=True))})
             if number % log_every == 0 or number == num_batches:
-                _stop_on_signal(process, watch)
+                stop_on_signal(process, watch)
                 columns = meters.columns(meters.read(process))
                 progress = (title, 100 * number / num_batches, number, num_batches, columns)
                 logger.info("Test %s: %.1f%% [%d/%d] %s", *progress, extra=PROGRESS)
@@ -132,7 +132,8 @@ def _count_batch(
     return torch.stack([top1, top5, torch.full_like(top1, len(targets))]).double()
 
 
-def _stop_on_signal(process: Process, watch: SignalWatch) -> None:
+def stop_on_signal(process: Process, watch: SignalWatch) -> None:
+    """Raise a SignalError on every process, if any got a signal; a collective."""
     number = watch.agreed(process.sum(watch.flags()))
     if number is not None:
         raise SignalError(number)

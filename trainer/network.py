@@ -12,13 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config
 from model import MobileMamba, create_model
-from model.checkpoint import read_checkpoint
+from model.checkpoint import head_names, read_checkpoint, select_state_dict
 from model.lib_mamba.backends import choose as choose_backend
 from util.distributed import Process
 
 from .batchnorm import convert_sync_batch_norm
 
-__all__ = ["build_network", "build_tested_network", "tested_weights", "wrap_parallel"]
+__all__ = ["build_network", "build_tested_network", "count_head_classes", "tested_weights", "wrap_parallel"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +57,8 @@ def tested_weights(config: Config) -> dict[str, bool]:
         ValueError: If there are no weights to test.
     """
     kwargs = config.model.model_kwargs
-    if not kwargs.checkpoint_path:
-        if kwargs.pretrained:
-            return {"net": False}
-        raise ValueError(
-            f"-m {config.mode} needs weights: give model.model_kwargs.checkpoint_path=PATH or "
-            "model.model_kwargs.pretrained=true"
-        )
+    if not _checkpoint_path(config):
+        return {"net": False}
     if config.mode == "test_net":
         return {"net": False}
     if kwargs.ema:
@@ -72,6 +67,38 @@ def tested_weights(config: Config) -> dict[str, bool]:
     has_average = checkpoint.get("net_E") is not None
     has_plain = checkpoint.get("net") is not None or not has_average
     return {name: name == "net_E" for name, has in (("net", has_plain), ("net_E", has_average)) if has}
+
+
+def count_head_classes(config: Config) -> int:
+    """Return the number of classes that the weights of a run in mode predict tell apart.
+
+    Raises:
+        ValueError: If there are no weights, or they are without the head of such a network.
+    """
+    kwargs = config.model.model_kwargs
+    path = _checkpoint_path(config)
+    network = create_model(config.model.name, **_arguments(config))
+    if not path:
+        return network.num_classes
+    weights, source = select_state_dict(read_checkpoint(path, mmap=True), ema=kwargs.ema, origin=path)
+    widths = {len(weights[entry]) for head in head_names(network) if (entry := f"{head}.weight") in weights}
+    if len(widths) != 1:
+        raise ValueError(
+            f"{path} ({source}) does not say how many classes {config.model.name} has, as it lacks "
+            f"{head_names(network)[0]}.weight: name the network with model.name, or set nb_classes"
+        )
+    return widths.pop()
+
+
+def _checkpoint_path(config: Config) -> str:
+    """Return the path of the weights to test or predict with, empty for the network's own pretrained ones."""
+    kwargs = config.model.model_kwargs
+    if not (kwargs.checkpoint_path or kwargs.pretrained):
+        raise ValueError(
+            f"-m {config.mode} needs weights: give model.model_kwargs.checkpoint_path=PATH or "
+            "model.model_kwargs.pretrained=true"
+        )
+    return kwargs.checkpoint_path
 
 
 def build_tested_network(config: Config, process: Process, *, ema: bool) -> nn.Module:
@@ -127,7 +154,9 @@ def _pretrained(config: Config) -> bool | str:
 
 def _arguments(config: Config) -> dict[str, Any]:
     kwargs = config.model.model_kwargs
-    arguments: dict[str, Any] = {"num_classes": kwargs.num_classes, "in_chans": kwargs.in_chans, **kwargs.extra}
+    arguments: dict[str, Any] = {"in_chans": kwargs.in_chans, **kwargs.extra}
+    if kwargs.num_classes is not None:
+        arguments["num_classes"] = kwargs.num_classes
     if kwargs.drop_path is not None:
         arguments["drop_path"] = kwargs.drop_path
     if kwargs.distillation:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from configs import Config, to_dict
+from data import Loaders
 from optim import Schedule
 from util.distributed import Process
 from util.meters import Meters
@@ -57,14 +58,14 @@ class Saver:
         process: This process.
         folder: The run's folder; locked for this run until `close`.
         parts: What is saved.
-        fingerprint: Of the training set.
+        loaders: Of the training set, for its fingerprint and its class names.
 
     Raises:
         ValueError: If another process uses the folder.
         OSError: If there is no room for the checkpoints.
     """
 
-    def __init__(self, config: Config, process: Process, *, folder: Path, parts: Parts, fingerprint: str) -> None:
+    def __init__(self, config: Config, process: Process, *, folder: Path, parts: Parts, loaders: Loaders) -> None:
         self.config = config
         self.process = process
         self.folder = folder
@@ -76,8 +77,10 @@ class Saver:
             "batch_size_per_gpu": config.trainer.data.batch_size_per_gpu,
             "accumulation_steps": config.trainer.accumulation_steps,
             "model": config.model.name,
-            "fingerprint": fingerprint,
+            "fingerprint": loaders.train.fingerprint,
+            "freeze": config.model.freeze,
         }
+        self.class_names = loaders.class_names
         # Ranks differ in their statistics where neither every step nor the save makes them equal.
         self.has_own_statistics = process.is_distributed and config.trainer.dist_BN == "reduce"
         process.on_first(self._open)
@@ -115,12 +118,13 @@ class Saver:
     def save_best(self, name: str, *, epoch: int, scores: Mapping[str, float]) -> None:
         """Keep the present weights as the best, ``name`` being ``net`` or ``net_E``; a collective."""
         parts = self.parts
+        facts = {"epoch": epoch, "scores": scores, "class_names": self.class_names}
 
         def write() -> None:
             if name == "net":
-                self._store.save_best_net(parts.network.state_dict(), epoch=epoch, scores=scores)
+                self._store.save_best_net(parts.network.state_dict(), **facts)
             elif parts.average is not None:
-                self._store.save_best_ema(parts.average.state_dict(), epoch=epoch, scores=scores)
+                self._store.save_best_ema(parts.average.state_dict(), **facts)
 
         self.process.on_first(write)
 
@@ -183,6 +187,7 @@ class Saver:
             "rng": ranks,
             "meta": self.meta,
             "progress": state.state_dict(),
+            "class_names": self.class_names,
             "config": to_dict(self.config),
         }
 

@@ -1,6 +1,6 @@
 """A training run, set up in one straight line.
 
-model -> weight average -> data parallelism -> optimiser -> loss -> data -> schedule -> resume -> loop
+model -> freeze -> weight average -> data parallelism -> optimiser -> loss -> data -> schedule -> resume -> loop
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from util.seed import seed_everything
 from .checkpoint import make_run_folder
 from .ema import WeightAverage
 from .evaluate import Score
+from .freeze import FrozenParts
 from .network import build_network, wrap_parallel
 from .precision import build_precision
 from .report import Report, log_environment, log_network, open_log
@@ -97,6 +98,7 @@ class TrainerSetup(abc.ABC):
 
     def _build_network(self) -> None:
         self.network = build_network(self.config, self.process)
+        self.frozen = FrozenParts(self.network, self.config.model.freeze)
         log_network(self.config.model.name, self.network)
         decay = self.config.trainer.ema
         self.average = None if decay is None else WeightAverage(self.network, decay=decay)
@@ -131,7 +133,7 @@ class TrainerSetup(abc.ABC):
                 precision=self.precision,
                 meters={"train": self.meters, "epoch": self.epoch_meters},
             ),
-            fingerprint=self.loaders.train.fingerprint,
+            loaders=self.loaders,
         )
 
     def _start_or_resume(self) -> None:

@@ -15,6 +15,11 @@ examples:
     torchrun --nproc_per_node=8 run.py -c configs/mobilemamba/mobilemamba_t2 -m train
   test a checkpoint:
     python run.py -c configs/mobilemamba/mobilemamba_t2 -m test model.model_kwargs.checkpoint_path=net.pth
+  fine-tune it on folders of images, one a class, under images/train and images/val:
+    python run.py -c configs/mobilemamba/finetune -m ft data.root=images model.model_kwargs.checkpoint_path=net.pth
+  ask it what is on images (a file, a folder or a glob):
+    python run.py -c configs/mobilemamba/mobilemamba_t2 -m predict model.model_kwargs.checkpoint_path=net.pth \\
+        predict.input=photos predict.output=photos.json predict.sheet=photos.png
   go on with a run that was stopped:
     python run.py -c configs/mobilemamba/mobilemamba_t2 -m train trainer.resume_dir=runs/mobilemamba/RUN
 
@@ -31,7 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """
     parser = argparse.ArgumentParser(
         prog="run.py",
-        description="Train, fine-tune or test a classifier.",
+        description="Train, fine-tune or test a classifier, or ask it what is on images.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -40,8 +45,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "-m",
         "--mode",
         default="train",
-        choices=("train", "ft", "test", "test_net"),
-        help="train; ft: fine-tune a checkpoint; test: net and EMA weights; test_net: plain weights only",
+        choices=("train", "ft", "test", "test_net", "predict"),
+        help="train; ft: fine-tune a checkpoint; test: net and EMA weights; test_net: plain weights only; "
+        "predict: say what is on images",
     )
     parser.add_argument("--logger_rank", type=int, default=0, metavar="R", help="the process that logs and writes")
     parser.add_argument(

@@ -76,6 +76,7 @@ def test_each_load_gives_a_fresh_tree():
 
 
 def test_finetuning_starts_from_a_recipe_and_follows_the_class_count():
+    assert load_config("configs/mobilemamba/finetune", mode="ft").nb_classes is None
     config = load_config("configs/mobilemamba/finetune", ["nb_classes=37"], mode="ft")
     assert (config.data.nb_classes, config.model.model_kwargs.num_classes) == (37, 37)
     assert (config.epoch_full, config.warmup_epochs, config.weight_decay) == (30, 5, 1e-8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from configs import load_config
+from configs import load_config, save_config, with_classes
 
 T2 = "configs/mobilemamba/mobilemamba_t2"
 T2S = "configs/mobilemamba/mobilemamba_t2s"
@@ -203,3 +203,36 @@ def test_fusing_is_for_testing():
     assert load_config(T2, [fuse], mode="test").model.model_kwargs.fuse
     with pytest.raises(ValueError, match=r"model\.model_kwargs\.fuse.*-m train"):
         load_config(T2, [fuse])
+
+
+class TestOpenClasses:
+    GROUP = TIES[-1]
+
+    def test_the_number_reaches_every_entry_and_the_tree_stays_read_only(self):
+        left_open = load_config(T2S, ["nb_classes=None"])
+        assert {read(left_open, path) for path in self.GROUP} == {None}
+        filled = with_classes(left_open, 7)
+        assert {read(filled, path) for path in self.GROUP} == {7}
+        assert filled.loss.loss_terms[1].cfg.model_kwargs.num_classes == 7
+        assert left_open.nb_classes is None
+        with pytest.raises(AttributeError, match="read-only"):
+            filled.nb_classes = 8
+
+    def test_it_is_as_if_the_number_had_been_given(self):
+        filled, given = with_classes(load_config(T2S, ["nb_classes=None"]), 7), load_config(T2S, ["nb_classes=7"])
+        assert {name: getattr(filled, name) for name in ("data", "model", "trainer", "loss", "optim")} == {
+            name: getattr(given, name) for name in ("data", "model", "trainer", "loss", "optim")
+        }
+
+    def test_a_saved_run_counts_anew_unless_the_number_was_given(self, tmp_path):
+        path = tmp_path / "config.yaml"
+        save_config(with_classes(load_config(T2, ["nb_classes=None"]), 7), path)
+        assert load_config(path).nb_classes is None
+        assert load_config(path, ["nb_classes=5"]).data.nb_classes == 5
+        save_config(load_config(T2, ["nb_classes=7"]), path)
+        assert load_config(path).nb_classes == 7
+
+    @pytest.mark.parametrize("path", GROUP)
+    def test_predicting_leaves_the_number_to_the_checkpoint_unless_given(self, path):
+        assert load_config(T2, mode="predict").data.nb_classes is None
+        assert load_config(T2, [f"{path}=9"], mode="predict").nb_classes == 9

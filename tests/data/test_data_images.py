@@ -69,6 +69,18 @@ def test_exif_orientation_is_left_alone(load, encoded):
     assert load(encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)).size == (20, 10)
 
 
+@pytest.mark.parametrize("turns", [{}, {6: Image.Transpose.ROTATE_270, 3: Image.Transpose.ROTATE_180}])
+def test_exif_orientation_is_applied_on_request(encoded, pixels, turns):
+    source = Image.fromarray(pixels(5)).crop((0, 0, 20, 10))
+    for orientation, turn in turns.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = decode(encoded(source, exif=exif), name="", loader_type="pil_upright")
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(source.transpose(turn)))
+    image = decode(encoded(source), name="", loader_type="pil_upright")
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(source))
+
+
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
 def test_cut_short_or_no_image_is_unreadable(load, encoded, pixels, image_format):
     data = encoded(pixels(3, 64), image_format)

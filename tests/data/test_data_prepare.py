@@ -156,3 +156,31 @@ def test_digits_do_not_mix_with_other_files(tmp_path, capsys):
     next((tmp_path / "digits").rglob("*.png")).unlink()
     assert main(["digits", str(tmp_path / "digits")]) == 1
     assert "holds other files than the digits" in capsys.readouterr().err
+
+
+def test_a_split_shares_out_every_class_and_copies_every_image(tmp_path, make_folders, make_config, capsys):
+    root = make_folders({"all": {"ant": 10, "bee": 4, "cow": 2}}) / "all"
+    (root / "ant" / "notes.txt").write_text("")
+    assert main(["split", str(root), str(tmp_path / "out"), "--share", "0.3"]) == 0
+    assert "11 images in train, 5 in val" in capsys.readouterr().out.replace("images in val", "in val")
+    counts = {
+        (split, name): len(list((tmp_path / "out" / split / name).iterdir()))
+        for split in ("train", "val")
+        for name in ("ant", "bee", "cow")
+    }
+    assert list(counts.values()) == [7, 3, 1, 3, 1, 1]
+    copied = {name.split("/", 1)[1]: data for name, data in files(tmp_path / "out").items()}
+    assert copied == {name: data for name, data in files(root).items() if name.endswith(".png")}
+    check_dataset(make_config(tmp_path / "out", num_classes=3))
+    assert main(["split", str(root), str(tmp_path / "again"), "--share", "0.3"]) == 0
+    assert files(tmp_path / "again") == files(tmp_path / "out")
+
+
+def test_a_split_that_cannot_be_is_refused(tmp_path, make_folders, capsys):
+    root = make_folders({"all": {"ant": 3, "bee": 1}})
+    for source, message in ((root / "all", "fewer than two images"), (root / "all" / "ant", "no class folders")):
+        assert main(["split", str(source), str(tmp_path / "out")]) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    assert main(["split", str(root), str(root)]) == 1
+    assert "is there already" in capsys.readouterr().err

@@ -119,5 +119,12 @@ def test_sigterm_saves_and_exits_with_143(class_folders, tmp_path):
 
 def test_help_needs_nothing(launch):
     done = launch("--help", check=0, env={"CUDA_VISIBLE_DEVICES": ""})
-    for word in ("--config", "{train,ft,test,test_net}", "--logger_rank", "--dist_url", "--sleep", "path.key=value"):
+    for word in (
+        "--config",
+        "{train,ft,test,test_net,predict}",
+        "--logger_rank",
+        "--dist_url",
+        "--sleep",
+        "path.key=value",
+    ):
         assert word in done.stdout

@@ -52,6 +52,13 @@ def test_two_ranks_resume_bit_for_bit(played):
     assert_same(*(result["whole"] for result in played["resume"]))  # the last test made the statistics equal
 
 
+def test_frozen_parts_stay_on_both(played):
+    left, right = played["frozen"]
+    assert left["changed"] == ["classifier", "conv_head"]
+    assert left["classes"] == 3
+    assert_same(left, right)
+
+
 def test_both_list_an_unreadable_test_image(played):
     left, right = played["unreadable_test_image"]
     assert "green/1.png" in left

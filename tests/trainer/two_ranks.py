@@ -155,6 +155,22 @@ def resume(process: Process, runs: Path, data: Path) -> dict[str, Any]:
 
 
 @scenario
+def frozen(process: Process, runs: Path, data: Path) -> dict[str, Any]:
+    """Train the head and the last stage; say what changed of the rest, in the weights and in their average."""
+    more = ("trainer.dist_BN=reduce", "test_start_epoch=0", "nb_classes=None", "model.freeze=conv_stem,bn1,blocks")
+    trainer = build(process, runs, data, *more)
+    start = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    trainer.run()
+    changed = {
+        name.split(".")[0]
+        for network in (trainer.network, trainer.average.network)
+        for name, value in network.state_dict().items()
+        if not torch.equal(value, start[name])
+    }
+    return {"changed": sorted(changed), "net": trainer.network.state_dict(), "classes": trainer.config.nb_classes}
+
+
+@scenario
 def unreadable_test_image(process: Process, runs: Path, data: Path) -> str:
     root = Path(process.on_first(lambda: str(_broken(runs))))
     try:

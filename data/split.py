@@ -1,0 +1,60 @@
+"""One folder of class folders, parted into images to train on and images to test on."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+from .base import listed
+from .folders import class_folders, images_below
+
+__all__ = ["split_folder"]
+
+
+def split_folder(root: Path, out: Path, *, share: float, seed: int = 0) -> dict[str, int]:
+    """Copy ``<root>/<class>/...`` to ``<out>/<train|val>/<class>/...``, the same share of every class to each.
+
+    The choice is random and always the same. The folder appears when it is whole; ``root`` stays as it is.
+
+    Args:
+        root: The class folders.
+        out: Folder to make.
+        share: Of the images that become test images, rounded, but at least one and never all of a class.
+        seed: Of the choice.
+
+    Returns:
+        The number of images by split.
+
+    Raises:
+        ValueError: If there are no class folders, one holds fewer than two images, or ``out`` is there already.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already; give another folder, or remove it first")
+    chosen = _choose(root, share=share, seed=seed)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for split, names in chosen.items():
+        for name in names:
+            target = partial / split / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, target)
+    partial.replace(out)
+    return {split: len(names) for split, names in chosen.items()}
+
+
+def _choose(root: Path, *, share: float, seed: int) -> dict[str, list[str]]:
+    images = {name: images_below(root, name, []) for name in class_folders(root)}
+    if not images:
+        raise ValueError(f"{root} holds no class folders; give the folder that holds one folder of images per class")
+    small = [name for name, names in images.items() if len(names) < 2]
+    if small:
+        raise ValueError(f"{root}: fewer than two images, which cannot be parted, in {listed(small)}")
+    chosen: dict[str, list[str]] = {"train": [], "val": []}
+    draw = random.Random(seed)
+    for names in images.values():
+        draw.shuffle(names)
+        num_test = min(max(round(share * len(names)), 1), len(names) - 1)
+        chosen["val"] += sorted(names[:num_test])
+        chosen["train"] += sorted(names[num_test:])
+    return chosen
