@@ -225,7 +225,7 @@ def test_checkpoint_of_another_variant_is_refused_and_named(imagenet):
 
 
 def test_missing_pretrained_files_are_named(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nowhere.pth"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.pth"):
         MobileMambaBackbone("T2", pretrained=str(tmp_path / "nowhere.pth")).init_weights()
     monkeypatch.setattr("downstream.weights.WEIGHTS", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"mobilemamba_t2.pth.*model.backbone.pretrained=False"):
