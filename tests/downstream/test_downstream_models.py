@@ -91,7 +91,11 @@ def test_parameters_and_entries_are_the_released_ones_and_load_strictly(build, r
 @pytest.mark.parametrize("name", MACS)
 def test_multiply_accumulates_are_the_published_ones(build, name):
     size, published = MACS[name]
-    assert count_macs(build(name), size) / 1e9 == pytest.approx(published, rel=0.02)
+    model = build(name)
+    counted = count_macs(model, size)
+    if name.startswith("ssdlite"):  # published with blocks3, which is part of the model but feeds nothing: we skip it
+        counted += count_macs(model.backbone.blocks3, size // 32, in_chans=376)
+    assert counted / 1e9 == pytest.approx(published, rel=0.02)
 
 
 def test_checkpoint_of_another_variant_is_refused_and_named(build, checkpoint):
