@@ -1,0 +1,34 @@
+"""A user's mistake is one line on stderr and exit code 2, on one process or many."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+__all__ = ["EXIT_INPUT_ERROR", "InputError", "exit_code_of"]
+
+EXIT_INPUT_ERROR = 2
+PATIENCE_SECONDS = 30.0  # the launcher ends the other processes of a node sooner, once its first one has spoken
+
+
+class InputError(ValueError):
+    """Something that the user can mend; the message says what and how."""
+
+
+def exit_code_of(body: Callable[[], None]) -> int:
+    """Return 0, or say an `InputError` and return its exit code; other errors are defects and keep their traceback.
+
+    All processes of a node usually find the same, so that the first speaks, and another only where the first did not.
+    """
+    try:
+        body()
+    except InputError as error:
+        local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+        if local_rank:
+            time.sleep(PATIENCE_SECONDS)
+        speaker = f"[process {local_rank} of the node] " if local_rank else ""
+        print(f"{speaker}error: {error}", file=sys.stderr, flush=True)
+        return EXIT_INPUT_ERROR
+    return 0

@@ -1,0 +1,1 @@
+"""Counts a model's parameters, and its operations on one image."""
