@@ -1,29 +1,20 @@
-"""Checkpoints as mmengine writes them, read without running anything and compared with the model before they count."""
+"""Checkpoints as mmengine writes them, read without running anything of what they hold."""
 
 from __future__ import annotations
 
-import logging
+import pickle
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
-from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.runner import CheckpointLoader, Runner
-from torch import nn
+from mmengine.runner import CheckpointLoader
 
 from model.checkpoint import read_checkpoint, select_state_dict
-from model.mismatch import compare, explain
 
 from .errors import InputError
 
-__all__ = ["CheckpointCheck", "check_weights", "read_weights", "use_safe_loading"]
-
-HEADS = ("bbox_head.", "roi_head.", "decode_head.", "auxiliary_head.")
-CLASSIFIER = "patch_embed."  # where the weights of a backbone of its own begin
-
-logger = logging.getLogger(__name__)
+__all__ = ["read_weights", "use_safe_loading"]
 
 
 def use_safe_loading() -> None:
@@ -65,65 +56,14 @@ def read_weights(path: str) -> dict[str, Any]:
 
 
 def _history_globals() -> list[Any]:
+    """Return what rebuilds a log history, and nothing else."""
     rebuild = np.empty(0).__reduce__()[0]
     names = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")  # of numpy 1 and of numpy 2
-    return [HistoryBuffer, np.ndarray, *((rebuild, name) for name in names)]
+    return [HistoryBuffer, np.ndarray, *((rebuild, name) for name in names), (_history_method, "builtins.getattr")]
 
 
-class CheckpointCheck(Hook):
-    """Refuses weights that are not the model's, where mmengine alone would load what fits and go on.
-
-    Args:
-        path: The checkpoint, for messages.
-        allows_new_heads: Let heads of another class count start anew, as in fine-tuning.
-    """
-
-    def __init__(self, path: str, *, allows_new_heads: bool = False) -> None:
-        self.path = path
-        self.allows_new_heads = allows_new_heads
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Compare before mmengine loads."""
-        check_weights(runner.model, checkpoint, self.path, allows_new_heads=self.allows_new_heads)
-
-
-def check_weights(
-    network: nn.Module, checkpoint: dict[str, Any], path: str, *, allows_new_heads: bool = False
-) -> None:
-    """Compare a checkpoint's weights with a network's entries.
-
-    Args:
-        network: The model, or a wrapper of it.
-        checkpoint: As `read_weights` returned it. Entries of heads that start anew are taken out.
-        path: The file, for messages.
-        allows_new_heads: Let head entries of another shape start anew.
-
-    Raises:
-        InputError: They are another model's, in one grouped report.
-    """
-    while is_model_wrapper(network) or isinstance(network, BaseTTAModel):
-        network = network.module
-    own, weights = network.state_dict(), checkpoint["state_dict"]
-    # Files of before PyTorch 0.4.1 have no batch counters.
-    own = {entry: value for entry, value in own.items() if entry in weights or "num_batches_tracked" not in entry}
-    report = compare(weights, own, source="state_dict")
-    if allows_new_heads:
-        anew = [entry for entry in report.mismatched if entry.startswith(HEADS)]
-        for entry in anew:
-            del weights[entry], own[entry]
-        if anew:
-            logger.warning("%s: %d entries have another shape and start anew: %s", path, len(anew), ", ".join(anew))
-            report = compare(weights, own, source="state_dict")
-    if not report.fits:
-        reasons = [*explain(report, weights, own, heads=()), _hint(set(weights), set(own))]
-        raise InputError("\n  ".join([f"{path} does not fit the model of the configuration.", *reasons]))
-
-
-def _hint(weights: set[str], own: set[str]) -> str:
-    theirs, ours = ({entry.partition(".")[0] for entry in entries} for entries in (weights, own))
-    if any(entry.startswith(CLASSIFIER) for entry in weights):
-        return "These are a classifier's weights: train from them with --cfg-options model.backbone.pretrained=FILE."
-    if theirs != ours:
-        listed = [", ".join(sorted(modules)) for modules in (theirs, ours)]
-        return f"The file is of a model of {listed[0]}, the configuration's of {listed[1]}: give those that belong together."
-    return "Give the configuration that it was trained with; for other classes, the num_classes of its heads."
+def _history_method(owner: Any, name: str) -> Any:
+    """Stand in for ``getattr``, with which a pickle could reach anything: a history asks it for its own statistics."""
+    if owner is not HistoryBuffer or name.startswith("_"):
+        raise pickle.UnpicklingError("Unsupported global: GLOBAL getattr of something else than a log history")
+    return getattr(owner, name)

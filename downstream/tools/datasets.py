@@ -1,10 +1,13 @@
-"""Whether the data sets that a configuration names are there and have its model's classes; asked before anything slow."""
+"""Whether the data sets that a configuration names are there, and have its classes; asked before anything slow.
+
+Whether the model has these classes, too, is asked by `downstream.hooks.ClassCountHook`.
+"""
 
 from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,12 @@ def check_datasets(config: Config, *splits: str) -> None:
         splits: ``train``, ``val``, ``test``.
 
     Raises:
-        InputError: A file or folder is missing, or the classes are not those that the model tells apart.
+        InputError: A file or folder is missing, or its classes are not the data set's.
     """
-    counts = dict(_class_counts(config.model, "model"))
     for split in splits:
         for entry, dataset in loader_datasets(config, f"{split}_dataloader"):
             _check_paths(entry, dataset, config)
-            _check_counts(entry, dataset, counts, config)
+            _check_classes(entry, dataset, config.get("default_scope", "mmengine"))
         _check_evaluator(config, split)
 
 
@@ -61,30 +63,11 @@ def _check_paths(entry: str, dataset: Mapping[str, Any], config: Config) -> None
         raise InputError(f"missing: {', '.join(absent)}; {layout_hint(config)}")
 
 
-def _class_counts(node: Any, entry: str) -> Iterator[tuple[str, int]]:
-    """Yield the class counts of a model's heads as (dotted entry, count)."""
-    if isinstance(node, Mapping):
-        if "num_classes" in node and "head" in entry:
-            yield f"{entry}.num_classes", node["num_classes"]
-        children: Any = node.items()
-    else:
-        children = enumerate(node) if isinstance(node, (list, tuple)) else ()
-    for key, value in children:
-        yield from _class_counts(value, f"{entry}.{key}")
-
-
-def _check_counts(entry: str, dataset: Mapping[str, Any], counts: Mapping[str, int], config: Config) -> None:
-    classes = classes_of(dataset, config.get("default_scope", "mmengine"))
+def _check_classes(entry: str, dataset: Mapping[str, Any], scope: str) -> None:
+    classes = classes_of(dataset, scope)
     if classes is None:
         return
-    wrong = [f"{head}={len(classes)}" for head, count in counts.items() if count != len(classes)]
-    if wrong:
-        told = ", ".join(sorted({str(count) for count in counts.values()}))
-        raise InputError(
-            f"{entry} has {len(classes)} classes ({_some(classes)}), the model tells {told} apart: set --cfg-options "
-            f"{' '.join(wrong)}, or the data set's metainfo.classes"
-        )
-    if "ann_file" in dataset and str(dataset["ann_file"]).endswith(".json"):
+    if str(dataset.get("ann_file", "")).endswith(".json"):
         _check_categories(entry, dataset, classes)
     elif dataset["type"] in REDUCED and not dataset.get("metainfo"):
         _check_labels(Path(dataset.get("data_root") or "", dataset["data_prefix"]["seg_map_path"]), len(classes))
@@ -99,7 +82,7 @@ def _check_categories(entry: str, dataset: Mapping[str, Any], classes: Sequence[
         return
     reasons = [f"{title} {_some(names)}" for title, names in (("it lacks", lacking), ("unknown are", extra)) if names]
     raise InputError(
-        f"{path} has {len(found)} categories ({_some(found)}), the model tells {len(classes)} apart ({_some(classes)}): "
+        f"{path} has {len(found)} categories ({_some(found)}), {entry} expects {len(classes)} ({_some(classes)}): "
         f"{', '.join(reasons)}. For classes of your own, set num_classes={len(found)} in the model's heads and "
         f"metainfo.classes in {entry} and its like"
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 __all__ = ["EXIT_INPUT_ERROR", "InputError", "exit_code_of"]
 
 EXIT_INPUT_ERROR = 2
+OURS = ("model", "downstream")
 PATIENCE_SECONDS = 30.0  # the launcher ends the other processes of a node sooner, once its first one has spoken
 
 
@@ -18,13 +20,17 @@ class InputError(ValueError):
 
 
 def exit_code_of(body: Callable[[], None]) -> int:
-    """Return 0, or say an `InputError` and return its exit code; other errors are defects and keep their traceback.
+    """Return 0, or say what is wrong with the input and return the exit code for that.
 
-    All processes of a node usually find the same, so that the first speaks, and another only where the first did not.
+    Such are `InputError`, and a ValueError or OSError that this repository raised, also where OpenMMLab says it again.
+    Other errors are defects, or OpenMMLab's to explain, and keep their traceback. All processes of a node usually find
+    the same, so that the first speaks, and another only where the first did not.
     """
     try:
         body()
-    except InputError as error:
+    except (ValueError, OSError) as error:
+        if not _is_ours(error):
+            raise
         local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
         if local_rank:
             time.sleep(PATIENCE_SECONDS)
@@ -32,3 +38,14 @@ def exit_code_of(body: Callable[[], None]) -> int:
         print(f"{speaker}error: {error}", file=sys.stderr, flush=True)
         return EXIT_INPUT_ERROR
     return 0
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Return whether a ValueError or OSError, or what it came of, was raised by a line of this repository."""
+    link: BaseException | None = error
+    while isinstance(link, (ValueError, OSError)):
+        *_, (frame, _) = traceback.walk_tb(link.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in OURS:
+            return True
+        link = link.__cause__ or link.__context__
+    return False

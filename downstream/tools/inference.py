@@ -15,8 +15,10 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
 from torch import nn
 
+from downstream.hooks import check_fit
+
 from .arguments import add_options
-from .checkpoint import check_weights, read_weights
+from .checkpoint import read_weights
 from .datasets import classes_of
 from .errors import InputError, exit_code_of
 from .settings import load_config, loader_datasets, registered
@@ -53,8 +55,8 @@ def build_network(config: Config, *, checkpoint: str | None = None, device: str 
     network = revert_sync_batchnorm(MODELS.build(config.model))
     if checkpoint is not None:
         read = read_weights(checkpoint)
-        check_weights(network, read, checkpoint)
-        network.load_state_dict(read["state_dict"], strict=False)  # checked; batch counters may be absent
+        check_fit(network, read, origin=checkpoint)
+        network.load_state_dict(read["state_dict"])
     return network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

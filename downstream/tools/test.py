@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
 from .arguments import parse_run, run_parser
-from .checkpoint import CheckpointCheck, use_safe_loading
+from .checkpoint import use_safe_loading
 from .datasets import check_datasets
 from .errors import InputError, exit_code_of
 from .processes import prepare_processes
@@ -49,9 +49,7 @@ def test(parsed: argparse.Namespace) -> None:
     if parsed.out:
         _keep(config, parsed.out)
     prepare_processes(config, parsed.launcher)
-    runner = Runner.from_cfg(config)
-    runner.register_hook(CheckpointCheck(parsed.checkpoint))
-    runner.test()
+    Runner.from_cfg(config).test()
 
 
 def _augment(config: Config) -> None:

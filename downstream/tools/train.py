@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from .arguments import parse_run, run_parser
-from .checkpoint import CheckpointCheck, use_safe_loading
+from .checkpoint import use_safe_loading
 from .datasets import check_datasets
 from .errors import InputError, exit_code_of
 from .processes import prepare_processes
@@ -52,10 +52,7 @@ def train(parsed: argparse.Namespace) -> None:
         config.load_from = None if parsed.resume == "auto" else parsed.resume
     check_datasets(config, "train", "val")
     prepare_processes(config, parsed.launcher)
-    runner = Runner.from_cfg(config)
-    path = config.load_from or f"the last checkpoint in {config.work_dir}"
-    runner.register_hook(CheckpointCheck(path, allows_new_heads=not config.resume))
-    runner.train()
+    Runner.from_cfg(config).train()
 
 
 def _mix_precision(config: Config) -> None:
@@ -67,6 +64,8 @@ def _mix_precision(config: Config) -> None:
 
 def _scale_learning_rate(config: Config) -> None:
     if not (config.get("auto_scale_lr") or {}).get("base_batch_size"):
-        raise InputError("--auto-scale-lr: the configuration does not say for how many images a step its rate is; "
-                         "set --cfg-options auto_scale_lr.base_batch_size=16")
+        raise InputError(
+            "--auto-scale-lr: the configuration does not say for how many images a step its learning rate is; set "
+            "--cfg-options auto_scale_lr.base_batch_size=16"
+        )
     config.auto_scale_lr.enable = True
