@@ -29,7 +29,7 @@ def exit_code_of(body: Callable[[], None]) -> int:
     try:
         body()
     except (ValueError, OSError) as error:
-        if not _is_ours(error):
+        if not isinstance(error, InputError) and not _is_ours(error):
             raise
         local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
         if local_rank:
