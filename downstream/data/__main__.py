@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="say what is missing or wrong in a folder")
     check.set_defaults(command=_check)
-    check.add_argument("--any-size", action="store_true", help="accept other numbers of images than the published set's")
+    check.add_argument(
+        "--any-size", action="store_true", help="accept other numbers of images than the published set's"
+    )
     make = commands.add_parser("make", help="write a tiny data set, with all the real one's classes listed")
     make.set_defaults(command=_make)
     make.add_argument("--train", type=int, default=64, metavar="N", help="images to train on (64)")

@@ -133,14 +133,18 @@ def _annotation_problems(annotations: Mapping[str, Any], path: Path) -> Iterable
     yield from _offenders(f"annotations of {path} are of images that it does not list", strangers)
     unknown = [str(a["id"]) for a in instances if a["category_id"] not in categories]
     yield from _offenders(f"annotations of {path} are of categories that it does not list", unknown)
-    outside = [str(a["id"]) for a in instances if a["image_id"] in sizes and not _fits(a["bbox"], *sizes[a["image_id"]])]
+    outside = [
+        str(a["id"]) for a in instances if a["image_id"] in sizes and not _fits(a["bbox"], *sizes[a["image_id"]])
+    ]
     yield from _offenders(f"boxes of {path} are empty or leave their image", outside)
 
 
 def _fits(box: tuple[float, float, float, float], width: int, height: int) -> bool:
     left, top, box_width, box_height = box
     is_inside = left + box_width <= width + OVERHANG and top + box_height <= height + OVERHANG
-    return min(box_width, box_height) >= 0 and max(box_width, box_height) > 0 and min(left, top) >= -OVERHANG and is_inside
+    return (
+        min(box_width, box_height) >= 0 and max(box_width, box_height) > 0 and min(left, top) >= -OVERHANG and is_inside
+    )
 
 
 def _count_problem(where: Path, found: int, expected: int) -> Iterable[str]:

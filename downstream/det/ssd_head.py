@@ -1,4 +1,4 @@
-"""SSDHead of mmdet, mended: since 3.3 the prediction that all dense heads share asks for a `loss_cls`, which it has not."""
+"""SSDHead of mmdet, mended: since 3.3 the prediction that dense heads share asks for a `loss_cls`, which it lacks."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ __all__ = ["read_weights", "use_safe_loading"]
 
 
 def use_safe_loading() -> None:
-    """Let mmengine read checkpoints by `read_weights`; its own reader runs what a file holds when the safe one fails."""
+    """Let mmengine read checkpoints by `read_weights`; its own runs what a file holds where the safe one fails."""
     CheckpointLoader.register_scheme("", loader=load_from_disk, force=True)
     CheckpointLoader.register_scheme(("http://", "https://"), loader=load_from_internet, force=True)
 

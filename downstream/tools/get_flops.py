@@ -23,7 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Count a model's parameters and its operations on one image.")
     parser.add_argument("config", help="a config file, with or without .py")
     parser.add_argument(
-        "--shape", type=int, nargs="+", default=[512], metavar="PIXELS", help="the image's side, or height and width (512)"
+        "--shape",
+        type=int,
+        nargs="+",
+        default=[512],
+        metavar="PIXELS",
+        help="the image's side, or height and width (512)",
     )
     add_options(parser)
     parsed = parser.parse_args(arguments)
@@ -50,7 +55,9 @@ class OnOneImage(nn.Module):
 
 def _count(parsed: argparse.Namespace) -> None:
     if len(parsed.shape) > 2 or min(parsed.shape) < 32:
-        raise InputError(f"--shape {' '.join(map(str, parsed.shape))}: give a side, or height and width, from 32 pixels")
+        raise InputError(
+            f"--shape {' '.join(map(str, parsed.shape))}: give a side, or height and width, from 32 pixels"
+        )
     height, width = parsed.shape[0], parsed.shape[-1]
     config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
     network = build_network(config, device="cpu")

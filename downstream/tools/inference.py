@@ -28,7 +28,9 @@ __all__ = ["build_network", "main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw; the exit code is 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(description="Draw the boxes, masks or segmentation that a model finds in an image.")
+    parser = argparse.ArgumentParser(
+        description="Draw the boxes, masks or segmentation that a model finds in an image."
+    )
     parser.add_argument("image", help="the image")
     parser.add_argument("config", help="a config file, with or without .py")
     parser.add_argument("checkpoint", help="a checkpoint of training, or a released one")
@@ -94,4 +96,7 @@ def _summary(sample: Any, classes: Sequence[str], threshold: float) -> str:
         names = [classes[label] for label in found.labels.tolist()]
     else:
         names = [classes[label] for label in sample.pred_sem_seg.data.unique().tolist()]
-    return ", ".join(f"{names.count(name)} {name}" if "pred_instances" in sample else name for name in sorted(set(names))) or "nothing"
+    return (
+        ", ".join(f"{names.count(name)} {name}" if "pred_instances" in sample else name for name in sorted(set(names)))
+        or "nothing"
+    )

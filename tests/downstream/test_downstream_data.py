@@ -158,7 +158,10 @@ def test_published_numbers_are_expected(coco, ade20k):
         (lambda root: (root / "annotations" / "instances_train2017.json").write_text('{"images": ['), "cut off"),
         (lambda root: (root / "annotations" / "instances_train2017.json").write_text("[]"), "lacks one of the lists"),
         (lambda root: change(root, lambda a: a["categories"].pop(0)), "79 categories"),
-        (lambda root: change(root, lambda a: a["annotations"][0].update(category_id=12)), "categories that it does not"),
+        (
+            lambda root: change(root, lambda a: a["annotations"][0].update(category_id=12)),
+            "categories that it does not",
+        ),
         (lambda root: change(root, lambda a: a["annotations"][0].update(image_id=99)), "images that it does not list"),
         (lambda root: change(root, lambda a: a["annotations"][0].update(bbox=[100, 0, 60, 5])), "leave their image: 1"),
         (lambda root: change(root, lambda a: a["images"].append(a["images"][0])), "lists 1 images twice"),

@@ -127,7 +127,7 @@ class TestOptions:
 
     def test_a_broken_configuration(self, tmp_path):
         (tmp_path / "config.py").write_text("_base_ = ['absent.py']\n")
-        with pytest.raises(InputError, match="cannot be read: .*absent"):
+        with pytest.raises(InputError, match=r"cannot be read: .*absent"):
             load_config(str(tmp_path / "config.py"), {})
 
 
@@ -140,7 +140,7 @@ class TestData:
         check_datasets(load_config(SEMANTIC_FPN, {}, data_root=str(ade20k)), "train", "val", "test")
 
     def test_a_root_that_is_not(self):
-        with pytest.raises(InputError, match="/nowhere is not a folder: .* downstream.data make ade20k"):
+        with pytest.raises(InputError, match=r"/nowhere is not a folder: .* downstream.data make ade20k"):
             load_config(SEMANTIC_FPN, {}, data_root="/nowhere")
 
     @pytest.mark.parametrize("name", ["annotations/instances_val2017.json", "train2017"])
@@ -169,10 +169,12 @@ class TestData:
         assert "num_classes=2" in error
 
     def test_classes_of_the_users_own(self, coco):
-        classes = {f"{loader}_dataloader.dataset.metainfo.classes": ("tv", "kite") for loader in ("train", "val", "test")}
+        classes = {
+            f"{loader}_dataloader.dataset.metainfo.classes": ("tv", "kite") for loader in ("train", "val", "test")
+        }
         check_datasets(load_config(RETINANET, classes, data_root=str(coco)), "train", "val")
         classes["train_dataloader.dataset.metainfo.classes"] = ("tv", "kit")
-        with pytest.raises(InputError, match="it lacks kit"):
+        with pytest.raises(InputError, match=r"it lacks kit"):
             check_datasets(load_config(RETINANET, classes, data_root=str(coco)), "train")
 
     @pytest.mark.parametrize("head", ["bbox_head", "mask_head"])
@@ -184,7 +186,7 @@ class TestData:
     def test_a_label_out_of_range(self, ade20k):
         for path in (ade20k / "annotations" / "training").iterdir():
             Image.fromarray(np.full((64, 64), 151, np.uint8)).save(path)
-        with pytest.raises(InputError, match="label 151, expected 0..150"):
+        with pytest.raises(InputError, match=r"label 151, expected 0..150"):
             check_datasets(load_config(SEMANTIC_FPN, {}, data_root=str(ade20k)), "train")
 
     def test_an_evaluator_that_reads_other_annotations(self, data, coco):
@@ -195,14 +197,19 @@ class TestData:
         set_data_root(config, str(data / "coco"))
         check_datasets(config, "val")
 
-    @pytest.mark.parametrize("text", ["", "{}", "<html>", '{"categories": [{"id": 1}]}', '{"categories": [{"id": 1, "na'])
+    @pytest.mark.parametrize(
+        "text", ["", "{}", "<html>", '{"categories": [{"id": 1}]}', '{"categories": [{"id": 1, "na']
+    )
     def test_annotations_that_are_none(self, tmp_path, text):
         (tmp_path / "a.json").write_text(text)
-        with pytest.raises(InputError, match="empty|cut off"):
+        with pytest.raises(InputError, match=r"empty|cut off"):
             read_categories(tmp_path / "a.json")
 
     def test_categories_anywhere_in_the_file(self, tmp_path):
-        for text in ('{"categories" : [{"name": "a"}], "images": []}', '{"images": [], "categories":\n[{"name": "a"}]}\n'):
+        for text in (
+            '{"categories" : [{"name": "a"}], "images": []}',
+            '{"images": [], "categories":\n[{"name": "a"}]}\n',
+        ):
             (tmp_path / "a.json").write_text(text)
             assert read_categories(tmp_path / "a.json") == [{"name": "a"}]
 
@@ -340,7 +347,11 @@ class TestScripts:
         [
             ("pass", 0, ""),
             ("exit_code_of(refuse)", 2, "error: not so\n"),
-            ("rank and os.kill(os.getpid(), 9)", 137, "error: process 1 ended with signal 9; what it said stands above\n"),
+            (
+                "rank and os.kill(os.getpid(), 9)",
+                137,
+                "error: process 1 ended with signal 9; what it said stands above\n",
+            ),
             ("sys.exit(5)", 5, "ended with exit code 5; what it said stands above\n"),
         ],
     )
@@ -357,8 +368,12 @@ class TestScripts:
         )
         launch = [sys.executable, "-m", "downstream.tools.launch", "--standalone", "--nproc_per_node=2", str(script)]
         done = subprocess.run(
-            launch, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=120,
+            launch,
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == code
         assert done.stderr == stderr if code in (0, 2, 137) else done.stderr.endswith(stderr)

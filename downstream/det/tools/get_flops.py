@@ -1,4 +1,4 @@
-"""Count a detector's parameters and FLOPs: ``python tools/get_flops.py --help``, with the repository's root in PYTHONPATH."""
+"""Count a detector's parameters and FLOPs: ``python tools/get_flops.py --help``, with the repository in PYTHONPATH."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Draw what a segmentor finds in an image: ``python tools/inference.py --help``, with the repository's root in PYTHONPATH."""
+"""Draw what a segmentor finds in an image: ``python tools/inference.py --help``, with the repository in PYTHONPATH."""
 
 import sys
 
