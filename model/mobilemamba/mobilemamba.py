@@ -163,7 +163,8 @@ class MobileMamba(nn.Module):
         x = self._prepare(x)
         features = []
         for stage in stages[: max(wanted) + 1] if intermediates_only else stages:
-            x = self._run(stage, x)
+            # The stem's ReLUs work in place, on what a recomputation of single layers would need.
+            x = stage(x) if stage is self.patch_embed else self._run(stage, x)
             features.append(x)
         taken = [features[index] for index in wanted]
         return taken if intermediates_only else (x, taken)

@@ -68,7 +68,7 @@ def test_features_are_the_networks_own_at_an_odd_size(filled, parity_fill):
     assert all(torch.equal(*pair) for pair in zip(features, own, strict=True))
 
 
-@pytest.mark.parametrize("case", ["T2_1x192x192_seed0", "B1_1x256x256_seed0"])
+@pytest.mark.parametrize("case", ["T2_1x160x224_seed1", "B1_1x256x256_seed0"])
 def test_features_are_those_of_the_released_network(case, parity_fill, parity_arrays):
     arrays = parity_arrays("model_eval.npz")
     variant, shape, seed = case.split("_")
@@ -82,7 +82,7 @@ def test_features_are_those_of_the_released_network(case, parity_fill, parity_ar
         torch.testing.assert_close(means, expected.view_as(means), rtol=0, atol=2e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("frozen", [-1, 0, 2, 3])
+@pytest.mark.parametrize("frozen", [-1, 1, 3])
 def test_frozen_stages_hold_in_training(filled, frozen):
     backbone = filled(frozen_stages=frozen)
     before = {entry: value.clone() for entry, value in backbone.state_dict().items()}
@@ -119,7 +119,7 @@ def test_norm_eval_keeps_running_statistics_and_trains_weights(filled):
     after = backbone.state_dict()
     running = [entry for entry in before if "running_" in entry or "num_batches" in entry]
     assert all(after[entry].equal(before[entry]) for entry in running)
-    assert not after["blocks3.2.dw0.m.bn.weight"].equal(before["blocks3.2.dw0.m.bn.weight"])
+    assert not after["blocks3.3.dw0.m.bn.weight"].equal(before["blocks3.3.dw0.m.bn.weight"])
 
 
 def test_sync_bn_changes_no_entry(filled):
@@ -185,7 +185,7 @@ def assert_loaded(backbone, weights):
     assert all(own[entry].equal(value) for entry, value in weights.items() if not entry.startswith(HEADS))
 
 
-def test_pretrained_is_read_when_training_starts_and_reported(imagenet, caplog):
+def test_pretrained_is_read_when_training_starts(imagenet):
     path, weights = imagenet()
     backbone = MobileMambaBackbone("T2", pretrained=str(path))
     assert not backbone.state_dict()["patch_embed.0.c.weight"].equal(weights["patch_embed.0.c.weight"])
@@ -225,7 +225,7 @@ def test_checkpoint_of_another_variant_is_refused_and_named(imagenet):
 
 
 def test_missing_pretrained_files_are_named(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nowhere.pth"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.pth"):
         MobileMambaBackbone("T2", pretrained=str(tmp_path / "nowhere.pth")).init_weights()
     monkeypatch.setattr("downstream.weights.WEIGHTS", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"mobilemamba_t2.pth.*model.backbone.pretrained=False"):

@@ -1,7 +1,10 @@
-"""MobileMamba-B1 in mmpretrain, trained on class folders: one folder per class under ``train/`` and ``val/``.
+"""MobileMamba-B1 in mmpretrain on class folders: ``train/CLASS/*`` and ``val/CLASS/*`` below a folder.
 
-For those who live in OpenMMLab: the published recipe is `run.py`'s. With ``data_root`` and ``num_classes`` given:
-``--cfg-options train_dataloader.dataset.data_root=... val_dataloader.dataset.data_root=... model.head.num_classes=...``
+For networks that are to stay in OpenMMLab; the published recipe is run.py's. Data elsewhere, and of other classes:
+``--cfg-options train_dataloader.dataset.data_root=FOLDER val_dataloader.dataset.data_root=FOLDER
+test_dataloader.dataset.data_root=FOLDER model.head.num_classes=N``
+
+What it trains serves a detector or segmentor as ``model.backbone.pretrained``.
 """
 
 _base_ = [
@@ -11,6 +14,7 @@ _base_ = [
     "../../_base_/mobilemamba.py",
 ]
 
+data_preprocessor = dict(num_classes=None)  # the head's is enough
 model = dict(
     type="ImageClassifier",
     backbone=dict(_base_.mobilemamba, variant="B1", pretrained=False, out_indices=(3,)),
@@ -20,10 +24,10 @@ model = dict(
         num_classes=1000,
         in_channels=448,
         loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
-        topk=(1, 5),
     ),
 )
-train_dataloader = dict(dataset=dict(type="CustomDataset", split=None, data_prefix="train"))
-val_dataloader = dict(dataset=dict(type="CustomDataset", split=None, data_prefix="val"))
+folders = dict(_delete_=True, type="CustomDataset", data_root="data/imagenet")
+train_dataloader = dict(dataset=dict(folders, data_prefix="train", pipeline=_base_.train_pipeline))
+val_dataloader = dict(dataset=dict(folders, data_prefix="val", pipeline=_base_.test_pipeline))
 test_dataloader = val_dataloader
 custom_hooks = _base_.checks

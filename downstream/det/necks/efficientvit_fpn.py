@@ -93,7 +93,7 @@ class EfficientViTFPN(BaseModule):
         return levels
 
     def _finer(self, lateral: Tensor) -> list[Tensor]:
-        """Return the finer levels, finest first; `extra_fpn_convs` are in that order, `extra_trans_convs` in reverse."""
+        """Return the finer levels, finest first: `extra_fpn_convs` have that order, `extra_trans_convs` the reverse."""
         levels: list[Tensor] = []
         for conv in self.extra_trans_convs:
             lateral = conv(lateral)

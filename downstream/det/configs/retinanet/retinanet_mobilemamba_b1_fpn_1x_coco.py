@@ -15,7 +15,15 @@ _base_ = [
 
 model = dict(
     backbone=dict(_base_.mobilemamba, variant="B1", norm_eval=True),
-    neck=dict(type="EfficientViTFPN", in_channels=[200, 376, 448], start_level=0, num_extra_trans_convs=1),
+    neck=dict(
+        _delete_=True,
+        type="EfficientViTFPN",
+        in_channels=[200, 376, 448],
+        out_channels=256,
+        num_outs=5,
+        num_extra_trans_convs=1,
+        add_extra_convs="on_input",
+    ),
     train_cfg=dict(sampler=None),  # the focal loss takes every anchor
 )
 train_dataloader = dict(batch_size=4, num_workers=4)
