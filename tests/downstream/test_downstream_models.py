@@ -18,7 +18,7 @@ from mmengine.runner import load_checkpoint
 
 from downstream.forks import find_forks
 from downstream.hooks import check_class_counts, check_fit
-from util.profile import count_macs
+from model.profile import count_macs
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = {
