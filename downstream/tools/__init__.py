@@ -1,1 +1,1 @@
-"""Training, testing and trying out detectors and segmentors; what det/tools and seg/tools share."""
+"""Training, testing and trying out detectors, segmentors and classifiers; what the tools of all tasks share."""

@@ -1,4 +1,4 @@
-# Sourced by dist.sh and slurm.sh: where things are, which Python runs, and whether it can.
+# Sourced by dist.sh and slurm.sh, with the task: where things are, which Python runs, and whether it can.
 # Sets root, python and PYTHONPATH; fail MESSAGE ends with it.
 
 fail() {
@@ -10,5 +10,7 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 python=${PYTHON:-python3}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
-"$python" -c 'import importlib.util as util, sys; sys.exit(not all(map(util.find_spec, sys.argv[1:])))' mmengine mmcv "$1" ||
-    fail "$python lacks mmengine, mmcv or $1: run \`make downstream\` in $root and \`source $root/.venv/bin/activate\`, or set PYTHON"
+package=mm$1
+[[ $1 == cls ]] && package=mmpretrain
+"$python" -c 'import importlib.util as util, sys; sys.exit(not all(map(util.find_spec, sys.argv[1:])))' mmengine mmcv "$package" ||
+    fail "$python lacks mmengine, mmcv or $package: run \`make downstream\` in $root and \`source $root/.venv/bin/activate\`, or set PYTHON"

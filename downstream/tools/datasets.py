@@ -54,8 +54,9 @@ def classes_of(dataset: Mapping[str, Any], scope: str) -> Sequence[str] | None:
 
 def _check_paths(entry: str, dataset: Mapping[str, Any], config: Config) -> None:
     root = Path(dataset.get("data_root") or "")
-    folders = {key: path for key, path in (dataset.get("data_prefix") or {}).items() if path}
-    wanted = {f"data_prefix.{key}": root / path for key, path in folders.items()}
+    prefix = dataset.get("data_prefix") or {}
+    folders = prefix.items() if isinstance(prefix, Mapping) else [("", prefix)]
+    wanted = {f"data_prefix.{key}".rstrip("."): root / path for key, path in folders if path}
     if dataset.get("ann_file"):
         wanted["ann_file"] = root / dataset["ann_file"]
     absent = [f"{path} ({entry}.{key})" for key, path in wanted.items() if not path.exists()]

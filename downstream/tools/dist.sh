@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What det/tools and seg/tools share: start train.py or test.py on the GPUs of a machine, or on its CPU.
-#   dist.sh {det,seg} train CONFIG GPUS [options of train.py]
-#   dist.sh {det,seg} test CONFIG CHECKPOINT GPUS [options of test.py]
+# What the tools of all tasks share: start train.py or test.py on the GPUs of a machine, or on its CPU.
+#   dist.sh {det,seg,cls} train CONFIG GPUS [options of train.py]
+#   dist.sh {det,seg,cls} test CONFIG CHECKPOINT GPUS [options of test.py]
 # GPUS is the number of processes: one a GPU, or where there is none, on the CPU through gloo. 0 is one process on the CPU.
 # From the environment: CUDA_VISIBLE_DEVICES, PYTHON; PORT; NNODES, NODE_RANK, MASTER_ADDR for several machines.
 set -euo pipefail
@@ -23,7 +23,7 @@ gpus=${*:num_files+1:1}
 shift $((num_files + 1))
 
 # shellcheck source=common.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" "mm$task"
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" "$task"
 [[ $gpus =~ ^[0-9]+$ ]] || fail "the number of GPUs is '$gpus': ./tools/dist_$tool.sh $usage"
 script=$root/downstream/$task/tools/$tool.py
 

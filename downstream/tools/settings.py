@@ -102,7 +102,9 @@ def set_data_root(config: Config, data_root: str) -> None:
 
 def layout_hint(config: Config) -> str:
     """Return what to do about a data set that is not where it is looked for."""
-    name = "coco" if config.get("default_scope") == "mmdet" else "ade20k"
+    name = {"mmdet": "coco", "mmseg": "ade20k"}.get(config.get("default_scope", ""))
+    if name is None:
+        return "give its place with --data-root"
     return (
         "give its place with --data-root; from the repository's root, `python -m downstream.data check "
         f"{name} FOLDER` says what a folder lacks and `python -m downstream.data make {name} FOLDER` writes a tiny one"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What det/tools and seg/tools share: start train.py or test.py as a job step of SLURM, one task a GPU.
+# What the tools of all tasks share: start train.py or test.py as a job step of SLURM, one task a GPU.
 #   slurm.sh {det,seg} train PARTITION JOB_NAME CONFIG WORK_DIR [options of train.py]
 #   slurm.sh {det,seg} test PARTITION JOB_NAME CONFIG CHECKPOINT [options of test.py]
 # From the environment: GPUS (8), GPUS_PER_NODE (8; 0 for the CPU), CPUS_PER_TASK (5), SRUN_ARGS, PORT, PYTHON.
@@ -25,7 +25,7 @@ arguments+=("$4")
 shift 4
 
 # shellcheck source=common.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" "mm$task"
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" "$task"
 tasks=${GPUS:-8}
 tasks_per_node=$tasks
 devices=()

@@ -19,6 +19,7 @@ from .settings import load_config
 __all__ = ["main"]
 
 DUMPS = (".pkl", ".pickle")
+DUMPERS = {"mmdet": "DumpDetResults", "mmpretrain": "DumpResults"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,12 +61,13 @@ def _augment(config: Config) -> None:
 
 
 def _keep(config: Config, out: str) -> None:
-    """Add what keeps the predictions, as mmdet and mmseg each do."""
-    if config.default_scope == "mmdet":
-        if not out.endswith(DUMPS):
-            raise InputError(f"--out {out}: detections go to one file, whose name ends in {' or '.join(DUMPS)}")
-        evaluators = config.test_evaluator
-        evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
-        config.test_evaluator = [*evaluators, ConfigDict(type="DumpDetResults", out_file_path=out)]
-    else:
+    """Add what keeps the predictions, each package's own."""
+    dumper = DUMPERS.get(config.get("default_scope", "mmengine"))
+    if dumper is None:
         config.test_evaluator.output_dir = out
+        return
+    if not out.endswith(DUMPS):
+        raise InputError(f"--out {out}: such predictions go to one file, whose name ends in {' or '.join(DUMPS)}")
+    evaluators = config.test_evaluator
+    evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
+    config.test_evaluator = [*evaluators, ConfigDict(type=dumper, out_file_path=out)]

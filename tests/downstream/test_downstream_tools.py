@@ -329,6 +329,14 @@ class TestScripts:
         assert done.returncode == 2
         assert done.stderr.startswith(f"usage: ./tools/{script} ")
 
+    @pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh"])
+    def test_classifiers_have_them_too(self, script):
+        assert run_script("cls", script).stderr.startswith(f"usage: ./tools/{script} ")
+
+    def test_predictions_of_detectors_go_to_a_file(self, data, capsys):
+        error = said(capsys, testing.main, RETINANET, "w.pth", "--data-root", data / "coco", "--out", "folder")
+        assert "whose name ends in .pkl or .pickle" in error
+
     def test_a_number_of_gpus_that_is_none(self):
         done = run_script("det", "dist_train.sh", "config.py", "--resume")
         assert done.returncode == 2

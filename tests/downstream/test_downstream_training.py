@@ -32,6 +32,7 @@ from downstream.tools.checkpoint import read_weights
 pytestmark = pytest.mark.slow
 
 SIZE = (96, 96)
+LEARNING_SIZE = 128
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,9 @@ def last_checkpoint(work_dir):
 
 
 def validated(work_dir):
+    """The figures of the last validation in training."""
     (path,) = work_dir.glob("*/vis_data/scalars.json")
-    return [json.loads(line) for line in path.read_text().splitlines() if "aAcc" in line][-1]
+    return [json.loads(line) for line in path.read_text().splitlines() if "aAcc" in line or "bbox_mAP" in line][-1]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -178,3 +180,45 @@ def test_flops_are_counted():
     done = run_python("seg", "get_flops.py", CONFIGS["pspnet"])
     assert done.returncode == 0, done.stderr
     assert "21,469,669" in done.stdout
+
+
+def learn(name, data, work_dir, options):
+    """Train from random weights on two processes, four images each, and return the last figures of the evaluator."""
+    options = tiny(name, size=LEARNING_SIZE, images=4) | {"default_hooks.logger.interval": 10} | options
+    arguments = ("--work-dir", work_dir, "--data-root", data, *arguments_of(options))
+    done = run_script(task_of(name), "dist_train.sh", CONFIGS[name], 2, *arguments, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    return validated(work_dir)
+
+
+def test_semantic_fpn_learns(tmp_path):
+    """The mean is over the five classes that occur, of 150, and those that the model gives wrongly."""
+    write_ade20k(tmp_path / "data", num_train=64, num_val=16, size=(LEARNING_SIZE, LEARNING_SIZE))
+    options = {
+        "train_cfg.max_iters": 100,
+        "train_cfg.val_interval": 100,
+        "default_hooks.checkpoint.interval": 100,
+        "optim_wrapper.optimizer.lr": 5e-4,
+        "param_scheduler.0.end": 15,
+        "param_scheduler.1.begin": 50,
+        "param_scheduler.1.T_max": 50,
+        "param_scheduler.1.end": 100,
+    }
+    figures = learn("fpn", tmp_path / "data" / "ADEChallengeData2016", tmp_path / "work", options)
+    assert figures["mIoU"] > 50
+
+
+def test_ssdlite_learns(tmp_path):
+    """Boxes and classes of images that it did not train on."""
+    write_coco(tmp_path / "data", num_train=64, num_val=16, size=(LEARNING_SIZE, LEARNING_SIZE))
+    options = {
+        "train_cfg.max_epochs": 25,
+        "train_cfg.val_interval": 25,
+        "optim_wrapper.optimizer.lr": 1e-3,
+        "param_scheduler.0.end": 20,
+        "param_scheduler.1.begin": 12,
+        "param_scheduler.1.T_max": 13,
+        "param_scheduler.1.end": 25,
+    }
+    figures = learn("ssdlite", tmp_path / "data", tmp_path / "work", options)
+    assert figures["coco/bbox_mAP_50"] > 0.3
