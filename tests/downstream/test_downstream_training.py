@@ -212,13 +212,13 @@ def test_ssdlite_learns(tmp_path):
     """Boxes and classes of images that it did not train on."""
     write_coco(tmp_path / "data", num_train=64, num_val=16, size=(LEARNING_SIZE, LEARNING_SIZE))
     options = {
-        "train_cfg.max_epochs": 25,
-        "train_cfg.val_interval": 25,
+        "train_cfg.max_epochs": 16,
+        "train_cfg.val_interval": 16,
         "optim_wrapper.optimizer.lr": 1e-3,
         "param_scheduler.0.end": 20,
-        "param_scheduler.1.begin": 12,
-        "param_scheduler.1.T_max": 13,
-        "param_scheduler.1.end": 25,
+        "param_scheduler.1.begin": 8,
+        "param_scheduler.1.T_max": 8,
+        "param_scheduler.1.end": 16,
     }
     figures = learn("ssdlite", tmp_path / "data", tmp_path / "work", options)
     assert figures["coco/bbox_mAP_50"] > 0.3
