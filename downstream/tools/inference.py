@@ -63,8 +63,9 @@ def build_network(config: Config, *, checkpoint: str | None = None, device: str 
 
 
 def _draw(parsed: argparse.Namespace) -> None:
-    if not Path(parsed.image).is_file():
-        raise InputError(f"no image at {parsed.image}")
+    image = mmcv.imread(parsed.image, channel_order="rgb") if Path(parsed.image).is_file() else None
+    if image is None:
+        raise InputError(f"no image at {parsed.image}, or none that can be read")
     config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
     network = build_network(config, checkpoint=parsed.checkpoint, device=parsed.device)
     _, dataset = next(loader_datasets(config, "test_dataloader"))
@@ -72,7 +73,6 @@ def _draw(parsed: argparse.Namespace) -> None:
     visualizer = VISUALIZERS.build({**config.visualizer, "vis_backends": None})
     visualizer.dataset_meta = _meta(dataset, config.get("default_scope", "mmengine"))
     threshold = {"pred_score_thr": parsed.score_thr} if "pred_instances" in sample else {}
-    image = mmcv.imread(parsed.image, channel_order="rgb")
     visualizer.add_datasample("prediction", image, sample, draw_gt=False, out_file=parsed.out, **threshold)
     print(f"{parsed.out}: {_summary(sample, visualizer.dataset_meta['classes'], parsed.score_thr)}")
 

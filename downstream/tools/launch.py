@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from .errors import EXIT_INPUT_ERROR
@@ -18,7 +19,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run torchrun and return the exit code of the process that failed first, or 0."""
+    """Run torchrun and return the exit code of the process that failed first, 128 + signal when stopped, or 0."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run.main(list(arguments))
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str]) -> int:
             ending = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
             print(f"error: process {rank} ended with {ending}; what it said stands above", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
     return 0
 
 

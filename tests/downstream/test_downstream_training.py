@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import stat
 
 import numpy as np
@@ -95,10 +96,9 @@ def test_train_and_test_on_two_processes(trained, data, tmp_path, name):
         assert found["aAcc"] == pytest.approx(validated(work_dir)["aAcc"])
 
 
-def test_resuming_continues_the_schedule(trained, data):
-    work_dir = trained("fpn")
+def test_resuming_continues_the_schedule(trained, data, tmp_path):
     options = tiny("fpn") | {"train_cfg.max_iters": 4, "train_cfg.val_interval": 4}
-    whole = work_dir.parent / "whole"
+    whole, work_dir = tmp_path / "whole", shutil.copytree(trained("fpn"), tmp_path / "resumed")
     for folder, more in ((whole, ()), (work_dir, ("--resume",))):
         arguments = ("--work-dir", folder, "--data-root", data["seg"], *more, *arguments_of(options))
         done = run_script("seg", "dist_train.sh", CONFIGS["fpn"], 2, *arguments)
