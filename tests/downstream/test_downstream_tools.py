@@ -316,7 +316,7 @@ class TestErrors:
         assert exit_code_of(body) == 2
         assert capsys.readouterr().err.startswith("error: class `X`: no checkpoint at /nowhere/w.pth")
 
-    @pytest.mark.parametrize("body", [lambda: int("x"), lambda: Path("/nowhere").open(), lambda: [][1]])
+    @pytest.mark.parametrize("body", [lambda: int("x"), lambda: Path("/nowhere").read_text(), lambda: [][1]])
     def test_what_others_raise_is_raised(self, body):
         with pytest.raises((ValueError, OSError, IndexError)):
             exit_code_of(body)
