@@ -67,13 +67,14 @@ class MobileMambaBackbone(MobileMamba):
         drop_path: float | None = None,
         scan_backend: str = "",
     ) -> None:
-        self.variant = _known_variant(variant)
-        settings = dict(VARIANTS[self.variant])
+        name = _known_variant(variant)
+        settings = dict(VARIANTS[name])
         if drop_path is not None:
             settings["drop_path"] = drop_path
         super().__init__(num_classes=0, **settings)
         # OpenMMLab compares the `num_classes` of every module that has one with the data set's classes.
         del self.num_classes
+        self.variant = name
         self.out_indices = _checked_indices(out_indices)
         if not -1 <= frozen_stages < len(STAGES):
             raise ValueError(f"frozen_stages must be -1 (none) to {len(STAGES) - 1}, got {frozen_stages}")

@@ -4,13 +4,13 @@
 """
 
 custom_imports = dict(
-    imports=["downstream.backbone", "downstream.hooks", "downstream.det.necks"], allow_failed_imports=False
+    imports=["downstream.backbone", "downstream.det.necks", "downstream.hooks", "downstream.loading"],
+    allow_failed_imports=False,
 )
 checks = [dict(type="ClassCountHook"), dict(type="CheckpointFitHook")]
 
-mobilemamba = dict(_delete_=True, type="MobileMamba", pretrained=True, out_indices=(1, 2, 3), drop_path=0.03)
+mobilemamba = dict(type="MobileMamba", pretrained=True, out_indices=(1, 2, 3), drop_path=0.03)
 adamw = dict(
-    _delete_=True,
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(

@@ -69,9 +69,7 @@ class EfficientViTFPN(BaseModule):
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if len(inputs) != len(self.lateral_convs):
-            raise ValueError(
-                f"the neck has {len(self.lateral_convs)} in_channels, and the backbone {len(inputs)} outputs"
-            )
+            raise ValueError(f"the neck has in_channels for {len(self.lateral_convs)} maps and got {len(inputs)}")
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
         for level in range(len(laterals) - 1, 0, -1):
             size = laterals[level - 1].shape[-2:]

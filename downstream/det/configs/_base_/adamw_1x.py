@@ -2,7 +2,7 @@
 
 _base_ = ["mmdet::_base_/schedules/schedule_1x.py", "../../../_base_/mobilemamba.py"]
 
-optim_wrapper = _base_.adamw
+optim_wrapper = dict(_base_.adamw, _delete_=True)
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-5, by_epoch=False, begin=0, end=500),
     dict(type="CosineAnnealingLR", eta_min=0.0, begin=6, T_max=6, end=12, by_epoch=True),

@@ -13,7 +13,7 @@ _base_ = [
 ]
 
 model = dict(
-    backbone=dict(_base_.mobilemamba, variant="B1", norm_eval=True),
+    backbone=dict(_base_.mobilemamba, _delete_=True, variant="B1", norm_eval=True),
     neck=dict(type="EfficientViTFPN", in_channels=[200, 376, 448], num_extra_trans_convs=2),
 )
 train_dataloader = dict(batch_size=4, num_workers=4)

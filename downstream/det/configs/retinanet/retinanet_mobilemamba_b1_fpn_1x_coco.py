@@ -14,7 +14,7 @@ _base_ = [
 ]
 
 model = dict(
-    backbone=dict(_base_.mobilemamba, variant="B1", norm_eval=True),
+    backbone=dict(_base_.mobilemamba, _delete_=True, variant="B1", norm_eval=True),
     neck=dict(
         _delete_=True,
         type="EfficientViTFPN",

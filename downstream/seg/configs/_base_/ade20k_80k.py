@@ -10,7 +10,7 @@ _base_ = [
     "../../../_base_/mobilemamba.py",
 ]
 
-optim_wrapper = dict(_base_.adamw, optimizer=dict(_base_.adamw.optimizer, lr=1.2e-4))
+optim_wrapper = dict(_base_.adamw, _delete_=True, optimizer=dict(_base_.adamw.optimizer, lr=1.2e-4))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-5, by_epoch=False, begin=0, end=500),
     dict(type="CosineAnnealingLR", eta_min=0.0, begin=40000, T_max=40000, end=80000, by_epoch=False),

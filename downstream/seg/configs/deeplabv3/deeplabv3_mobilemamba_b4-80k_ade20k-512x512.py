@@ -10,7 +10,7 @@ _base_ = ["mmseg::_base_/models/deeplabv3_r50-d8.py", "../_base_/ade20k_80k.py"]
 model = dict(
     data_preprocessor=dict(size=(512, 512)),
     pretrained=None,
-    backbone=dict(_base_.mobilemamba, variant="B4"),
+    backbone=dict(_base_.mobilemamba, _delete_=True, variant="B4"),
     decode_head=dict(in_channels=448, in_index=2, channels=256, num_classes=150),
     auxiliary_head=dict(in_channels=376, in_index=1, num_classes=150),
 )

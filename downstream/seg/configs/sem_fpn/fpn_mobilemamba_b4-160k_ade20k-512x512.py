@@ -10,7 +10,7 @@ _base_ = ["mmseg::_base_/models/fpn_r50.py", "../_base_/ade20k_80k.py"]
 model = dict(
     data_preprocessor=dict(size=(512, 512)),
     pretrained=None,
-    backbone=dict(_base_.mobilemamba, variant="B4"),
+    backbone=dict(_base_.mobilemamba, _delete_=True, variant="B4"),
     neck=dict(in_channels=[200, 376, 448], num_outs=3),
     decode_head=dict(in_channels=[256] * 3, in_index=[0, 1, 2], feature_strides=[16, 32, 64], num_classes=150),
 )
