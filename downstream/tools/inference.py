@@ -16,12 +16,12 @@ from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
 from torch import nn
 
 from downstream.hooks import check_fit
+from downstream.loading import load_local_checkpoint
 
 from .arguments import add_options
-from .checkpoint import read_weights
 from .datasets import classes_of
 from .errors import InputError, exit_code_of
-from .settings import load_config, loader_datasets, registered
+from .settings import check_local, load_config, loader_datasets, registered
 
 __all__ = ["build_network", "main"]
 
@@ -56,7 +56,8 @@ def build_network(config: Config, *, checkpoint: str | None = None, device: str 
     init_default_scope(config.get("default_scope", "mmengine"))
     network = revert_sync_batchnorm(MODELS.build(config.model))
     if checkpoint is not None:
-        read = read_weights(checkpoint)
+        check_local(checkpoint)
+        read = load_local_checkpoint(checkpoint)
         check_fit(network, read, origin=checkpoint)
         network.load_state_dict(read["state_dict"])
     return network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from .errors import InputError
 
-__all__ = ["load_config", "loader_datasets", "registered", "set_data_root"]
+__all__ = ["check_local", "layout_hint", "load_config", "loader_datasets", "registered", "set_data_root"]
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 EVALUATORS = ("val_evaluator", "test_evaluator")
@@ -65,6 +65,16 @@ def _find(path: str) -> Path:
     near = difflib.get_close_matches(given.name, [file.name for file in files], n=1, cutoff=0.0)
     hint = f"the nearest beside it: {near[0]}" if near else f"there is nothing in {given.parent} either"
     raise InputError(f"no configuration at {path}; {hint}")
+
+
+def check_local(checkpoint: str | None) -> None:
+    """Refuse a link: mmengine reads what it downloads in a way that runs what is in it.
+
+    Raises:
+        InputError: It is none of this machine's files.
+    """
+    if checkpoint is not None and "://" in checkpoint:
+        raise InputError(f"{checkpoint} is not on this machine: download it and give the file")
 
 
 def loader_datasets(config: Config, loader: str) -> Iterator[tuple[str, dict[str, Any]]]:

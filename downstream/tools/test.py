@@ -10,11 +10,10 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
 from .arguments import parse_run, run_parser
-from .checkpoint import use_safe_loading
 from .datasets import check_datasets
 from .errors import InputError, exit_code_of
 from .processes import prepare_processes
-from .settings import load_config
+from .settings import check_local, load_config
 
 __all__ = ["main"]
 
@@ -41,9 +40,9 @@ def test(parsed: argparse.Namespace) -> None:
         InputError: Something is missing, misspelt or does not fit.
     """
     config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
-    use_safe_loading()
     config.work_dir = parsed.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(config.filename).stem))
     config.load_from, config.resume = parsed.checkpoint, False
+    check_local(parsed.checkpoint)
     check_datasets(config, "test")
     if parsed.tta:
         _augment(config)

@@ -11,11 +11,10 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from .arguments import parse_run, run_parser
-from .checkpoint import use_safe_loading
 from .datasets import check_datasets
 from .errors import InputError, exit_code_of
 from .processes import prepare_processes
-from .settings import load_config
+from .settings import check_local, load_config
 
 __all__ = ["main"]
 
@@ -41,7 +40,6 @@ def train(parsed: argparse.Namespace) -> None:
         InputError: Something is missing, misspelt or does not fit.
     """
     config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
-    use_safe_loading()
     config.work_dir = parsed.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(config.filename).stem))
     if parsed.amp:
         _mix_precision(config)
@@ -50,6 +48,7 @@ def train(parsed: argparse.Namespace) -> None:
     if parsed.resume:
         config.resume = True
         config.load_from = None if parsed.resume == "auto" else parsed.resume
+    check_local(config.load_from)
     check_datasets(config, "train", "val")
     prepare_processes(config, parsed.launcher)
     Runner.from_cfg(config).train()

@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 from tool_cases import DOWNSTREAM, REPOSITORY, arguments_of, run_script, tiny
-from torch import nn
 
 from downstream.data.made_up import write_ade20k, write_coco
 
@@ -25,12 +24,10 @@ pytest.importorskip("mmdet", reason="needs OpenMMLab: make downstream")
 pytest.importorskip("mmseg", reason="needs OpenMMLab: make downstream")
 
 from mmengine.config import Config
-from mmengine.logging import MessageHub
 
 from downstream.tools import test as testing
 from downstream.tools import train as training
 from downstream.tools.arguments import parse_run, run_parser
-from downstream.tools.checkpoint import read_weights
 from downstream.tools.datasets import check_datasets, read_categories
 from downstream.tools.errors import InputError, exit_code_of
 from downstream.tools.processes import prepare_processes
@@ -215,51 +212,7 @@ class TestData:
             assert read_categories(tmp_path / "a.json") == [{"name": "a"}]
 
 
-class Marker:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (os.mkdir, (self.path,))
-
-
-class ReachesAnything:
-    """Asks for a module's function by ``getattr``, as a pickle may."""
-
-    def __reduce__(self):
-        return (getattr, (nn.Module, "load_state_dict"))
-
-
 class TestCheckpoints:
-    def test_log_histories_are_read(self, tmp_path):
-        hub = MessageHub.get_instance("test_log_histories_are_read")
-        for value in (1.0, 3.0):
-            hub.update_scalar("train/loss", value)
-        weights = nn.Linear(2, 2).state_dict()
-        torch.save({"meta": {"iter": 7}, "state_dict": weights, "message_hub": hub.state_dict()}, tmp_path / "a.pth")
-        read = read_weights(str(tmp_path / "a.pth"))
-        assert read["message_hub"]["log_scalars"]["train/loss"].mean() == 2
-        assert read["meta"]["iter"] == 7
-        assert torch.equal(read["state_dict"]["weight"], weights["weight"])
-        with pytest.raises(ValueError, match="holds code"):
-            read_checkpoint(tmp_path / "a.pth")
-
-    @pytest.mark.parametrize("layout", [lambda weights: weights, lambda weights: {"model": weights}])
-    def test_other_layouts(self, tmp_path, layout):
-        weights = nn.Linear(2, 2).state_dict()
-        torch.save(layout({f"module.{entry}": value for entry, value in weights.items()}), tmp_path / "a.pth")
-        assert list(read_weights(str(tmp_path / "a.pth"))["state_dict"]) == ["weight", "bias"]
-
-    def test_code_is_not_run(self, tmp_path):
-        for index, payload in enumerate((Marker(str(tmp_path / "ran")), ReachesAnything())):
-            path = tmp_path / f"{index}.pth"
-            torch.save({"state_dict": {}, "payload": payload}, path)
-            with pytest.raises(InputError, match="holds code and was refused"):
-                read_weights(str(path))
-        assert not (tmp_path / "ran").exists()
-
     @pytest.mark.parametrize(
         ("content", "message"),
         [

@@ -28,7 +28,7 @@ from downstream.data.made_up import write_ade20k, write_coco
 pytest.importorskip("mmdet", reason="needs OpenMMLab: make downstream")
 pytest.importorskip("mmseg", reason="needs OpenMMLab: make downstream")
 
-from downstream.tools.checkpoint import read_weights
+from downstream.loading import load_local_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +108,7 @@ def test_resuming_continues_the_schedule(trained, data, tmp_path):
     assert [record["iter"] for record in resumed] == [3, 4]
     assert [record["lr"] for record in resumed] == [record["lr"] for record in expected[2:]]
     assert resumed[0]["lr"] > expected[0]["lr"]  # warming up
-    states = read_weights(last_checkpoint(work_dir))["optimizer"]["state"].values()
+    states = load_local_checkpoint(last_checkpoint(work_dir))["optimizer"]["state"].values()
     assert {float(state["step"]) for state in states} == {4.0}
 
 
