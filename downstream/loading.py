@@ -14,7 +14,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
-from model.checkpoint import read_checkpoint
+from model.checkpoint import read_checkpoint, select_state_dict
 
 __all__ = ["load_local_checkpoint"]
 
@@ -23,16 +23,21 @@ __all__ = ["load_local_checkpoint"]
 def load_local_checkpoint(filename: str | Path, map_location: Any = None) -> dict[str, Any]:
     """Read a file onto the CPU, from where models and optimizers take what they need.
 
+    The weights stand under ``state_dict`` then, wherever they stood before: mmengine finds them nowhere else, and would
+    go on with random ones.
+
     Args:
         filename: The checkpoint.
         map_location: Unused; mmengine's signature.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged, no checkpoint, or holds code.
+        ValueError: It is damaged, no checkpoint, holds code, or no weights.
     """
     with torch.serialization.safe_globals(_records_of_a_training()):
-        return read_checkpoint(Path(filename))
+        checkpoint = read_checkpoint(Path(filename))
+    weights, source = select_state_dict(checkpoint, ema=False, origin=filename)
+    return {"state_dict": weights} if source == "bare" else {**checkpoint, "state_dict": weights}
 
 
 def _records_of_a_training() -> list[Any]:

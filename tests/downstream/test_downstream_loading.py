@@ -70,3 +70,12 @@ def test_code_is_refused_and_not_run(tmp_path, monkeypatch, code):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.pth"):
         downstream.loading.load_local_checkpoint(str(tmp_path / "nowhere.pth"))
+
+
+@pytest.mark.parametrize("layout", [lambda weights: weights, lambda weights: {"model": weights, "epoch": 3}])
+def test_weights_are_found_wherever_they_stand(tmp_path, layout):
+    weights = torch.nn.Linear(2, 2).state_dict()
+    torch.save(layout({f"module.{entry}": value for entry, value in weights.items()}), tmp_path / "w.pth")
+    network = torch.nn.Linear(2, 2)
+    load_checkpoint(network, str(tmp_path / "w.pth"), strict=True)
+    assert all(torch.equal(value, weights[entry]) for entry, value in network.state_dict().items())
