@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart kernels benchmark test test-all lint format clean
+.PHONY: help setup setup-dev quickstart kernels downstream benchmark test test-all lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,17 @@ kernels: setup ## Build the compiled scans (needs a C++ compiler; FORCE_CUDA=1 a
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off "setuptools>=80,<82" wheel ninja
 	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --force-reinstall --no-deps model/lib_mamba/kernels/selective_scan
 
+# mmcv builds for what is here: CUDA operators too where there is a GPU, which is hidden where there is no nvcc. pip's
+# cache is left out, as a wheel in it may have been built for another torch.
+$(VENV)/.requirements-openmmlab: requirements-openmmlab.txt requirements-downstream.txt $(VENV)/.requirements
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off "setuptools>=80,<82" wheel ninja packaging psutil
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements-downstream.txt
+	$(PY) -c 'import sys; from torch.utils.cpp_extension import CUDA_HOME; sys.exit(CUDA_HOME is None)' || export CUDA_VISIBLE_DEVICES= && \
+	MMCV_WITH_OPS=1 $(PY) -m pip install --disable-pip-version-check --progress-bar off --no-build-isolation --no-cache-dir --no-deps -r requirements-openmmlab.txt
+	@touch $@
+
+downstream: $(VENV)/.requirements-openmmlab ## Install OpenMMLab for detection and segmentation; builds mmcv's operators (C++ compiler)
+
 benchmark: setup-dev ## Measure speed in short runs; results go to benchmarks/results
 	$(PY) -m benchmarks.network --quick
 	$(PY) -m benchmarks.scan --quick
@@ -46,14 +57,14 @@ benchmark: setup-dev ## Measure speed in short runs; results go to benchmarks/re
 test: setup-dev lint ## Run the checks and the test suite
 	$(PY) -m pytest
 
-test-all: setup-dev lint ## Run the checks and every test, the slow ones too
+test-all: setup-dev downstream lint ## Run the checks and every test, the slow ones and OpenMMLab's too (C++ compiler)
 	$(PY) -m pytest -m "slow or not slow"
 
 lint: setup-dev ## Check style, types and repeated blocks
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pylint --score=n run.py benchmarks configs data loss model optim trainer util weights
+	$(PY) -m pylint --score=n run.py hubconf.py benchmarks configs data downstream loss model optim trainer util weights
 
 format: setup-dev ## Put every file into shape
 	$(PY) -m ruff check --fix .

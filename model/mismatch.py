@@ -73,6 +73,7 @@ def explain(
     *,
     heads: Sequence[str],
     variants: Variants | None = None,
+    entry: str = "model.name",
 ) -> list[str]:
     """Return sentences that say what does not fit, why that may be, and the way out.
 
@@ -82,11 +83,12 @@ def explain(
         own: The network's entries.
         heads: Names of the classifiers.
         variants: Returns the shapes of each known variant's entries.
+        entry: Where a configuration names the variant.
     """
     return [
         *_describe(report, weights, own),
         *_head_hints(report, weights, own, heads),
-        *_variant_hint(weights, own, heads, variants),
+        *_variant_hint(weights, own, heads, variants, entry),
     ]
 
 
@@ -137,6 +139,7 @@ def _variant_hint(
     own: Mapping[str, Tensor],
     heads: Sequence[str],
     variants: Variants | None,
+    entry: str,
 ) -> Iterable[str]:
     """Guess whose weights these are, by the share of entries of the same name and shape."""
     if variants is None:
@@ -159,6 +162,6 @@ def _variant_hint(
     present = likeness({entry: value.shape for entry, value in own.items()})
     if best >= CLOSE and best > present:
         closest = [variant for variant, score in scores.items() if score == best]
-        yield f"The file looks like {' or '.join(closest)}: set model.name={closest[0]}."
+        yield f"The file looks like {' or '.join(closest)}: set {entry}={closest[0]}."
     elif max(best, present) < CLOSE:
         yield f"The file looks like none of {', '.join(scores)}: it holds another network's weights."

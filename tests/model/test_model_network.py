@@ -12,7 +12,7 @@ from torch import nn
 from model import create_model, list_models, variant_shapes
 from model.mobilemamba.mixer import split_channels
 from model.mobilemamba.wavelet import haar_filters
-from util.profile import count_macs
+from model.profile import count_macs
 
 PUBLISHED_MACS = {"T2": 255e6, "T4": 413e6, "S6": 652e6, "B1": 1080e6, "B2": 2427e6, "B4": 4313e6}
 SIZES = {"T2": 192, "T4": 192, "S6": 224, "B1": 256, "B2": 384, "B4": 512}

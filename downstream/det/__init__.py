@@ -1,0 +1,1 @@
+"""What detectors need beside the backbone."""

@@ -1,0 +1,5 @@
+"""Necks between the backbone and a detector's heads."""
+
+from .efficientvit_fpn import EfficientViTFPN
+
+__all__ = ["EfficientViTFPN"]

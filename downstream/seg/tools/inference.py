@@ -1,0 +1,8 @@
+"""Draw what a segmentor finds in an image: ``python tools/inference.py --help``, with the repository in PYTHONPATH."""
+
+import sys
+
+from downstream.tools.inference import main
+
+if __name__ == "__main__":
+    sys.exit(main())

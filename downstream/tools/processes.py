@@ -1,0 +1,94 @@
+"""The processes of a run: NCCL between GPUs, as mmengine does it, and gloo between CPUs, which it does not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from collections.abc import Iterator, MutableMapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config, ConfigDict
+
+from .errors import InputError
+
+__all__ = ["prepare_processes"]
+
+SYNCHRONISED = ("SyncBN", "MMSyncBN")
+TIMEOUT_SECONDS = 1800
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_processes(config: Config, launcher: str) -> None:
+    """Settle on devices; without a GPU, join the process group and change what needs one in the configuration.
+
+    With GPUs, the runner joins the group.
+
+    Args:
+        config: Changed in place.
+        launcher: ``none``, ``pytorch`` or ``slurm``.
+
+    Raises:
+        InputError: There are fewer GPUs than processes.
+    """
+    config.launcher = launcher
+    if launcher == "slurm":
+        _name_slurm_ranks()
+    if torch.cuda.is_available():
+        local_rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= num_devices:
+            raise InputError(
+                f"process {local_rank} of this node has no GPU of its own: {num_devices} found; start {num_devices}, "
+                "or set CUDA_VISIBLE_DEVICES to more (to nothing for the CPU)"
+            )
+        return
+    config.setdefault("env_cfg", ConfigDict())
+    config.env_cfg.dist_cfg = ConfigDict(backend="gloo")
+    config.sync_bn = None
+    num_replaced = sum(_replace_synchronised(node) for node in _mappings(config.model))
+    if num_replaced and os.environ.get("RANK", "0") == "0":
+        logger.warning("no GPU, and synchronised batch norms have no CPU kernel: %d made plain", num_replaced)
+    if launcher == "none":
+        return
+    # The runner's default passes DDP the number of a GPU.
+    config.model_wrapper_cfg = ConfigDict(
+        type="MMDistributedDataParallel",
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=config.get("find_unused_parameters", False),
+    )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+
+
+def _name_slurm_ranks() -> None:
+    """Say what SLURM says in torch's terms."""
+    environment = os.environ
+    environment["RANK"], environment["LOCAL_RANK"] = environment["SLURM_PROCID"], environment["SLURM_LOCALID"]
+    environment["WORLD_SIZE"] = environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]
+    environment.setdefault("MASTER_PORT", environment.get("PORT", "29500"))
+    if "MASTER_ADDR" not in environment:
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
+        environment["MASTER_ADDR"] = listed.stdout.split()[0]
+
+
+def _mappings(node: Any) -> Iterator[MutableMapping[str, Any]]:
+    if isinstance(node, MutableMapping):
+        yield node
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _mappings(value)
+
+
+def _replace_synchronised(node: MutableMapping[str, Any]) -> bool:
+    is_layer, is_switch = node.get("type") in SYNCHRONISED, bool(node.get("sync_bn"))
+    if is_layer:
+        node["type"] = "BN"
+    if is_switch:
+        node["sync_bn"] = False
+    return is_layer or is_switch

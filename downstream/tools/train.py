@@ -1,0 +1,70 @@
+"""Trains a detector or a segmentor by its configuration."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from .arguments import parse_run, run_parser
+from .datasets import check_datasets
+from .errors import InputError, exit_code_of
+from .processes import prepare_processes
+from .settings import check_local, load_config
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; the exit code is 0, or 2 for bad input."""
+    parser = run_parser("Train a detector or a segmentor.")
+    parser.add_argument("--amp", action="store_true", help="train in mixed precision (needs a GPU)")
+    parser.add_argument(
+        "--auto-scale-lr", action="store_true", help="scale the learning rate to this number of processes and images"
+    )
+    parser.add_argument(
+        "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="go on from it, or from the work folder's last"
+    )
+    parsed = parse_run(parser, arguments)
+    return exit_code_of(lambda: train(parsed))
+
+
+def train(parsed: argparse.Namespace) -> None:
+    """Train as the arguments say.
+
+    Raises:
+        InputError: Something is missing, misspelt or does not fit.
+    """
+    config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
+    config.work_dir = parsed.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(config.filename).stem))
+    if parsed.amp:
+        _mix_precision(config)
+    if parsed.auto_scale_lr:
+        _scale_learning_rate(config)
+    if parsed.resume:
+        config.resume = True
+        config.load_from = None if parsed.resume == "auto" else parsed.resume
+    check_local(config.load_from)
+    check_datasets(config, "train", "val")
+    prepare_processes(config, parsed.launcher)
+    Runner.from_cfg(config).train()
+
+
+def _mix_precision(config: Config) -> None:
+    if not torch.cuda.is_available():
+        raise InputError("--amp needs a GPU, and PyTorch finds none: leave it out")
+    config.optim_wrapper.type = "AmpOptimWrapper"
+    config.optim_wrapper.loss_scale = "dynamic"
+
+
+def _scale_learning_rate(config: Config) -> None:
+    if not (config.get("auto_scale_lr") or {}).get("base_batch_size"):
+        raise InputError(
+            "--auto-scale-lr: the configuration does not say for how many images a step its learning rate is; set "
+            "--cfg-options auto_scale_lr.base_batch_size=16"
+        )
+    config.auto_scale_lr.enable = True

@@ -1,0 +1,354 @@
+"""The tools' command lines: what is refused, in one message, and what the shell scripts hand on."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tool_cases import DOWNSTREAM, REPOSITORY, arguments_of, run_script, tiny
+
+from downstream.data.made_up import write_ade20k, write_coco
+
+pytest.importorskip("mmdet", reason="needs OpenMMLab: make downstream")
+pytest.importorskip("mmseg", reason="needs OpenMMLab: make downstream")
+
+from mmengine.config import Config
+
+from downstream.tools import test as testing
+from downstream.tools import train as training
+from downstream.tools.arguments import parse_run, run_parser
+from downstream.tools.datasets import check_datasets, read_categories
+from downstream.tools.errors import InputError, exit_code_of
+from downstream.tools.processes import prepare_processes
+from downstream.tools.settings import load_config, set_data_root
+from model.checkpoint import read_checkpoint
+
+RETINANET = str(DOWNSTREAM / "det/configs/retinanet/retinanet_mobilemamba_b1_fpn_1x_coco")
+MASK_RCNN = str(DOWNSTREAM / "det/configs/mask_rcnn/mask-rcnn_mobilemamba_b1_fpn_1x_coco.py")
+SSDLITE = str(DOWNSTREAM / "det/configs/ssd/ssdlite_mobilemamba_b1_8gpu_2lr_coco.py")
+SEMANTIC_FPN = str(DOWNSTREAM / "seg/configs/sem_fpn/fpn_mobilemamba_b4-160k_ade20k-512x512.py")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of both made-up sets, its name holding a space."""
+    folder = tmp_path_factory.mktemp("made up")
+    write_coco(folder / "coco", num_train=4, num_val=2, size=(64, 64))
+    write_ade20k(folder / "ade20k", num_train=4, num_val=2, size=(64, 64))
+    return folder
+
+
+@pytest.fixture
+def coco(data, tmp_path):
+    return shutil.copytree(data / "coco", tmp_path / "my coco")
+
+
+@pytest.fixture
+def ade20k(data, tmp_path):
+    return shutil.copytree(data / "ade20k", tmp_path / "my ade") / "ADEChallengeData2016"
+
+
+def parsed(*arguments):
+    return parse_run(run_parser("test"), ["config.py", *arguments])
+
+
+def said(capsys, main, *arguments):
+    """Return the one message of a tool that refuses its input."""
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    return error
+
+
+class TestOptions:
+    def test_values_with_spaces_stay_whole(self):
+        options = parsed("--cfg-options", "a.path=/my data/coco", "b=1", "c=[1, 2]", "d=(x,y)", "e=k=v").cfg_options
+        assert options == {"a.path": "/my data/coco", "b": 1, "c": [1, 2], "d": ("x", "y"), "e": "k=v"}
+
+    def test_a_value_without_a_key(self, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            parsed("--cfg-options", "a=1", "lonely")
+        assert "'lonely' is not of the form KEY=VALUE" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ("optim_wrapper.optimizer.lrr", "there is no entry lrr; the nearest is lr"),
+            ("train_cfg.max_epoch", "there is no entry max_epoch; the nearest is max_epochs"),
+            ("train_dataloader.batchsize", "there is no entry batchsize; the nearest is batch_size"),
+            ("randomnes.seed", "there is no entry randomnes; the nearest is randomness"),
+            ("model.backbone.frozen_stage", "there is no entry frozen_stage; the nearest is frozen_stages"),
+            ("param_scheduler.9.begin", "param_scheduler is a list of 2"),
+            ("train_cfg.max_epochs.value", "train_cfg.max_epochs is 12 and has no entries"),
+        ],
+    )
+    def test_a_typo_is_refused(self, option, message):
+        with pytest.raises(InputError, match=message):
+            load_config(RETINANET, {option: 1})
+
+    def test_entries_that_can_be_added(self):
+        options = {
+            "randomness.seed": 3,
+            "model.backbone.frozen_stages": 1,
+            "train_dataloader.pin_memory": True,
+            "optim_wrapper.accumulative_counts": 2,
+            "find_unused_parameters": True,
+            "param_scheduler.0.end": 10,
+        }
+        config = load_config(RETINANET, options)
+        assert config.model.backbone.frozen_stages == 1
+        assert config.param_scheduler[0].end == 10
+        assert config.randomness.seed == 3
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            (RETINANET.replace("retinanet_mo", "retinet_mo"), "the nearest beside it: retinanet_mobilemamba"),
+            ("/nowhere/config.py", "there is nothing in /nowhere either"),
+        ],
+    )
+    def test_a_missing_configuration(self, path, message):
+        with pytest.raises(InputError, match=message):
+            load_config(path, {})
+
+    def test_a_broken_configuration(self, tmp_path):
+        (tmp_path / "config.py").write_text("_base_ = ['absent.py']\n")
+        with pytest.raises(InputError, match=r"cannot be read: .*absent"):
+            load_config(str(tmp_path / "config.py"), {})
+
+
+class TestData:
+    @pytest.mark.parametrize("config", [RETINANET, SSDLITE])
+    def test_the_root_reaches_every_data_set_and_evaluator(self, config, coco):
+        check_datasets(load_config(config, {}, data_root=str(coco)), "train", "val", "test")
+
+    def test_the_root_of_ade20k(self, ade20k):
+        check_datasets(load_config(SEMANTIC_FPN, {}, data_root=str(ade20k)), "train", "val", "test")
+
+    def test_a_root_that_is_not(self):
+        with pytest.raises(InputError, match=r"/nowhere is not a folder: .* downstream.data make ade20k"):
+            load_config(SEMANTIC_FPN, {}, data_root="/nowhere")
+
+    @pytest.mark.parametrize("name", ["annotations/instances_val2017.json", "train2017"])
+    def test_missing_detection_data(self, coco, capsys, name):
+        shutil.move(coco / name, coco / "elsewhere")
+        error = said(capsys, training.main, RETINANET, "--data-root", coco)
+        assert f"missing: {coco / name} (" in error
+        assert "python -m downstream.data check coco" in error
+
+    def test_missing_segmentation_data(self, ade20k, capsys):
+        shutil.rmtree(ade20k / "annotations" / "validation")
+        error = said(capsys, testing.main, SEMANTIC_FPN, "w.pth", "--data-root", ade20k)
+        assert "annotations/validation (test_dataloader.dataset.data_prefix.seg_map_path)" in error
+
+    def test_the_data_is_looked_for_where_the_configuration_says(self, capsys, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert "missing: data/coco/train2017" in said(capsys, training.main, MASK_RCNN)
+
+    def test_annotations_of_other_classes(self, coco, capsys):
+        path = coco / "annotations" / "instances_train2017.json"
+        annotations = json.loads(path.read_text())
+        annotations["categories"] = [{"id": 37, "name": "ball"}, {"id": 72, "name": "box"}]
+        path.write_text(json.dumps(annotations))
+        error = said(capsys, training.main, RETINANET, "--data-root", coco)
+        assert f"{path} has 2 categories (ball, box), train_dataloader.dataset expects 80" in error
+        assert "num_classes=2" in error
+
+    def test_classes_of_the_users_own(self, coco):
+        classes = {
+            f"{loader}_dataloader.dataset.metainfo.classes": ("tv", "kite") for loader in ("train", "val", "test")
+        }
+        check_datasets(load_config(RETINANET, classes, data_root=str(coco)), "train", "val")
+        classes["train_dataloader.dataset.metainfo.classes"] = ("tv", "kit")
+        with pytest.raises(InputError, match=r"it lacks kit"):
+            check_datasets(load_config(RETINANET, classes, data_root=str(coco)), "train")
+
+    @pytest.mark.parametrize("head", ["bbox_head", "mask_head"])
+    def test_a_head_of_another_class_count(self, data, tmp_path, capsys, head):
+        options = tiny("maskrcnn", size=64) | {f"model.roi_head.{head}.num_classes": 79}
+        arguments = (MASK_RCNN, "--data-root", data / "coco", "--work-dir", tmp_path, *arguments_of(options))
+        assert f"model.roi_head.{head}.num_classes=80" in said(capsys, training.main, *arguments)
+
+    def test_a_label_out_of_range(self, ade20k):
+        for path in (ade20k / "annotations" / "training").iterdir():
+            Image.fromarray(np.full((64, 64), 151, np.uint8)).save(path)
+        with pytest.raises(InputError, match=r"label 151, expected 0..150"):
+            check_datasets(load_config(SEMANTIC_FPN, {}, data_root=str(ade20k)), "train")
+
+    def test_an_evaluator_that_reads_other_annotations(self, data, coco):
+        config = load_config(RETINANET, {}, data_root=str(coco))
+        config.val_evaluator.ann_file = str(data / "coco" / "annotations" / "instances_val2017.json")
+        with pytest.raises(InputError, match="set both to the same, or --data-root"):
+            check_datasets(config, "val")
+        set_data_root(config, str(data / "coco"))
+        check_datasets(config, "val")
+
+    @pytest.mark.parametrize(
+        "text", ["", "{}", "<html>", '{"categories": [{"id": 1}]}', '{"categories": [{"id": 1, "na']
+    )
+    def test_annotations_that_are_none(self, tmp_path, text):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(InputError, match=r"empty|cut off"):
+            read_categories(tmp_path / "a.json")
+
+    def test_categories_anywhere_in_the_file(self, tmp_path):
+        for text in (
+            '{"categories" : [{"name": "a"}], "images": []}',
+            '{"images": [], "categories":\n[{"name": "a"}]}\n',
+        ):
+            (tmp_path / "a.json").write_text(text)
+            assert read_categories(tmp_path / "a.json") == [{"name": "a"}]
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"<!DOCTYPE html><title>Quota exceeded</title>", r"a web page \('Quota exceeded'\)"),
+            (b"", "is empty"),
+            (b"PK\x03\x04 cut off", "is cut off or damaged"),
+            (pickle.dumps([1]), "holds a list|no checkpoint"),
+            (None, "no checkpoint at"),
+        ],
+    )
+    def test_unreadable_files(self, data, tmp_path, capsys, content, message):
+        path = tmp_path / "w.pth"
+        if content is not None:
+            path.write_bytes(content)
+        arguments = (SSDLITE, path, "--data-root", data / "coco", "--work-dir", tmp_path / "work")
+        error = said(capsys, testing.main, *arguments, *arguments_of(tiny("ssdlite", size=64)))
+        assert error.count("\n") == 1
+        assert re.search(message, error)
+
+    def test_a_link_is_refused(self, data, tmp_path, capsys):
+        arguments = (SSDLITE, "https://example.org/w.pth", "--data-root", data / "coco", "--work-dir", tmp_path)
+        error = said(capsys, testing.main, *arguments, *arguments_of(tiny("ssdlite", size=64)))
+        assert "is not on this machine: download it" in error
+
+
+class TestProcesses:
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has synchronised batch norms")
+    def test_synchronised_norms_become_plain_without_a_gpu(self, caplog):
+        model = {"norm_cfg": {"type": "SyncBN"}, "heads": [{"norm": {"type": "GN"}}], "backbone": {"sync_bn": True}}
+        config = Config({"model": model, "env_cfg": {}, "sync_bn": "torch"})
+        prepare_processes(config, "none")
+        expected = {"norm_cfg": {"type": "BN"}, "heads": [{"norm": {"type": "GN"}}], "backbone": {"sync_bn": False}}
+        assert config.model.to_dict() == expected
+        assert config.sync_bn is None
+        assert config.env_cfg.dist_cfg.backend == "gloo"
+        assert [record.message for record in caplog.records] == [
+            "no GPU, and synchronised batch norms have no CPU kernel: 2 made plain"
+        ]
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the lack of a GPU")
+    def test_mixed_precision_needs_a_gpu(self, data, capsys):
+        assert "--amp needs a GPU" in said(capsys, training.main, RETINANET, "--data-root", data / "coco", "--amp")
+
+
+class TestErrors:
+    @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])
+    def test_what_this_repository_raises_is_said(self, capsys, kind):
+        def body():
+            try:
+                read_checkpoint("/nowhere/w.pth")
+            except OSError as error:
+                raise kind(f"class `X`: {error}") from error
+
+        assert exit_code_of(body) == 2
+        assert capsys.readouterr().err.startswith("error: class `X`: no checkpoint at /nowhere/w.pth")
+
+    @pytest.mark.parametrize("body", [lambda: int("x"), lambda: Path("/nowhere").read_text(), lambda: [][1]])
+    def test_what_others_raise_is_raised(self, body):
+        with pytest.raises((ValueError, OSError, IndexError)):
+            exit_code_of(body)
+
+
+class TestScripts:
+    @pytest.mark.parametrize("task", ["det", "seg"])
+    @pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh", "slurm_train.sh", "slurm_test.sh"])
+    def test_usage(self, task, script):
+        done = run_script(task, script, "config.py")
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"usage: ./tools/{script} ")
+
+    @pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh"])
+    def test_classifiers_have_them_too(self, script):
+        assert run_script("cls", script).stderr.startswith(f"usage: ./tools/{script} ")
+
+    def test_predictions_of_detectors_go_to_a_file(self, data, capsys):
+        error = said(capsys, testing.main, RETINANET, "w.pth", "--data-root", data / "coco", "--out", "folder")
+        assert "whose name ends in .pkl or .pickle" in error
+
+    def test_a_number_of_gpus_that_is_none(self):
+        done = run_script("det", "dist_train.sh", "config.py", "--resume")
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: the number of GPUs is '--resume'")
+
+    def test_an_environment_without_openmmlab(self, tmp_path):
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\nexit 1\n")
+        python.chmod(python.stat().st_mode | stat.S_IXUSR)
+        done = run_script("seg", "dist_train.sh", "config.py", "1", env={"PYTHON": str(python)})
+        assert done.returncode == 2
+        assert "lacks mmengine, mmcv or mmseg: run `make downstream`" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("statement", "code", "stderr"),
+        [
+            ("pass", 0, ""),
+            ("exit_code_of(refuse)", 2, "error: not so\n"),
+            (
+                "rank and os.kill(os.getpid(), 9)",
+                137,
+                "error: process 1 ended with signal 9; what it said stands above\n",
+            ),
+            ("sys.exit(5)", 5, "ended with exit code 5; what it said stands above\n"),
+        ],
+    )
+    def test_two_processes_end_in_one_message(self, tmp_path, statement, code, stderr):
+        script = tmp_path / "a script.py"
+        script.write_text(
+            "import os, sys, time\n"
+            "from downstream.tools.errors import InputError, exit_code_of\n"
+            "def refuse():\n    raise InputError('not so')\n"
+            "rank = int(os.environ['RANK'])\n"
+            f"code = {statement if statement != 'pass' else 'None'}\n"
+            "time.sleep(0 if code or rank else 1)\n"
+            "sys.exit(code or 0)\n"
+        )
+        launch = [sys.executable, "-m", "downstream.tools.launch", "--standalone", "--nproc_per_node=2", str(script)]
+        done = subprocess.run(
+            launch,
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == code
+        assert done.stderr == stderr if code in (0, 2, 137) else done.stderr.endswith(stderr)
+
+    def test_slurm_gets_the_job_it_is_asked_for(self, tmp_path):
+        srun = tmp_path / "srun"
+        srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GPUS": "16", "SRUN_ARGS": "--quiet -x node1"}
+        done = run_script("det", "slurm_train.sh", "part", "name", "my config.py", "work dir", "--amp", env=env)
+        script = str(DOWNSTREAM / "det" / "tools" / "train.py")
+        options = "--gres=gpu:8 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=5 --kill-on-bad-exit=1 --quiet -x node1"
+        assert done.stdout.splitlines() == [
+            *("-p", "part", "--job-name=name", *options.split(), sys.executable, "-u", script),
+            *("my config.py", "--work-dir", "work dir", "--launcher", "slurm", "--amp"),
+        ]
