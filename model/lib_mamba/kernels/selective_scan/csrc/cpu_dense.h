@@ -29,6 +29,13 @@ INLINE void finish_column(const Dense& d, const Vec (&sums)[ROWS], int64_t row, 
 
 template <int ROWS, int NV>
 static void dense_tile(const Dense& d, const float* x, int64_t stride, int64_t row, int64_t column) {
+  // The processor does not foresee where the tile will be stored; there is time to fetch it while the sums are made.
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < NV; ++v) {
+      __builtin_prefetch(d.out + (row + r) * d.out_row + column + v * LANES, 1);
+      if (d.residual)
+        __builtin_prefetch(d.residual + (row + r) * d.residual_row + column + v * LANES);
+    }
   Vec sums[NV][ROWS] = {};
   for (int64_t piece = 0; piece < d.pieces; ++piece, x += d.piece_stride) {
     const float* weight = d.weight + piece * d.weight_stride + column;
