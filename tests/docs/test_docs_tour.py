@@ -51,6 +51,7 @@ def play(root: Path, blocks: list[Block]) -> str:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",  # threads of several processes would wait for each other
     }
     environment.pop("PYTHONPATH", None)
     joined: list[Block] = []
