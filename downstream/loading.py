@@ -20,7 +20,7 @@ __all__ = ["load_local_checkpoint"]
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
-def load_local_checkpoint(filename: str, map_location: Any = None) -> dict[str, Any]:
+def load_local_checkpoint(filename: str | Path, map_location: Any = None) -> dict[str, Any]:
     """Read a file onto the CPU, from where models and optimizers take what they need.
 
     The weights stand under ``state_dict`` then, wherever they stood before: mmengine finds them nowhere else, and would

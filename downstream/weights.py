@@ -9,8 +9,10 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from model import variant_shapes
-from model.checkpoint import read_checkpoint, select_state_dict
+from model.checkpoint import select_state_dict
 from model.mismatch import compare, explain
+
+from .loading import load_local_checkpoint
 
 __all__ = ["FAMILY", "INSIDE_MODEL", "backbone_entries", "check_backbone", "load_pretrained", "released_checkpoint"]
 
@@ -51,7 +53,7 @@ def load_pretrained(backbone: nn.Module, path: Path, *, ema: bool = False) -> li
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be read, holds no weights, or not exactly the backbone's.
     """
-    entries, source = select_state_dict(read_checkpoint(path, mmap=True), ema=ema, origin=path)
+    entries, source = select_state_dict(load_local_checkpoint(path), ema=ema, origin=path)
     is_inside = any(entry.startswith(INSIDE_MODEL) for entry in entries)
     weights = backbone_entries(entries) if is_inside else _without_heads(entries)
     left_over = [entry for entry in entries if entry.removeprefix(INSIDE_MODEL if is_inside else "") not in weights]

@@ -50,6 +50,7 @@ def config(tmp_path):
             **{f"{split}_dataloader.persistent_workers": False for split in ("train", "val", "test")},
         }
     )
+    config.param_scheduler = None  # the warm-up alone takes 20 epochs
     return config
 
 
@@ -61,7 +62,6 @@ def test_classifier_builds_and_answers_for_every_class(config):
     assert not [entry for entry in model.state_dict() if entry.startswith("backbone.head")]
 
 
-@pytest.mark.slow
 def test_training_on_class_folders_makes_a_pretrained_backbone(config):
     runner = Runner.from_cfg(config)
     runner.train()
@@ -72,7 +72,6 @@ def test_training_on_class_folders_makes_a_pretrained_backbone(config):
     assert all(value.equal(trained[entry]) for entry, value in backbone.state_dict().items())
 
 
-@pytest.mark.slow
 def test_wrong_class_count_stops_before_the_first_step(config):
     config.model.head.num_classes = 5
     message = (
