@@ -63,6 +63,7 @@ def _keep(config: Config, out: str) -> None:
     """Add what keeps the predictions, each package's own."""
     dumper = DUMPERS.get(config.get("default_scope", "mmengine"))
     if dumper is None:
+        Path(out).mkdir(parents=True, exist_ok=True)  # mmseg's first process makes it, maybe after another has written
         config.test_evaluator.output_dir = out
         return
     if not out.endswith(DUMPS):
