@@ -34,7 +34,7 @@ quickstart: setup ## Train and test MobileMamba-T2 on handwritten digits, in min
 	echo "Logs, checkpoints and the configuration of the run: $$run"
 
 # ninja compiles in parallel; the package is built against the environment's own torch.
-kernels: setup ## Build the compiled scans (needs a C++ compiler; FORCE_CUDA=1 adds CUDA)
+kernels: setup ## Build the compiled kernels (needs a C++ compiler; CUDA too where nvcc is found)
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off "setuptools>=80,<82" wheel ninja
 	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --force-reinstall --no-deps model/lib_mamba/kernels/selective_scan
 
