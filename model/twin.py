@@ -21,6 +21,7 @@ NAMES = ("model", "mobilemamba")
 SHARED = (
     "lib_mamba.reference",
     "lib_mamba.backends",
+    "lib_mamba.layer_kernels",
     "lib_mamba.compiled",
     "lib_mamba.selective_scan",
     "lib_mamba.gated_scan",

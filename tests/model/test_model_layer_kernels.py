@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from model.lib_mamba.layer_kernels import layer_kernels
 from model.mobilemamba.folded import Activation, FoldedConvs, FoldedDepthwise, FoldedFFN, FoldedPointwise
 from model.mobilemamba.wavelet import haar_filters, through_bands
 
+ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 2e-6
 # A map of one pixel, odd sides, images that do and do not divide among the threads.
 MAPS = [(1, 1, 1), (4, 1, 1), (1, 3, 3), (2, 5, 7), (5, 8, 8), (1, 12, 12), (3, 17, 1)]
@@ -110,6 +115,39 @@ def test_wavelet(kernels, shape, channels, side):
     filters = haar_filters(channels).double()
     expected = base.double() + through_bands(x.double(), filters, filters, copy.deepcopy(bands).double())
     assert_close(kernels.wavelet(x, taps, base), expected)
+
+
+WHOLE_NETWORK = """
+import copy, torch
+from torch import nn
+from model import create_model
+torch.manual_seed(0)
+network = create_model("MobileMamba_T2", num_classes=5).eval()
+for module in network.modules():
+    if isinstance(module, nn.BatchNorm2d):
+        nn.init.uniform_(module.weight, 0.5, 1.5)
+        nn.init.uniform_(module.running_var, 0.5, 1.5)
+images = torch.randn(2, 3, 70, 90)
+with torch.inference_mode():
+    expected = copy.deepcopy(network).double()(images.double())
+    actual = network.fuse()(images)
+print(((actual - expected).abs().max() / expected.abs().max()).item(), torch.ops.mobilemamba_kernels.cpu_capability())
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(kernels, capability):
+    """PyTorch's switch, which the kernels follow, is read once a process; sides and channels leave parts of vectors."""
+    widest = torch.backends.cpu.get_cpu_capability().lower()
+    if {"avx2": widest not in ("avx2", "avx512"), "avx512": widest != "avx512"}.get(capability, False):
+        pytest.skip(f"PyTorch uses {widest} here")
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", WHOLE_NETWORK]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    error, name = result.stdout.split()
+    assert float(error) < 1e-5
+    assert name == {"default": "portable", "avx2": "AVX2", "avx512": "AVX-512"}[capability]
 
 
 def test_empty_batch(kernels):
