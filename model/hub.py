@@ -14,8 +14,8 @@ import timm
 from torch import nn
 
 from .files import replacing, save_safetensors
-from .layers import ConvBN
 from .mobilemamba import MobileMamba
+from .mobilemamba.fuse import is_folded
 
 __all__ = ["CONFIG", "WEIGHTS", "from_pretrained", "save_pretrained"]
 
@@ -59,7 +59,7 @@ def _config(network: MobileMamba) -> dict[str, Any]:
     noted = network.default_cfg
     if not noted:
         raise ValueError("this network was built by hand, so nothing is noted that builds it again: use create_model")
-    if not isinstance(network.patch_embed[0], ConvBN):
+    if is_folded(network):
         raise ValueError("a folded network cannot be loaded again: save it before fuse()")
     arguments = {name: value for name, value in network.model_args.items() if name not in TRAINING}
     current = {"num_classes": network.num_classes, "in_chans": network.in_chans, "global_pool": network.global_pool}

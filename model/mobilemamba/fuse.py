@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ from .folded import (
 from .mixer import Mixer, MKDeConv
 from .wavelet import WTEMamba
 
-__all__ = ["fuse"]
+if TYPE_CHECKING:
+    from .mobilemamba import MobileMamba
+
+__all__ = ["fuse", "is_folded"]
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -46,6 +49,11 @@ def fuse(network: Network) -> Network:
         del network.head_dist
         network.distillation = False
     return network
+
+
+def is_folded(network: MobileMamba) -> bool:
+    """Return whether `fuse` has been at a network."""
+    return isinstance(network.patch_embed, FoldedConvs)
 
 
 def _fold(module: nn.Module) -> nn.Module:
