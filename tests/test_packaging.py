@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARITY = ROOT / "tests" / "parity"
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE", "model")
 BUILD = "import sys; from setuptools import build_meta; build_meta.{}(sys.argv[1])"
-IMPORTED_AS = {"gdown": "zoo", "triton": "torch"}  # where a package is asked for, if not by everyone who installs ours
+IMPORTED_AS = {"fvcore": "train", "gdown": "zoo", "triton": "torch"}  # where a package is asked for, if not by everyone who installs ours
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
