@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PARITY = ROOT / "tests" / "parity"
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE", "model")
 BUILD = "import sys; from setuptools import build_meta; build_meta.{}(sys.argv[1])"
-IMPORTED_AS = {"fvcore": "train", "gdown": "zoo", "triton": "torch"}  # where a package is asked for, if not by everyone who installs ours
+# Where a package is asked for, if not by everyone who installs ours.
+IMPORTED_AS = {"fvcore": "train", "gdown": "zoo", "triton": "torch"}
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
@@ -58,12 +59,14 @@ def requirements(extra: str = "") -> set[str]:
     """Names in setup.py's lists, read without running it."""
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     found = {}
+    named = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg == "install_requires":
             found[""] = node.value
         if isinstance(node, ast.Dict):
             found |= {key.value: value for key, value in zip(node.keys, node.values, strict=True) if key}
-    texts = [node.value for node in ast.walk(found[extra]) if isinstance(node, ast.Constant)]
+    lists = [found[extra], *(named[node.id] for node in ast.walk(found[extra]) if isinstance(node, ast.Name))]
+    texts = [node.value for each in lists for node in ast.walk(each) if isinstance(node, ast.Constant)]
     return {re.match(r"[\w-]+", text)[0] for text in texts}
 
 
