@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -30,6 +32,27 @@ def weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "README.md").touch()
     monkeypatch.setattr("model.zoo.places.ROOT", folder.parent)
     return folder
+
+
+@pytest.fixture
+def own_log():
+    """Take away the handlers that a run or a command leaves, its log file's among them."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in [handler for handler in root.handlers if handler not in before]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Keep small networks from waiting for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

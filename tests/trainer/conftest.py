@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from trainer_cases import CONFIG, REPOSITORY, TINY_NETWORK, free_port, short_run, write_class_folders
 
 from configs import load_config
@@ -17,24 +15,13 @@ from util.distributed import Process
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Keep small networks from waiting for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """For every module here."""
 
 
 @pytest.fixture(autouse=True)
-def _own_log():
-    """Take away the handlers that a run leaves, its log file's among them."""
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    for handler in [handler for handler in root.handlers if handler not in before]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
+def _own_log(own_log):
+    """For every test here."""
 
 
 @pytest.fixture(scope="session")

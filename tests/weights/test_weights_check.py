@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import socket
@@ -21,31 +20,13 @@ from data import build_loaders
 from model import create_model
 from weights import check
 
+pytestmark = pytest.mark.usefixtures("own_log", "one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/mobilemamba/mobilemamba_t2"
 CLASSES = ("blue", "green", "red", "white", "black", "grey", "pink")
 PER_CLASS = 3
 OVERRIDES = [f"nb_classes={len(CLASSES)}", "size=64", "trainer.data.num_workers_per_gpu=0"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Keep a small network from waiting for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _own_log():
-    """Take away the handler that a command leaves."""
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    for handler in [handler for handler in root.handlers if handler not in before]:
-        root.removeHandler(handler)
-    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import types
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import torch
 from model.mobilemamba import variant_shapes
 from model.zoo import find
 from weights import check
+
+pytestmark = pytest.mark.usefixtures("own_log")
 
 COCO = {
     "coco/bbox_mAP": 0.396,
@@ -35,17 +36,6 @@ mkdir -p "$2/20260101_000000/vis_data"
 cp {metrics} "$2/20260101_000000/20260101_000000.json"
 echo '{{"step": 1}}' > "$2/20260101_000000/vis_data/scalars.json"
 """
-
-
-@pytest.fixture(autouse=True)
-def _own_log():
-    """Take away the handler that a command leaves."""
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    for handler in [handler for handler in root.handlers if handler not in before]:
-        root.removeHandler(handler)
-    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")

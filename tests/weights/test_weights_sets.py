@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +12,8 @@ from model.mobilemamba import variant_shapes
 from model.zoo import find
 from weights import download
 from weights.validation_set import doubts_about
+
+pytestmark = pytest.mark.usefixtures("own_log")
 
 NAMES = ImageNetInfo("imagenet-1k").label_names()
 IMAGENET = find("mobilemamba_t2").dataset
@@ -54,17 +54,6 @@ def mirror(tmp_path):
     (tmp_path / "mirror").mkdir()
     torch.save({"net": weights}, tmp_path / "mirror" / "mobilemamba_t2.pth")
     return tmp_path / "mirror"
-
-
-@pytest.fixture(autouse=True)
-def _own_log():
-    """Take away the handler that a command leaves."""
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    for handler in [handler for handler in root.handlers if handler not in before]:
-        root.removeHandler(handler)
-    root.setLevel(level)
 
 
 def test_several_are_downloaded_and_what_is_missing_does_not_stop_the_others(mirror, weights_folder, capsys):
