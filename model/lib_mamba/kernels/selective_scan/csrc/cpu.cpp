@@ -22,10 +22,6 @@ using at::Tensor;
 constexpr int64_t kRows = 64;     // positions that are normalised as one piece of work
 constexpr int64_t kGroups = 64;   // partial sums of the parameters' gradients, at most one for each image
 
-Tensor floats(int64_t count) {
-  return at::empty({count}, at::TensorOptions(at::kFloat));
-}
-
 Tensor unit_stride(const Tensor& tensor, at::ScalarType type) {
   const Tensor converted = tensor.to(type);
   return converted.stride(-1) == 1 || converted.size(-1) == 1 ? converted : converted.contiguous();
@@ -98,12 +94,6 @@ int64_t padded(int64_t channels) {
 
 int64_t num_pieces(int64_t length) {
   return (length + kRows - 1) / kRows;
-}
-
-// Whether threads get whole units of work each; else the units are split.
-bool is_balanced(int64_t units) {
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return units % threads == 0 || units >= 4 * threads;
 }
 
 void forward(const Problem& p) {

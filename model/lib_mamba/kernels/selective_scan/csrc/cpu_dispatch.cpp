@@ -1,6 +1,8 @@
 #include "cpu_dispatch.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <string>
@@ -19,6 +21,18 @@ const Kernels& kernels() {
     return portable_kernels();
   }();
   return chosen;
+}
+
+at::Tensor floats(int64_t count) {
+  return at::empty({count}, at::TensorOptions(at::kFloat));
+}
+
+int64_t num_threads() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+bool is_balanced(int64_t units) {
+  return units % num_threads() == 0 || units >= 4 * num_threads();
 }
 
 }  // namespace mobilemamba

@@ -18,10 +18,6 @@ using at::Tensor;
 
 constexpr int64_t kRows = 64;  // of a product, as one piece of work: what is made of them stays in the cache
 
-Tensor floats(int64_t count) {
-  return at::empty({count}, at::TensorOptions(at::kFloat));
-}
-
 // As it is where channels lie side by side, channel slices of a larger map included.
 Tensor channels_last(const Tensor& x) {
   TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "a map must be (B, C, H, W) in float32, got ", x.sizes());
@@ -75,10 +71,6 @@ Dense dense_of(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t 
 
 int64_t num_vectors(const Dense& d) {
   return (d.columns + kernels().lanes - 1) / kernels().lanes;
-}
-
-int64_t num_threads() {
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
 }
 
 // Calls `body(first, last)` for pieces of about `size`, on all threads; as many pieces each where they are few.
@@ -332,7 +324,7 @@ Tensor convs(
       });
     }
   };
-  if (x.size(0) % num_threads() == 0 || x.size(0) >= 4 * num_threads()) {
+  if (is_balanced(x.size(0))) {
     at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
       const Tensor scratch = floats(2 * largest);
       for (int64_t image = begin; image < end; ++image)
