@@ -23,12 +23,16 @@ namespace avx512 {
 
 #include "cpu_depthwise.h"
 
+#include "cpu_training.h"
+
 }  // namespace avx512
 
 const Kernels& avx512_kernels() {
   static const Kernels kernels = {
       "AVX-512", LANES, avx512::scan, avx512::finish, avx512::finish_backward, avx512::scan_backward,
-      avx512::num_blocks, avx512::work_size, avx512::dense, avx512::depthwise, avx512::wavelet, avx512::wavelet_work_size};
+      avx512::num_blocks, avx512::work_size, avx512::dense, avx512::depthwise, avx512::wavelet,
+      avx512::wavelet_work_size, avx512::moments, avx512::normalize, avx512::normalize_sums,
+      avx512::normalize_backward, avx512::depthwise_input, avx512::depthwise_taps, avx512::wavelet_taps};
   return kernels;
 }
 

@@ -58,8 +58,8 @@ INLINE void haar(Vec (&square)[BANDS]) {
 struct Bands {
   int64_t height, width, reach, columns;
 
-  explicit Bands(const Wavelet& w)
-      : height((w.x.height + 1) / 2), width((w.x.width + 1) / 2), reach(w.side / 2), columns(width + 2 * reach) {}
+  Bands(int64_t map_height, int64_t map_width, int64_t side)
+      : height((map_height + 1) / 2), width((map_width + 1) / 2), reach(side / 2), columns(width + 2 * reach) {}
 
   int64_t size() const {
     return (height + 2 * reach) * columns * BANDS * LANES;
@@ -70,19 +70,25 @@ struct Bands {
   }
 };
 
-static int64_t wavelet_work_size(const Wavelet& w) {
-  return rounded(Bands(w).size() + w.side * w.side * BANDS * LANES);
+// Bands and weights; or for the weights' gradient, bands twice.
+static int64_t wavelet_work_size(int64_t height, int64_t width, int64_t side) {
+  const int64_t size = Bands(height, width, side).size(), weights = side * side * BANDS * LANES;
+  return rounded(size + (size > weights ? size : weights));
 }
 
 template <bool IS_PART>
-INLINE void transform(const Wavelet& w, const Bands& bands, const float* x, int64_t count, float* to) {
+INLINE void transform(
+    const Map& map, const Bands& bands, int64_t image, int64_t channel, int64_t count, float* to) {
+  const float* x = map.data + image * map.image + channel;
+  for (int64_t i = 0; i < bands.size(); i += LANES)
+    store(to + i, Vec{});
   for (int64_t i = 0; i < bands.height; ++i)
     for (int64_t j = 0; j < bands.width; ++j) {
       Vec square[BANDS];
       for (int n = 0; n < BANDS; ++n) {
         const int64_t row = 2 * i + n / 2, column = 2 * j + n % 2;
-        const bool is_inside = row < w.x.height && column < w.x.width;
-        square[n] = is_inside ? load<IS_PART>(x + row * w.x.row + column * w.x.pixel, count) : Vec{};
+        const bool is_inside = row < map.height && column < map.width;
+        square[n] = is_inside ? load<IS_PART>(x + row * map.row + column * map.pixel, count) : Vec{};
       }
       haar(square);
       for (int n = 0; n < BANDS; ++n)
@@ -122,13 +128,11 @@ INLINE void convolve(
 
 template <bool IS_PART>
 static void wavelet_channels(const Wavelet& w, int64_t image, int64_t channel, int64_t count, float* work) {
-  const Bands bands(w);
+  const Bands bands(w.x.height, w.x.width, w.side);
   float* weights = work + bands.size();
-  for (int64_t i = 0; i < bands.size(); i += LANES)
-    store(work + i, Vec{});
   for (int64_t i = 0; i < w.side * w.side * BANDS; ++i)
     store(weights + i * LANES, load<IS_PART>(w.weight + i * w.x.channels + channel, count));
-  transform<IS_PART>(w, bands, w.x.data + image * w.x.image + channel, count, work);
+  transform<IS_PART>(w.x, bands, image, channel, count, work);
   for (int64_t i = 0; i < bands.height; ++i) {
     int64_t j = 0;
     for (; j + 2 <= bands.width; j += 2)

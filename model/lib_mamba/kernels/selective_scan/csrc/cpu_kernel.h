@@ -83,6 +83,35 @@ struct Wavelet {
   const float* weight;  // (side, side, 4, C)
 };
 
+// A batch normalisation of rows of channels, and what follows: act((x - mean) * scale + shift).
+struct Normalization {
+  int64_t channels;
+  const float *mean, *scale, *shift;  // (C)
+  Activation activation;              // none or ReLU
+};
+
+// Rows of numbers, `stride` apart.
+struct Matrix {
+  float* data;
+  int64_t stride;
+
+  float* at(int64_t row) const { return data + row * stride; }
+  Matrix from(int64_t row) const { return {data ? at(row) : nullptr, stride}; }
+};
+
+// Gradients of a depthwise convolution; dx is added to base, where that has an address.
+struct DepthwiseGradient {
+  Map grad, x, dx, base;
+  int64_t side, stride, padding;
+  const float* weight;  // (side, side, C)
+};
+
+// Gradient of the wavelet branch's weight.
+struct WaveletGradient {
+  Map grad, x;
+  int64_t side;
+};
+
 // The functions for one instruction set. A scratch image is L * padded(D) floats: block after block, rows within.
 struct Kernels {
   const char* name;
@@ -107,7 +136,24 @@ struct Kernels {
   void (*depthwise)(const Depthwise&, int64_t image, int64_t row, int64_t block);
   // An image, `lanes` channels from `channel` on.
   void (*wavelet)(const Wavelet&, int64_t image, int64_t channel, float* work);
-  int64_t (*wavelet_work_size)(const Wavelet&);  // floats
+  int64_t (*wavelet_work_size)(int64_t height, int64_t width, int64_t side);  // floats
+  // Means of the channels over some rows, and the sums of the squared distances from them.
+  void (*moments)(const Matrix& x, int64_t rows, int64_t channels, float* mean, float* squares);
+  // out = the normalisation of x, plus residual where that has an address.
+  void (*normalize)(const Normalization&, const Matrix& x, const Matrix& residual, const Matrix& out, int64_t rows);
+  // Sums over rows of grad, as it is before the activation, and of grad * (x - mean).
+  void (*normalize_sums)(
+      const Normalization&, const Matrix& grad, const Matrix& x, int64_t rows, float* sums, float* products);
+  // dx = scale * grad + offset + slope * (x - mean), with grad as above; dx may be grad.
+  void (*normalize_backward)(
+      const Normalization&, const float* offset, const float* slope, const Matrix& grad, const Matrix& x,
+      const Matrix& dx, int64_t rows);
+  // A row of pixels of dx, a block of channels.
+  void (*depthwise_input)(const DepthwiseGradient&, int64_t image, int64_t row, int64_t block);
+  // Add what an image gives the weight's gradient (side, side, C), a block of channels.
+  void (*depthwise_taps)(const DepthwiseGradient&, int64_t image, int64_t block, float* dweight);
+  // Likewise (side, side, 4, C), `lanes` channels from `channel` on.
+  void (*wavelet_taps)(const WaveletGradient&, int64_t image, int64_t channel, float* dweight, float* work);
 };
 
 const Kernels& avx512_kernels();

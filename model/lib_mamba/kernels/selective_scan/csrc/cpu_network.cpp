@@ -2,7 +2,6 @@
 // For inference in float32; maps are channels-last.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "cpu_dispatch.h"
+#include "cpu_maps.h"
 
 namespace mobilemamba {
 namespace {
@@ -17,47 +17,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kRows = 64;  // of a product, as one piece of work: what is made of them stays in the cache
-
-// As it is where channels lie side by side, channel slices of a larger map included.
-Tensor channels_last(const Tensor& x) {
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "a map must be (B, C, H, W) in float32, got ", x.sizes());
-  return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
-}
-
-// The distance between neighbours in the sequence of all pixels; strides of sides of one pixel mean nothing.
-int64_t row_stride(const Tensor& map) {
-  return map.size(3) > 1 ? map.stride(3) : map.size(2) > 1 ? map.stride(2) : map.stride(0);
-}
-
-// Pixels at equal distances from the first to the last, so that a map is a matrix.
-Tensor as_rows(const Tensor& x) {
-  const Tensor map = channels_last(x);
-  const int64_t H = map.size(2), W = map.size(3), stride = row_stride(map);
-  const bool is_even =
-      (H == 1 || map.stride(2) == W * stride) && (map.size(0) == 1 || map.stride(0) == H * W * stride);
-  return is_even ? map : map.permute({0, 2, 3, 1}).contiguous().permute({0, 3, 1, 2});
-}
-
-Tensor new_map(int64_t batch, int64_t channels, int64_t height, int64_t width) {
-  return at::empty(
-      {batch, channels, height, width}, at::TensorOptions(at::kFloat), at::MemoryFormat::ChannelsLast);
-}
-
-Map map_of(const Tensor& x) {
-  return {x.size(2), x.size(3), x.size(1), x.stride(0), x.stride(2), x.stride(3),
-          const_cast<float*>(x.const_data_ptr<float>())};
-}
-
-Activation activation_of(int64_t number) {
-  TORCH_CHECK(number >= kNone && number <= kSilu, "activations are 0 (none), 1 (ReLU) and 2 (SiLU), got ", number);
-  return static_cast<Activation>(number);
-}
-
-void check_vector(const Tensor& tensor, int64_t size, const char* name) {
-  TORCH_CHECK(
-      tensor.scalar_type() == at::kFloat && tensor.is_contiguous() && tensor.numel() == size, name, " must be ", size,
-      " floats side by side, got ", tensor.sizes());
-}
 
 Dense dense_of(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t activation) {
   TORCH_CHECK(
@@ -127,12 +86,8 @@ Tensor pointwise(
     TORCH_CHECK(added.sizes() == out.sizes(), "residual must be ", out.sizes(), ", got ", added.sizes());
     add_residual(d, added);
   }
-  multiply(d, rows.const_data_ptr<float>(), row_stride(rows), x.size(0) * x.size(2) * x.size(3));
+  multiply(d, rows.const_data_ptr<float>(), row_stride(rows), num_rows(rows));
   return out;
-}
-
-int64_t convolved(int64_t size, int64_t side, int64_t stride, int64_t padding) {
-  return (size + 2 * padding - side) / stride + 1;
 }
 
 Depthwise depthwise_of(
@@ -211,7 +166,7 @@ Tensor ffn(
     const Tensor& x, const std::optional<Tensor>& taps, const std::optional<Tensor>& taps_bias,
     const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias) {
   const Tensor map = as_rows(x);
-  const int64_t C = map.size(1), hidden = first_bias.numel(), rows = map.size(0) * map.size(2) * map.size(3);
+  const int64_t C = map.size(1), hidden = first_bias.numel(), rows = num_rows(map);
   const Tensor out = new_map(map.size(0), C, map.size(2), map.size(3));
   FeedForward f;
   f.x = map_of(map);
@@ -349,7 +304,7 @@ Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
   const Kernels& kernel = kernels();
   const int64_t pieces = (C + kernel.lanes - 1) / kernel.lanes;
   at::parallel_for(0, map.size(0) * pieces, 1, [&](int64_t begin, int64_t end) {
-    const Tensor work = floats(kernel.wavelet_work_size(w));
+    const Tensor work = floats(kernel.wavelet_work_size(map.size(2), map.size(3), side));
     for (int64_t i = begin; i < end; ++i)
       kernel.wavelet(w, i / pieces, i % pieces * kernel.lanes, work.mutable_data_ptr<float>());
   });

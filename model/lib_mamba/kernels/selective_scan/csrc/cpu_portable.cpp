@@ -14,12 +14,17 @@ namespace portable {
 
 #include "cpu_depthwise.h"
 
+#include "cpu_training.h"
+
 }  // namespace portable
 
 const Kernels& portable_kernels() {
   static const Kernels kernels = {
       "portable", LANES, portable::scan, portable::finish, portable::finish_backward, portable::scan_backward,
-      portable::num_blocks, portable::work_size, portable::dense, portable::depthwise, portable::wavelet, portable::wavelet_work_size};
+      portable::num_blocks, portable::work_size, portable::dense, portable::depthwise, portable::wavelet,
+      portable::wavelet_work_size, portable::moments, portable::normalize, portable::normalize_sums,
+      portable::normalize_backward, portable::depthwise_input, portable::depthwise_taps,
+      portable::wavelet_taps};
   return kernels;
 }
 

@@ -25,4 +25,16 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
       "depthwise(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int stride, int padding, "
       "int activation) -> Tensor");
   m.def("wavelet(Tensor x, Tensor weight, Tensor base) -> Tensor");
+  // What the layers are trained with.
+  m.def("moments(Tensor x) -> (Tensor mean, Tensor var)");
+  m.def(
+      "normalize(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, int activation, "
+      "Tensor? residual) -> Tensor");
+  m.def(
+      "normalize_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, "
+      "int activation, Tensor(a!) out) -> (Tensor dweight, Tensor dbias)");
+  m.def(
+      "depthwise_backward(Tensor grad, Tensor x, Tensor weight, int stride, int padding, Tensor? base) "
+      "-> (Tensor dx, Tensor dweight)");
+  m.def("wavelet_taps(Tensor grad, Tensor x, int side) -> Tensor");
 }

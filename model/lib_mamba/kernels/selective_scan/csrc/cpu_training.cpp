@@ -1,0 +1,229 @@
+// What the layers are trained with on the CPU: batch normalisation, gradients of depthwise convolutions and of the
+// wavelet branch. In float32; maps are channels-last.
+//
+// Sums are made in an order that does not depend on the number of threads: results are the same for any number.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu_dispatch.h"
+#include "cpu_maps.h"
+
+namespace mobilemamba {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kPiece = 1 << 15;  // floats of a map, as one piece of work: they stay in the cache
+constexpr int64_t kGroups = 16;      // partial sums of the weights' gradients, at most one for each image
+
+int64_t piece_rows(int64_t channels) {
+  return std::max<int64_t>(1, kPiece / channels);
+}
+
+// Calls `body(piece, first, last)` for pieces of rows, on all threads.
+template <class Body>
+void for_pieces(int64_t rows, int64_t channels, Body body) {
+  const int64_t size = piece_rows(channels);
+  at::parallel_for(0, (rows + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      body(i, i * size, std::min(rows, (i + 1) * size));
+  });
+}
+
+Matrix matrix_of(const Tensor& map) {
+  return {const_cast<float*>(map.const_data_ptr<float>()), row_stride(map)};
+}
+
+// Mean and biased variance of every channel.
+std::tuple<Tensor, Tensor> moments(const Tensor& x) {
+  const Tensor map = as_rows(x);
+  const int64_t C = map.size(1), rows = num_rows(map), size = piece_rows(C), pieces = (rows + size - 1) / size;
+  const Tensor partial = floats(2 * pieces * C), mean = floats(C), var = floats(C);
+  float *means = partial.mutable_data_ptr<float>(), *squares = means + pieces * C;
+  const Kernels& kernel = kernels();
+  for_pieces(rows, C, [&](int64_t i, int64_t first, int64_t last) {
+    kernel.moments(matrix_of(map).from(first), last - first, C, means + i * C, squares + i * C);
+  });
+  // Variances of the pieces and distances between their means add up without cancellation.
+  for (int64_t c = 0; c < C; ++c) {
+    double total = 0, spread = 0;
+    for (int64_t i = 0; i < pieces; ++i)
+      total += static_cast<double>(means[i * C + c]) * (std::min(rows, (i + 1) * size) - i * size);
+    const double centre = total / rows;
+    for (int64_t i = 0; i < pieces; ++i) {
+      const double distance = means[i * C + c] - centre;
+      spread += squares[i * C + c] + distance * distance * (std::min(rows, (i + 1) * size) - i * size);
+    }
+    mean.mutable_data_ptr<float>()[c] = static_cast<float>(centre);
+    var.mutable_data_ptr<float>()[c] = static_cast<float>(spread / rows);
+  }
+  return {mean, var};
+}
+
+struct Statistics {
+  const Tensor &mean, &var, &weight, &bias;
+  double eps;
+
+  void check(int64_t channels) const {
+    check_vector(mean, channels, "mean");
+    check_vector(var, channels, "var");
+    check_vector(weight, channels, "weight");
+    check_vector(bias, channels, "bias");
+  }
+
+  float rstd(int64_t c) const {
+    return static_cast<float>(1 / std::sqrt(var.const_data_ptr<float>()[c] + eps));
+  }
+
+  // Fills `scale`, which has as many floats as there are channels.
+  Normalization normalization(float* scale, int64_t activation) const {
+    TORCH_CHECK(activation == kNone || activation == kRelu, "a normalisation is followed by nothing (0) or a ReLU (1)");
+    const float* factors = weight.const_data_ptr<float>();
+    for (int64_t c = 0; c < mean.numel(); ++c)
+      scale[c] = factors[c] * rstd(c);
+    return {mean.numel(), mean.const_data_ptr<float>(), scale, bias.const_data_ptr<float>(), activation_of(activation)};
+  }
+};
+
+void check_same(const Tensor& tensor, const Tensor& map, const char* name) {
+  TORCH_CHECK(tensor.sizes() == map.sizes(), name, " must be ", map.sizes(), ", got ", tensor.sizes());
+}
+
+Tensor normalize(
+    const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& bias, double eps,
+    int64_t activation, const std::optional<Tensor>& residual) {
+  const Tensor map = as_rows(x), added = residual ? as_rows(*residual) : Tensor();
+  const int64_t C = map.size(1);
+  const Statistics statistics{mean, var, weight, bias, eps};
+  statistics.check(C);
+  if (residual)
+    check_same(added, map, "residual");
+  const Tensor out = new_map(map.size(0), C, map.size(2), map.size(3)), scale = floats(C);
+  const Normalization n = statistics.normalization(scale.mutable_data_ptr<float>(), activation);
+  const Matrix from = matrix_of(map), to = matrix_of(out), below = residual ? matrix_of(added) : Matrix{};
+  const Kernels& kernel = kernels();
+  for_pieces(num_rows(map), C, [&](int64_t, int64_t first, int64_t last) {
+    kernel.normalize(n, from.from(first), below.from(first), to.from(first), last - first);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> normalize_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& weight,
+    const Tensor& bias, double eps, int64_t activation, const Tensor& out) {
+  const Tensor map = as_rows(x), gradient = as_rows(grad);
+  const int64_t C = map.size(1), rows = num_rows(map), size = piece_rows(C), pieces = (rows + size - 1) / size;
+  const Statistics statistics{mean, var, weight, bias, eps};
+  statistics.check(C);
+  check_same(gradient, map, "grad");
+  check_same(out, map, "out");
+  TORCH_CHECK(as_rows(out).is_same(out), "out must be channels-last");
+  const Tensor partial = floats((2 * pieces + 3) * C), dweight = floats(C), dbias = floats(C);
+  float *scale = partial.mutable_data_ptr<float>(), *offset = scale + C, *slope = offset + C;
+  float *sums = slope + C, *products = sums + pieces * C;
+  const Normalization n = statistics.normalization(scale, activation);
+  const Matrix from = matrix_of(map), g = matrix_of(gradient), to = matrix_of(out);
+  const Kernels& kernel = kernels();
+  for_pieces(rows, C, [&](int64_t i, int64_t first, int64_t last) {
+    kernel.normalize_sums(n, g.from(first), from.from(first), last - first, sums + i * C, products + i * C);
+  });
+  for (int64_t c = 0; c < C; ++c) {
+    double sum = 0, product = 0;
+    for (int64_t i = 0; i < pieces; ++i) {
+      sum += sums[i * C + c];
+      product += products[i * C + c];
+    }
+    const double rstd = statistics.rstd(c);
+    dbias.mutable_data_ptr<float>()[c] = static_cast<float>(sum);
+    dweight.mutable_data_ptr<float>()[c] = static_cast<float>(product * rstd);
+    offset[c] = static_cast<float>(-scale[c] * sum / rows);
+    slope[c] = static_cast<float>(-scale[c] * product * rstd * rstd / rows);
+  }
+  for_pieces(rows, C, [&](int64_t, int64_t first, int64_t last) {
+    kernel.normalize_backward(n, offset, slope, g.from(first), from.from(first), to.from(first), last - first);
+  });
+  return {dweight, dbias};
+}
+
+// Partial sums (groups, size) of groups of images, made by `body(first image, last image, unit, partial sum)`, added up.
+template <class Body>
+void sum_images(int64_t images, int64_t units, int64_t size, float* total, Body body) {
+  const int64_t groups = std::min(images, kGroups);
+  const Tensor partial = at::zeros({groups, size}, at::TensorOptions(at::kFloat));
+  float* sums = partial.mutable_data_ptr<float>();
+  at::parallel_for(0, groups * units, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / units;
+      body(group * images / groups, (group + 1) * images / groups, i % units, sums + group * size);
+    }
+  });
+  std::copy_n(sums, groups ? size : 0, total);
+  for (int64_t group = 1; group < groups; ++group)
+    for (int64_t i = 0; i < size; ++i)
+      total[i] += sums[group * size + i];
+}
+
+std::tuple<Tensor, Tensor> depthwise_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding,
+    const std::optional<Tensor>& base) {
+  const Tensor map = channels_last(x), gradient = channels_last(grad), below = base ? channels_last(*base) : Tensor();
+  const int64_t B = map.size(0), C = map.size(1), H = map.size(2), side = weight.size(0);
+  check_vector(weight, side * side * C, "weight");
+  TORCH_CHECK(
+      gradient.size(0) == B && gradient.size(1) == C && gradient.size(2) == convolved(H, side, stride, padding) &&
+          gradient.size(3) == convolved(map.size(3), side, stride, padding),
+      "grad does not fit to x: ", gradient.sizes());
+  if (base)
+    check_same(below, map, "base");
+  const Tensor dx = new_map(B, C, H, map.size(3)), dweight = at::zeros({side, side, C}, at::TensorOptions(at::kFloat));
+  const DepthwiseGradient d{map_of(gradient), map_of(map), map_of(dx), base ? map_of(below) : Map{},
+                            side, stride, padding, weight.const_data_ptr<float>()};
+  const Kernels& kernel = kernels();
+  const int64_t blocks = kernel.num_blocks(C);
+  at::parallel_for(0, B * H * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernel.depthwise_input(d, i / blocks / H, i / blocks % H, i % blocks);
+  });
+  sum_images(B, blocks, dweight.numel(), dweight.mutable_data_ptr<float>(),
+             [&](int64_t first, int64_t last, int64_t block, float* sums) {
+               for (int64_t image = first; image < last; ++image)
+                 kernel.depthwise_taps(d, image, block, sums);
+             });
+  return {dx, dweight};
+}
+
+Tensor wavelet_taps(const Tensor& grad, const Tensor& x, int64_t side) {
+  const Tensor map = channels_last(x), gradient = channels_last(grad);
+  check_same(gradient, map, "grad");
+  const int64_t C = map.size(1);
+  const Tensor dweight = at::zeros({side, side, 4 * C}, at::TensorOptions(at::kFloat));
+  const WaveletGradient w{map_of(gradient), map_of(map), side};
+  const Kernels& kernel = kernels();
+  sum_images(map.size(0), (C + kernel.lanes - 1) / kernel.lanes, dweight.numel(), dweight.mutable_data_ptr<float>(),
+             [&](int64_t first, int64_t last, int64_t unit, float* sums) {
+               const Tensor work = floats(kernel.wavelet_work_size(map.size(2), map.size(3), side));
+               for (int64_t image = first; image < last; ++image)
+                 kernel.wavelet_taps(w, image, unit * kernel.lanes, sums, work.mutable_data_ptr<float>());
+             });
+  return dweight;
+}
+
+}  // namespace
+}  // namespace mobilemamba
+
+TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
+  m.impl("moments", mobilemamba::moments);
+  m.impl("normalize", mobilemamba::normalize);
+  m.impl("normalize_backward", mobilemamba::normalize_backward);
+  m.impl("depthwise_backward", mobilemamba::depthwise_backward);
+  m.impl("wavelet_taps", mobilemamba::wavelet_taps);
+}
