@@ -5,9 +5,26 @@ The attribute names `c`, `bn`, `l` and `m` are those of the released checkpoints
 
 from __future__ import annotations
 
+from enum import IntEnum
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BatchNormLinear", "ConvBN", "Residual"]
+__all__ = ["FFN", "Activation", "BatchNormLinear", "ConvBN", "Residual"]
+
+
+class Activation(IntEnum):
+    """What follows a convolution, by the kernels' numbers."""
+
+    NONE = 0
+    RELU = 1
+    SILU = 2
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the activated map, in place of the old one."""
+        if self is Activation.RELU:
+            return F.relu(x, inplace=True)
+        return F.silu(x, inplace=True) if self is Activation.SILU else x
 
 
 class ConvBN(nn.Module):
@@ -41,6 +58,19 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.c(x))
+
+
+class FFN(nn.Module):
+    """Pointwise to twice the channels, ReLU, pointwise back: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pw1 = ConvBN(channels, 2 * channels)
+        self.pw2 = ConvBN(2 * channels, channels, bn_weight=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.pw1(x), inplace=True)
+        return self.pw2(x)
 
 
 class BatchNormLinear(nn.Module):

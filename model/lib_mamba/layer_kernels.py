@@ -1,7 +1,7 @@
-"""The compiled kernels for a folded network's layers on a CPU: when they run, and what they give a tracer.
+"""The compiled kernels for layers on a CPU: when they run, and what they give a tracer.
 
-They come with the compiled scan (`mobilemamba_kernels`), and run where it does: on a CPU, in float32, without
-gradients. Everything else is PyTorch's.
+They come with the compiled scan (`mobilemamba_kernels`), and run where it does: on a CPU, in float32; for a folded
+network without gradients, for one in training within steps of autograd. Everything else is PyTorch's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends
 
-__all__ = ["layer_kernels", "pad_columns", "register_fakes"]
+__all__ = ["layer_kernels", "pad_columns", "register_fakes", "training_kernels"]
 
 COLUMNS = 16  # what the kernels want the rows of a weight padded to
 
@@ -24,6 +24,19 @@ def layer_kernels(x: Tensor) -> Any | None:
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return None
     if (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_exporting() or not _is_chosen():
+        return None
+    return torch.ops.mobilemamba_kernels
+
+
+def training_kernels(x: Tensor) -> Any | None:
+    """Return the namespace of the operators if layers are to be trained by them on ``x``, else None.
+
+    They are not for what looks into the layers (torch.compile, torch.fx, torch.jit, torch.func, subclasses of tensors).
+    """
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4:
+        return None
+    is_watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    if is_watched or torch.is_autocast_enabled("cpu") or not _is_chosen():
         return None
     return torch.ops.mobilemamba_kernels
 

@@ -9,32 +9,26 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import torch.nn.functional as F
 from timm.layers import DropPath, SqueezeExcite
 from torch import Tensor, nn
 
-from ..layers import ConvBN, Residual
+from ..layers import FFN, ConvBN, Residual
 from .mixer import MRFFI, Mixer
+from .training import depthwise_ffn, expand_and_stride, mix, pointwise, stem
 
-__all__ = ["FFN", "Block", "PatchMerging", "depthwise", "downsample", "patch_embed"]
-
-
-class FFN(nn.Module):
-    """Pointwise to twice the channels, ReLU, pointwise back: (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.pw1 = ConvBN(channels, 2 * channels)
-        self.pw2 = ConvBN(2 * channels, channels, bn_weight=0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.pw1(x), inplace=True)
-        return self.pw2(x)
+__all__ = ["Block", "PatchMerging", "depthwise", "downsample", "patch_embed"]
 
 
 def depthwise(channels: int) -> Residual:
     """Return a residual depthwise 3 x 3 convolution."""
     return Residual(ConvBN(channels, channels, kernel_size=3, padding=1, groups=channels, bn_weight=0.0))
+
+
+class DepthwiseFFN(nn.Sequential):
+    """A residual depthwise convolution and a residual feed-forward: (B, C, H, W) -> (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_ffn(self[0], self[1], x)
 
 
 class Block(nn.Module):
@@ -58,9 +52,9 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.ffn0(self.dw0(x))
-        y = self.mixer(y)
-        y = self.ffn1(self.dw1(y))
+        y = depthwise_ffn(self.dw0, self.ffn0, x)
+        y = mix(self.mixer, y)
+        y = depthwise_ffn(self.dw1, self.ffn1, y)
         return x + self.drop_path(y)
 
 
@@ -76,16 +70,23 @@ class PatchMerging(nn.Module):
         self.conv3 = ConvBN(hidden, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv1(x), inplace=True)
-        x = F.relu(self.conv2(x), inplace=True)
-        return self.conv3(self.se(x))
+        x = expand_and_stride(self.conv1, self.conv2, x)
+        return pointwise(self.conv3, self.se(x))
 
 
 def downsample(in_channels: int, out_channels: int) -> list[nn.Module]:
     """Return what stands between two stages: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
-    before = nn.Sequential(depthwise(in_channels), Residual(FFN(in_channels)))
-    after = nn.Sequential(depthwise(out_channels), Residual(FFN(out_channels)))
+    before = DepthwiseFFN(depthwise(in_channels), Residual(FFN(in_channels)))
+    after = DepthwiseFFN(depthwise(out_channels), Residual(FFN(out_channels)))
     return [before, PatchMerging(in_channels, out_channels), after]
+
+
+class Stem(nn.Sequential):
+    """Convolutions with a ReLU between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = stem([layer for layer in self if isinstance(layer, ConvBN)], x)
+        return super().forward(x) if y is None else y
 
 
 def patch_embed(in_channels: int, channels: int) -> nn.Sequential:
@@ -94,4 +95,4 @@ def patch_embed(in_channels: int, channels: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for narrow, wide in pairwise(widths):
         layers += [ConvBN(narrow, wide, kernel_size=3, stride=2, padding=1), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
+    return Stem(*layers[:-1])

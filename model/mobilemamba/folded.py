@@ -7,18 +7,17 @@ B batch, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import Activation
 from ..lib_mamba import SS2D
 from ..lib_mamba.layer_kernels import layer_kernels, pad_columns
-from .wavelet import through_bands
+from .wavelet import band_taps, is_haar, through_bands
 
 __all__ = [
-    "Activation",
     "FoldedConvs",
     "FoldedDepthwise",
     "FoldedFFN",
@@ -27,20 +26,6 @@ __all__ = [
     "FoldedSqueezeExcite",
     "FoldedWTEMamba",
 ]
-
-
-class Activation(IntEnum):
-    """What follows a convolution, by the kernels' numbers."""
-
-    NONE = 0
-    RELU = 1
-    SILU = 2
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Return the activated map, in place of the old one."""
-        if self is Activation.RELU:
-            return F.relu(x, inplace=True)
-        return F.silu(x, inplace=True) if self is Activation.SILU else x
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter:
@@ -174,14 +159,13 @@ class FoldedWTEMamba(nn.Module):
         self.wt_filter = _frozen(wt_filter)
         self.iwt_filter = _frozen(iwt_filter)
         self.bands = bands
-        channels, side = len(bands.weight) // 4, bands.kernel_size[0]
-        taps = bands.weight.view(channels, 4, side, side).permute(2, 3, 1, 0).flatten(2).contiguous()
-        self.register_buffer("taps", taps)  # (H, W of the kernel, bands and channels)
+        self.register_buffer("taps", band_taps(bands.weight))
+        self.has_haar_filters = is_haar(wt_filter) and is_haar(iwt_filter)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.global_atten(x)
         kernels = layer_kernels(x)
-        if kernels is not None:
+        if kernels is not None and self.has_haar_filters:
             return kernels.wavelet(x, self.taps, y)
         return y + through_bands(x, self.wt_filter, self.iwt_filter, self.bands)
 

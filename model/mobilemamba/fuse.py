@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..layers import BatchNormLinear, ConvBN, Residual
+from ..layers import FFN, Activation, BatchNormLinear, ConvBN, Residual
 from ..lib_mamba import SS2D
-from .blocks import FFN, Block, PatchMerging
+from .blocks import Block, PatchMerging
 from .folded import (
-    Activation,
     FoldedConvs,
     FoldedDepthwise,
     FoldedFFN,

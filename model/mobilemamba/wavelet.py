@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..lib_mamba import SS2D
 
-__all__ = ["ChannelScale", "WTEMamba", "haar_filters", "through_bands"]
+__all__ = ["ChannelScale", "WTEMamba", "band_taps", "band_weights", "haar_filters", "is_haar", "through_bands"]
+
+BANDS = 4
 
 
 def haar_filters(channels: int) -> Tensor:
@@ -24,6 +26,21 @@ def haar_filters(channels: int) -> Tensor:
     low, high = torch.tensor([[0.5, 0.5], [0.5, -0.5]])
     bands = [torch.outer(vertical, horizontal) * 2 for horizontal in (low, high) for vertical in (low, high)]
     return torch.stack(bands).repeat(channels, 1, 1).unsqueeze(1)
+
+
+def is_haar(filters: Tensor) -> bool:
+    """Return whether filters are those of `haar_filters`, as they are unless someone has changed them."""
+    return torch.equal(filters, haar_filters(len(filters) // BANDS).to(filters))
+
+
+def band_taps(weight: Tensor) -> Tensor:
+    """Return the bands' depthwise weight (4C, 1, H, W) as the compiled kernels read it, (H, W, 4C) band by band."""
+    return weight.unflatten(0, (-1, BANDS)).squeeze(2).permute(2, 3, 1, 0).flatten(2).contiguous()
+
+
+def band_weights(taps: Tensor) -> Tensor:
+    """Return what `band_taps` was given."""
+    return taps.unflatten(2, (BANDS, -1)).permute(3, 2, 0, 1).flatten(0, 1).unsqueeze(1)
 
 
 class ChannelScale(nn.Module):

@@ -1,0 +1,539 @@
+"""Layers in training on a CPU: whole groups of them as one step of autograd, on the compiled kernels.
+
+PyTorch keeps both what a batch norm reads and what it gives. Here a group keeps what its batch norms read, and the
+backward pass normalises again: cheaper than fetching it from memory, and half as much to keep. Where the kernels are
+not at hand (`kernels_for` says when), the same layers run one by one.
+
+B batch, C channels, D inner channels of the scan, H height, W width; rows are the B * H * W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as torch_modules
+
+from ..layers import FFN, Activation, ConvBN, Residual
+from ..lib_mamba import SCANS, SS2D
+from ..lib_mamba.layer_kernels import training_kernels
+from .mixer import MRFFI, Mixer, MKDeConv
+from .wavelet import ChannelScale, WTEMamba, band_taps, band_weights, is_haar
+
+__all__ = ["depthwise_ffn", "expand_and_stride", "kernels_for", "mix", "pointwise", "stem"]
+
+_NORM, _RELU, _SILU = Activation.NONE, Activation.RELU, Activation.SILU
+# A subclass may do something else in its forward.
+_KNOWN = frozenset(
+    [ConvBN, FFN, Residual, Mixer, MRFFI, MKDeConv, WTEMamba, ChannelScale, SS2D]
+    + [nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.ReLU, nn.SiLU, nn.Sequential, nn.ModuleList]
+)
+
+
+def kernels_for(x: Tensor, *layers: nn.Module) -> Any | None:
+    """Return the namespace of the operators if they are to train these layers on ``x``, else None.
+
+    They do where `training_kernels` allows it, every batch norm is in training, and nobody watches or has changed what
+    is inside: no hooks, no subclass, everything in float32.
+    """
+    kernels = training_kernels(x)
+    if kernels is None or torch_modules._has_any_global_hook():
+        return None
+    return kernels if all(_is_plain(module) for layer in layers for module in layer.modules()) else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if type(module) not in _KNOWN or any(hooks):
+        return False
+    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in module._parameters.values() if p is not None):
+        return False
+    if isinstance(module, nn.BatchNorm2d):
+        return module.training and module.affine and module.track_running_stats
+    if isinstance(module, WTEMamba):
+        filters = (module.wt_filter, module.iwt_filter)
+        return all(is_haar(weight) and not weight.requires_grad for weight in filters)
+    return not isinstance(module, SS2D) or len(SCANS[module.scan]) == 1
+
+
+NUM_TENSORS = 4  # that a norm begins with
+
+
+class _Norm(NamedTuple):
+    """A batch norm on one batch of ``size`` values a channel: its statistics and parameters, (C,) each."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    size: int
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> _Norm:
+        """Measure a map (B, C, H, W)."""
+        size = x.numel() // x.shape[1]
+        if size == 1:  # as PyTorch has it
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+        mean, var = torch.ops.mobilemamba_kernels.moments(x)
+        return cls(mean, var, weight, bias, eps, size)
+
+    def __call__(self, x: Tensor, activation: Activation = _NORM, residual: Tensor | None = None) -> Tensor:
+        """Return act(norm(x)) + residual."""
+        return torch.ops.mobilemamba_kernels.normalize(x, *self[:-1], int(activation), residual)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, activation: Activation = _NORM, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of x (in ``out``, which may be ``grad``), weight and bias."""
+        out = torch.empty_like(x) if out is None else out
+        return out, *torch.ops.mobilemamba_kernels.normalize_backward(grad, x, *self[:-1], int(activation), out)
+
+    def unbiased(self) -> tuple[Tensor, Tensor]:
+        """Return mean and variance as running statistics take them."""
+        return self.mean, self.var * (self.size / (self.size - 1))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return a map (B, C, H, W) as rows (B * H * W, C): a view where channels lie side by side."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _map(rows: Tensor, like: Tensor) -> Tensor:
+    """Return rows (B * H * W, C) as a map with the sides of another."""
+    return rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def _multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve with a weight (C', C, 1, 1)."""
+    return _map(_rows(x) @ weight.flatten(1).t(), x)
+
+
+def _multiply_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight."""
+    rows = _rows(grad)
+    return _map(rows @ weight.flatten(1), x), (rows.t() @ _rows(x)).view(weight.shape)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """Return a depthwise weight (C, 1, H, W) as kernels read it, (H, W, C)."""
+    return weight.squeeze(1).permute(1, 2, 0).contiguous()
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, activation: Activation = _NORM
+) -> Tensor:
+    """Convolve depthwise."""
+    bias = x.new_zeros(x.shape[1]) if bias is None else bias
+    padding = weight.shape[2] // 2
+    return torch.ops.mobilemamba_kernels.depthwise(x, _taps(weight), bias, None, None, stride, padding, int(activation))
+
+
+def _convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, *, stride: int = 1, base: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x, added to ``base``, and weight."""
+    padding = weight.shape[2] // 2
+    dx, dtaps = torch.ops.mobilemamba_kernels.depthwise_backward(grad, x, _taps(weight), stride, padding, base)
+    return dx, dtaps.permute(2, 0, 1).unsqueeze(1)
+
+
+def _parameters(*layers: ConvBN) -> list[Tensor]:
+    return [parameter for layer in layers for parameter in (layer.c.weight, layer.bn.weight, layer.bn.bias)]
+
+
+def _update(norms: Sequence[nn.BatchNorm2d], statistics: Sequence[Tensor]) -> None:
+    """Let batch norms see the mean and the unbiased variance, one after the other, of what they were given."""
+    with torch.no_grad():
+        for norm, mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
+            norm.num_batches_tracked.add_(1)
+            momentum = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+            norm.running_mean.lerp_(mean, momentum)
+            norm.running_var.lerp_(var, momentum)
+
+
+class _Step(torch.autograd.Function):
+    """What the steps have in common: they give a map, then mean and unbiased variance for every batch norm."""
+
+    @staticmethod
+    def finish(ctx: Any, y: Tensor, norms: Sequence[_Norm], *saved: Tensor) -> tuple[Tensor, ...]:
+        """Save the norms and other tensors, and return what the step gives."""
+        statistics = [tensor for norm in norms for tensor in norm.unbiased()]
+        ctx.numbers = [norm[NUM_TENSORS:] for norm in norms]
+        ctx.save_for_backward(*(tensor for norm in norms for tensor in norm[:NUM_TENSORS]), *saved)
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        return y, *statistics
+
+    @staticmethod
+    def saved(ctx: Any) -> tuple[list[_Norm], tuple[Tensor, ...]]:
+        """Return the norms and the other tensors."""
+        tensors = ctx.saved_tensors
+        size = len(ctx.numbers) * NUM_TENSORS
+        parts = zip(*(iter(tensors[:size]),) * NUM_TENSORS, strict=True)
+        return [_Norm(*part, *numbers) for part, numbers in zip(parts, ctx.numbers, strict=True)], tensors[size:]
+
+
+class _DepthwiseFFN(_Step):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: Sequence[float], *parameters: Tensor) -> tuple[Tensor, ...]:
+        taps, weight0, bias0, wide, weight1, bias1, narrow, weight2, bias2 = parameters
+        u0 = _convolve(x, taps)
+        norm0 = _Norm.of(u0, weight0, bias0, eps[0])
+        y = norm0(u0, residual=x)
+        u1 = _multiply(y, wide)
+        norm1 = _Norm.of(u1, weight1, bias1, eps[1])
+        u2 = _multiply(norm1(u1, _RELU), narrow)
+        norm2 = _Norm.of(u2, weight2, bias2, eps[2])
+        return _Step.finish(ctx, norm2(u2, residual=y), (norm0, norm1, norm2), x, u0, u1, u2, taps, wide, narrow)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        (norm0, norm1, norm2), (x, u0, u1, u2, taps, wide, narrow) = _Step.saved(ctx)
+        du, dweight2, dbias2 = norm2.backward(grad, u2)
+        dh, dnarrow = _multiply_backward(du, norm1(u1, _RELU), narrow)
+        dh, dweight1, dbias1 = norm1.backward(dh, u1, _RELU, out=dh)
+        dy, dwide = _multiply_backward(dh, norm0(u0, residual=x), wide)
+        dy += grad
+        du, dweight0, dbias0 = norm0.backward(dy, u0, out=du)
+        dx, dtaps = _convolve_backward(du, x, taps, base=dy)
+        return dx, None, dtaps, dweight0, dbias0, dwide, dweight1, dbias1, dnarrow, dweight2, dbias2
+
+
+def depthwise_ffn(depthwise: nn.Module, ffn: nn.Module, x: Tensor) -> Tensor:
+    """Run a residual depthwise convolution and the residual feed-forward after it: (B, C, H, W) -> (B, C, H, W)."""
+    if kernels_for(x, depthwise, ffn) is None:
+        return ffn(depthwise(x))
+    layers = (depthwise.m, ffn.m.pw1, ffn.m.pw2)
+    y, *statistics = _DepthwiseFFN.apply(x, [layer.bn.eps for layer in layers], *_parameters(*layers))
+    _update([layer.bn for layer in layers], statistics)
+    return y
+
+
+class _Pointwise(_Step):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, weight: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
+        u = _multiply(x, weight)
+        norm = _Norm.of(u, *affine, eps)
+        return _Step.finish(ctx, norm(u), (norm,), x, u, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        (norm,), (x, u, weight) = _Step.saved(ctx)
+        du, *daffine = norm.backward(grad, u)
+        dx, dweight = _multiply_backward(du, x, weight)
+        return dx, None, dweight, *daffine
+
+
+def pointwise(layer: ConvBN, x: Tensor) -> Tensor:
+    """Run a 1 x 1 convolution and its batch norm: (B, C, H, W) -> (B, C', H, W)."""
+    if kernels_for(x, layer) is None:
+        return layer(x)
+    y, *statistics = _Pointwise.apply(x, layer.bn.eps, *_parameters(layer))
+    _update([layer.bn], statistics)
+    return y
+
+
+class _ExpandAndStride(_Step):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: Sequence[float], *parameters: Tensor) -> tuple[Tensor, ...]:
+        wide, weight1, bias1, taps, weight2, bias2 = parameters
+        u1 = _multiply(x, wide)
+        norm1 = _Norm.of(u1, weight1, bias1, eps[0])
+        u2 = _convolve(norm1(u1, _RELU), taps, stride=2)
+        norm2 = _Norm.of(u2, weight2, bias2, eps[1])
+        return _Step.finish(ctx, norm2(u2, _RELU), (norm1, norm2), x, u1, u2, wide, taps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        (norm1, norm2), (x, u1, u2, wide, taps) = _Step.saved(ctx)
+        du, dweight2, dbias2 = norm2.backward(grad, u2, _RELU)
+        dh, dtaps = _convolve_backward(du, norm1(u1, _RELU), taps, stride=2)
+        dh, dweight1, dbias1 = norm1.backward(dh, u1, _RELU, out=dh)
+        dx, dwide = _multiply_backward(dh, x, wide)
+        return dx, None, dwide, dweight1, dbias1, dtaps, dweight2, dbias2
+
+
+def expand_and_stride(expand: ConvBN, stride: ConvBN, x: Tensor) -> Tensor:
+    """Run a 1 x 1 and a depthwise convolution of stride 2, each with a ReLU: (B, C, H, W) -> (B, C', H/2, W/2)."""
+    if kernels_for(x, expand, stride) is None:
+        x = F.relu(expand(x), inplace=True)
+        return F.relu(stride(x), inplace=True)
+    layers = (expand, stride)
+    y, *statistics = _ExpandAndStride.apply(x, [layer.bn.eps for layer in layers], *_parameters(*layers))
+    _update([layer.bn for layer in layers], statistics)
+    return y
+
+
+class _Stem(_Step):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: Sequence[float], *parameters: Tensor) -> tuple[Tensor, ...]:
+        weights, norms, maps = parameters[::3], [], []
+        y = x
+        for weight, *affine, one in zip(weights, parameters[1::3], parameters[2::3], eps, strict=True):
+            if norms:
+                y = norms[-1](maps[-1], _RELU)
+            maps.append(F.conv2d(y, weight, stride=2, padding=1))
+            norms.append(_Norm.of(maps[-1], *affine, one))
+        return _Step.finish(ctx, norms[-1](maps[-1]), norms, x, *maps, *weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        norms, (x, *tensors) = _Step.saved(ctx)
+        maps, weights = tensors[: len(norms)], tensors[len(norms) :]
+        dparameters: list[Tensor] = []
+        for index in reversed(range(len(norms))):
+            is_last, is_first = index + 1 == len(norms), index == 0
+            norm, u = norms[index], maps[index]
+            if is_last:
+                du, *daffine = norm.backward(grad, u)
+            else:
+                grad = grad.contiguous(memory_format=torch.channels_last)
+                du, *daffine = norm.backward(grad, u, _RELU, out=grad)
+            y = x if is_first else norms[index - 1](maps[index - 1], _RELU)
+            wanted = [not is_first or ctx.needs_input_grad[0], True, False]
+            grad, dweight, _ = torch.ops.aten.convolution_backward(
+                du, y, weights[index], None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, wanted
+            )
+            dparameters = [dweight, *daffine, *dparameters]
+        return grad if ctx.needs_input_grad[0] else None, None, *dparameters
+
+
+def stem(layers: Sequence[ConvBN], x: Tensor) -> Tensor | None:
+    """Run 3 x 3 convolutions of stride 2 with a ReLU between them: (B, C, H, W) -> (B, C', H/16, W/16).
+
+    Returns:
+        None where the kernels are not at hand.
+    """
+    if kernels_for(x, *layers) is None:
+        return None
+    y, *statistics = _Stem.apply(x, [layer.bn.eps for layer in layers], *_parameters(*layers))
+    _update([layer.bn for layer in layers], statistics)
+    return y
+
+
+class _MixerParameters(NamedTuple):
+    """What a mixer learns, in the order of the layers; or the gradients of it."""
+
+    in_weight: Tensor
+    in_scale: Tensor
+    in_shift: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_weight: Tensor
+    dt_weight: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D_skip: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    out_weight: Tensor
+    out_scale: Tensor
+    out_shift: Tensor
+    base_scale: Tensor
+    band_weight: Tensor
+    band_scale: Tensor
+    local_weight: Tensor
+    local_scale: Tensor
+    local_shift: Tensor
+    factor: Tensor
+    factor_scale: Tensor
+    factor_shift: Tensor
+    proj_weight: Tensor
+    proj_scale: Tensor
+    proj_shift: Tensor
+
+    @classmethod
+    def of(cls, mixer: MRFFI) -> _MixerParameters:
+        wavelet, local = mixer.global_op, mixer.local_op
+        ss2d = wavelet.global_atten
+        return cls(
+            *_parameters(ss2d.in_proj),
+            ss2d.conv2d.weight,
+            ss2d.conv2d.bias,
+            ss2d.x_proj_weight,
+            ss2d.dt_projs_weight,
+            ss2d.dt_projs_bias,
+            ss2d.A_logs,
+            ss2d.Ds,
+            ss2d.out_norm.weight,
+            ss2d.out_norm.bias,
+            *_parameters(ss2d.out_proj),
+            wavelet.base_scale.weight,
+            wavelet.wavelet_convs[0].weight,
+            wavelet.wavelet_scale[0].weight,
+            local.dwconv3x3.weight,
+            local.bn1.weight,
+            local.bn1.bias,
+            local.dwconv1x1.weight,
+            local.bn2.weight,
+            local.bn2.bias,
+            *_parameters(mixer.proj[1]),
+        )
+
+    @property
+    def scan(self) -> tuple[Tensor, ...]:
+        """The parameters of the gated scan."""
+        first = self._fields.index("dt_weight")
+        return self[first : first + 6]
+
+    @property
+    def bands(self) -> Tensor:
+        """The weight of the bands, their scale in it, as kernels read it."""
+        return band_taps(self.band_weight * self.band_scale.view(-1, 1, 1, 1))
+
+
+class _MixerSettings(NamedTuple):
+    """What a mixer is made of beside its parameters."""
+
+    split: tuple[int, int, int]
+    eps: list[float]  # of the batch norms, in the order of the layers
+    norm_eps: float
+    reverse: list[int]
+
+
+class _Mixer(_Step):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: _MixerSettings, *parameters: Tensor) -> tuple[Tensor, ...]:
+        p = _MixerParameters(*parameters)
+        in_eps, out_eps, local_eps, factor_eps, proj_eps = settings.eps
+        x_global, x_local, x_identity = x.split(settings.split, dim=1)
+        u_in = _multiply(x_global, p.in_weight)
+        in_norm = _Norm.of(u_in, p.in_scale, p.in_shift, in_eps)
+        x_scan, z = in_norm(u_in).chunk(2, dim=1)
+        x_scan = _convolve(x_scan, p.conv_weight, p.conv_bias, activation=_SILU)
+        projection = _rows(x_scan) @ p.x_weight.flatten(0, 1).t()
+        y_scan = _Mixer.gated_scan(x_scan, z, projection, p, settings)
+        u_out = _multiply(y_scan, p.out_weight)
+        base = p.base_scale.flatten()
+        out_norm = _Norm.of(u_out, p.out_scale * base, p.out_shift * base, out_eps)
+        y_global = torch.ops.mobilemamba_kernels.wavelet(x_global, p.bands, out_norm(u_out))
+        u_local = _convolve(x_local, p.local_weight)
+        local_norm = _Norm.of(u_local, p.local_scale, p.local_shift, local_eps)
+        h_local = local_norm(u_local, _RELU) * p.factor.view(1, -1, 1, 1)
+        factor_norm = _Norm.of(h_local, p.factor_scale, p.factor_shift, factor_eps)
+        y = torch.cat([y_global, factor_norm(h_local), x_identity], dim=1).relu_()
+        u_proj = _multiply(y, p.proj_weight)
+        proj_norm = _Norm.of(u_proj, p.proj_scale, p.proj_shift, proj_eps)
+        ctx.settings = settings
+        norms = (in_norm, out_norm, local_norm, factor_norm, proj_norm)
+        saved = (x, u_in, projection, y_scan, u_out, u_local, y, u_proj)
+        return _Step.finish(ctx, proj_norm(u_proj, residual=x), norms, *saved, *parameters)
+
+    @staticmethod
+    def gated_scan(x: Tensor, z: Tensor, projection: Tensor, p: _MixerParameters, settings: _MixerSettings) -> Tensor:
+        """Scan maps x and z (B, D, H, W): (B, D, H, W)."""
+        sequences = (_sequence(x), _sequence(z), projection.view(len(x), -1, projection.shape[1]))
+        y = torch.ops.mobilemamba_kernels.gated_scan(*sequences, *p.scan, settings.norm_eps, settings.reverse)
+        return _map(y, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        norms, (x, u_in, projection, y_scan, u_out, u_local, y, u_proj, *parameters) = _Step.saved(ctx)
+        in_norm, out_norm, local_norm, factor_norm, proj_norm = norms
+        settings, p = ctx.settings, _MixerParameters(*parameters)
+        kernels = torch.ops.mobilemamba_kernels
+        x_global, x_local, _ = x.split(settings.split, dim=1)
+
+        du, dproj_scale, dproj_shift = proj_norm.backward(grad, u_proj)
+        dy, dproj_weight = _multiply_backward(du, y, p.proj_weight)
+        dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        dy_global, dy_local, dx_identity = dy.split(settings.split, dim=1)
+
+        factor = p.factor.view(1, -1, 1, 1)
+        h_local = local_norm(u_local, _RELU)
+        dh, dfactor_scale, dfactor_shift = factor_norm.backward(dy_local, h_local * factor)
+        dfactor = (dh * h_local).sum((0, 2, 3)).view_as(p.factor)
+        du, dlocal_scale, dlocal_shift = local_norm.backward(dh * factor, u_local, _RELU)
+        dx_local, dlocal_weight = _convolve_backward(du, x_local, p.local_weight)
+
+        # The norm's weight and bias hold base_scale.
+        du, dscale, dshift = out_norm.backward(dy_global, u_out)
+        base = p.base_scale.flatten()
+        dbase_scale = (dscale * p.out_scale + dshift * p.out_shift).view_as(p.base_scale)
+        dy_scan, dout_weight = _multiply_backward(du, y_scan, p.out_weight)
+
+        x_in, z = in_norm(u_in).chunk(2, dim=1)
+        x_conv = _convolve(x_in, p.conv_weight, p.conv_bias)
+        x_scan = F.silu(x_conv)
+        sequences = (_sequence(x_scan), _sequence(z), projection.view(len(x), -1, projection.shape[1]))
+        dx_scan, dz, dprojection, *dscan = kernels.gated_scan_backward(
+            _sequence(dy_scan), *sequences, *p.scan, settings.norm_eps, settings.reverse
+        )
+        dprojection = dprojection.flatten(0, 1)
+        dx_weight = (dprojection.t() @ _rows(x_scan)).view_as(p.x_weight)
+        dx_scan = dx_scan.flatten(0, 1).addmm_(dprojection, p.x_weight.flatten(0, 1))
+        dx_conv = torch.ops.aten.silu_backward(_map(dx_scan, x), x_conv)
+        dconv_bias = _rows(dx_conv).sum(0)
+        dx_in, dconv_weight = _convolve_backward(dx_conv, x_in, p.conv_weight)
+        dx_in = torch.cat([dx_in, _map(dz, x)], dim=1)
+        du, din_scale, din_shift = in_norm.backward(dx_in, u_in, out=dx_in)
+        dx_global, din_weight = _multiply_backward(du, x_global, p.in_weight)
+
+        side = p.band_weight.shape[2]
+        dx_global = kernels.wavelet(dy_global, p.bands.flip(0, 1).contiguous(), dx_global)
+        dbands = band_weights(kernels.wavelet_taps(dy_global, x_global, side))
+        dband_scale = (dbands * p.band_weight).sum((1, 2, 3)).view_as(p.band_scale)
+        dband_weight = dbands * p.band_scale.view(-1, 1, 1, 1)
+
+        dx = torch.cat([dx_global, dx_local, dx_identity], dim=1).add_(grad)
+        gradients = _MixerParameters(
+            din_weight,
+            din_scale,
+            din_shift,
+            dconv_weight,
+            dconv_bias,
+            dx_weight,
+            *dscan,
+            dout_weight,
+            dscale * base,
+            dshift * base,
+            dbase_scale,
+            dband_weight,
+            dband_scale,
+            dlocal_weight,
+            dlocal_scale,
+            dlocal_shift,
+            dfactor,
+            dfactor_scale,
+            dfactor_shift,
+            dproj_weight,
+            dproj_scale,
+            dproj_shift,
+        )
+        return dx, None, *gradients
+
+
+def _sequence(x: Tensor) -> Tensor:
+    """Return a map (B, D, H, W) as a sequence (B, H * W, D): a view where channels lie side by side."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def mix(mixer: nn.Module, x: Tensor) -> Tensor:
+    """Run a residual mixer: (B, C, H, W) -> (B, C, H, W)."""
+    if not _has_all_branches(mixer) or kernels_for(x, mixer) is None:
+        return mixer(x)
+    attn = mixer.m.attn
+    ss2d, local = attn.global_op.global_atten, attn.local_op
+    norms = [ss2d.in_proj.bn, ss2d.out_proj.bn, local.bn1, local.bn2, attn.proj[1].bn]
+    ((_, directions),) = SCANS[ss2d.scan]
+    reverse = [int(is_reverse) for is_reverse in directions.values()]
+    settings = _MixerSettings(attn.split, [norm.eps for norm in norms], ss2d.out_norm.eps, reverse)
+    y, *statistics = _Mixer.apply(x, settings, *_MixerParameters.of(attn))
+    _update(norms, statistics)
+    return y
+
+
+def _has_all_branches(mixer: nn.Module) -> bool:
+    """Return whether it is a residual mixer with a scan and a convolution: either's share may be nothing."""
+    attn = mixer.m.attn if isinstance(mixer, Residual) and isinstance(mixer.m, Mixer) else None
+    return isinstance(attn, MRFFI) and isinstance(attn.global_op, WTEMamba) and isinstance(attn.local_op, MKDeConv)
