@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers import FFN, ConvBN, Residual
 from .mixer import MRFFI, Mixer
-from .training import depthwise_ffn, expand_and_stride, mix, pointwise, stem
+from .training import depthwise_ffn, expand_and_stride, mix, pointwise, squeeze_excite, stem
 
 __all__ = ["Block", "PatchMerging", "depthwise", "downsample", "patch_embed"]
 
@@ -71,7 +71,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = expand_and_stride(self.conv1, self.conv2, x)
-        return pointwise(self.conv3, self.se(x))
+        return pointwise(self.conv3, squeeze_excite(self.se, x))
 
 
 def downsample(in_channels: int, out_channels: int) -> list[nn.Module]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Sigmoid, SqueezeExcite
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_modules
@@ -24,13 +25,15 @@ from ..lib_mamba.layer_kernels import training_kernels
 from .mixer import MRFFI, Mixer, MKDeConv
 from .wavelet import ChannelScale, WTEMamba, band_taps, band_weights, is_haar
 
-__all__ = ["depthwise_ffn", "expand_and_stride", "kernels_for", "mix", "pointwise", "stem"]
+__all__ = ["depthwise_ffn", "expand_and_stride", "kernels_for", "mix", "pointwise", "squeeze_excite", "stem"]
 
 _NORM, _RELU, _SILU = Activation.NONE, Activation.RELU, Activation.SILU
 # A subclass may do something else in its forward.
 _KNOWN = frozenset(
-    [ConvBN, FFN, Residual, Mixer, MRFFI, MKDeConv, WTEMamba, ChannelScale, SS2D]
-    + [nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.ReLU, nn.SiLU, nn.Sequential, nn.ModuleList]
+    [
+        *(ConvBN, FFN, Residual, Mixer, MRFFI, MKDeConv, WTEMamba, ChannelScale, SS2D, SqueezeExcite, Sigmoid),
+        *(nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.Identity, nn.ReLU, nn.SiLU, nn.Sequential, nn.ModuleList),
+    ]
 )
 
 
@@ -43,15 +46,17 @@ def kernels_for(x: Tensor, *layers: nn.Module) -> Any | None:
     kernels = training_kernels(x)
     if kernels is None or torch_modules._has_any_global_hook():
         return None
-    return kernels if all(_is_plain(module) for layer in layers for module in layer.modules()) else None
+    return kernels if all(map(_all_plain, layers)) else None
 
 
 def _is_plain(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if type(module) not in _KNOWN or any(hooks):
+    if type(module) not in _KNOWN:
         return False
-    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in module._parameters.values() if p is not None):
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
+    for parameter in module._parameters.values():
+        if parameter is not None and (parameter.dtype != torch.float32 or not parameter.is_cpu):
+            return False
     if isinstance(module, nn.BatchNorm2d):
         return module.training and module.affine and module.track_running_stats
     if isinstance(module, WTEMamba):
@@ -60,52 +65,49 @@ def _is_plain(module: nn.Module) -> bool:
     return not isinstance(module, SS2D) or len(SCANS[module.scan]) == 1
 
 
-NUM_TENSORS = 4  # that a norm begins with
+def _all_plain(module: nn.Module) -> bool:
+    return _is_plain(module) and all(map(_all_plain, module._modules.values()))
 
 
 class _Norm(NamedTuple):
-    """A batch norm on one batch of ``size`` values a channel: its statistics and parameters, (C,) each."""
+    """A batch norm on one batch: its statistics and parameters, (C,) each."""
 
     mean: Tensor
     var: Tensor
     weight: Tensor
     bias: Tensor
     eps: float
-    size: int
-
-    @classmethod
-    def of(cls, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> _Norm:
-        """Measure a map (B, C, H, W)."""
-        size = x.numel() // x.shape[1]
-        if size == 1:  # as PyTorch has it
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        mean, var = torch.ops.mobilemamba_kernels.moments(x)
-        return cls(mean, var, weight, bias, eps, size)
 
     def __call__(self, x: Tensor, activation: Activation = _NORM, residual: Tensor | None = None) -> Tensor:
         """Return act(norm(x)) + residual."""
-        return torch.ops.mobilemamba_kernels.normalize(x, *self[:-1], int(activation), residual)
+        return torch.ops.mobilemamba_kernels.normalize(x, *self, int(activation), residual)
+
+    def halves(self) -> tuple[_Norm, _Norm]:
+        """Return the norms of the first and of the last half of the channels."""
+        first, last = zip(*(tensor.chunk(2) for tensor in self[:-1]), strict=True)
+        return _Norm(*first, self.eps), _Norm(*last, self.eps)
 
     def backward(
         self, grad: Tensor, x: Tensor, activation: Activation = _NORM, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of x (in ``out``, which may be ``grad``), weight and bias."""
         out = torch.empty_like(x) if out is None else out
-        return out, *torch.ops.mobilemamba_kernels.normalize_backward(grad, x, *self[:-1], int(activation), out)
-
-    def unbiased(self) -> tuple[Tensor, Tensor]:
-        """Return mean and variance as running statistics take them."""
-        return self.mean, self.var * (self.size / (self.size - 1))
+        return out, *torch.ops.mobilemamba_kernels.normalize_backward(grad, x, *self, int(activation), out)
 
 
 def _rows(x: Tensor) -> Tensor:
     """Return a map (B, C, H, W) as rows (B * H * W, C): a view where channels lie side by side."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _map(rows: Tensor, like: Tensor) -> Tensor:
     """Return rows (B * H * W, C) as a map with the sides of another."""
     return rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def _join(*maps: Tensor) -> Tensor:
+    """Put the channels of maps side by side. As rows: PyTorch's layout depends on the first map, even an empty one."""
+    return _map(torch.cat([_rows(x) for x in maps], dim=1), maps[0])
 
 
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
@@ -147,10 +149,10 @@ def _parameters(*layers: ConvBN) -> list[Tensor]:
 
 
 def _update(norms: Sequence[nn.BatchNorm2d], statistics: Sequence[Tensor]) -> None:
-    """Let batch norms see the mean and the unbiased variance, one after the other, of what they were given."""
+    """Let batch norms see what they were given: the mean and the unbiased variance for one after the other."""
     with torch.no_grad():
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
         for norm, mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
-            norm.num_batches_tracked.add_(1)
             momentum = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
             norm.running_mean.lerp_(mean, momentum)
             norm.running_var.lerp_(var, momentum)
@@ -160,36 +162,53 @@ class _Step(torch.autograd.Function):
     """What the steps have in common: they give a map, then mean and unbiased variance for every batch norm."""
 
     @staticmethod
-    def finish(ctx: Any, y: Tensor, norms: Sequence[_Norm], *saved: Tensor) -> tuple[Tensor, ...]:
+    def begin(ctx: Any, eps: Sequence[float]) -> None:
+        """Start a forward pass with batch norms of these epsilons, in the order in which `norm` is called."""
+        ctx.eps, ctx.norms, ctx.statistics = eps, [], []
+
+    @staticmethod
+    def norm(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> _Norm:
+        """Measure a map (B, C, H, W)."""
+        if x.numel() == x.shape[1]:  # as PyTorch has it
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+        mean, var, unbiased_var = torch.ops.mobilemamba_kernels.moments(x)
+        ctx.statistics += [mean, unbiased_var]
+        norm = _Norm(mean, var, weight, bias, ctx.eps[len(ctx.norms)])
+        ctx.norms.append(norm)
+        return norm
+
+    @staticmethod
+    def finish(ctx: Any, y: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
         """Save the norms and other tensors, and return what the step gives."""
-        statistics = [tensor for norm in norms for tensor in norm.unbiased()]
-        ctx.numbers = [norm[NUM_TENSORS:] for norm in norms]
-        ctx.save_for_backward(*(tensor for norm in norms for tensor in norm[:NUM_TENSORS]), *saved)
+        norms, statistics = ctx.norms, ctx.statistics
+        ctx.save_for_backward(*(tensor for norm in norms for tensor in norm[:-1]), *saved)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
+        del ctx.norms, ctx.statistics  # what autograd does not know of would outlive the backward pass
         return y, *statistics
 
     @staticmethod
     def saved(ctx: Any) -> tuple[list[_Norm], tuple[Tensor, ...]]:
         """Return the norms and the other tensors."""
         tensors = ctx.saved_tensors
-        size = len(ctx.numbers) * NUM_TENSORS
-        parts = zip(*(iter(tensors[:size]),) * NUM_TENSORS, strict=True)
-        return [_Norm(*part, *numbers) for part, numbers in zip(parts, ctx.numbers, strict=True)], tensors[size:]
+        size = len(_Norm._fields) - 1
+        norms = [_Norm(*tensors[index * size : (index + 1) * size], eps) for index, eps in enumerate(ctx.eps)]
+        return norms, tensors[len(norms) * size :]
 
 
 class _DepthwiseFFN(_Step):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: Sequence[float], *parameters: Tensor) -> tuple[Tensor, ...]:
         taps, weight0, bias0, wide, weight1, bias1, narrow, weight2, bias2 = parameters
+        _Step.begin(ctx, eps)
         u0 = _convolve(x, taps)
-        norm0 = _Norm.of(u0, weight0, bias0, eps[0])
+        norm0 = _Step.norm(ctx, u0, weight0, bias0)
         y = norm0(u0, residual=x)
         u1 = _multiply(y, wide)
-        norm1 = _Norm.of(u1, weight1, bias1, eps[1])
+        norm1 = _Step.norm(ctx, u1, weight1, bias1)
         u2 = _multiply(norm1(u1, _RELU), narrow)
-        norm2 = _Norm.of(u2, weight2, bias2, eps[2])
-        return _Step.finish(ctx, norm2(u2, residual=y), (norm0, norm1, norm2), x, u0, u1, u2, taps, wide, narrow)
+        norm2 = _Step.norm(ctx, u2, weight2, bias2)
+        return _Step.finish(ctx, norm2(u2, residual=y), x, u0, u1, u2, taps, wide, narrow)
 
     @staticmethod
     @once_differentiable
@@ -217,10 +236,11 @@ def depthwise_ffn(depthwise: nn.Module, ffn: nn.Module, x: Tensor) -> Tensor:
 
 class _Pointwise(_Step):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float, weight: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, eps: Sequence[float], weight: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
+        _Step.begin(ctx, eps)
         u = _multiply(x, weight)
-        norm = _Norm.of(u, *affine, eps)
-        return _Step.finish(ctx, norm(u), (norm,), x, u, weight)
+        norm = _Step.norm(ctx, u, *affine)
+        return _Step.finish(ctx, norm(u), x, u, weight)
 
     @staticmethod
     @once_differentiable
@@ -235,20 +255,31 @@ def pointwise(layer: ConvBN, x: Tensor) -> Tensor:
     """Run a 1 x 1 convolution and its batch norm: (B, C, H, W) -> (B, C', H, W)."""
     if kernels_for(x, layer) is None:
         return layer(x)
-    y, *statistics = _Pointwise.apply(x, layer.bn.eps, *_parameters(layer))
+    y, *statistics = _Pointwise.apply(x, [layer.bn.eps], *_parameters(layer))
     _update([layer.bn], statistics)
     return y
+
+
+def squeeze_excite(layer: nn.Module, x: Tensor) -> Tensor:
+    """Run timm's squeeze-excite: (B, C, H, W) -> (B, C, H, W). On one pixel an image, a product beats a convolution."""
+    if kernels_for(x, layer) is None:
+        return layer(x)
+    reduce, expand = layer.fc1, layer.fc2
+    gate = F.relu(F.linear(x.mean((2, 3)), reduce.weight.flatten(1), reduce.bias))
+    gate = F.linear(gate, expand.weight.flatten(1), expand.bias).sigmoid()
+    return x * gate.view(*gate.shape, 1, 1)
 
 
 class _ExpandAndStride(_Step):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: Sequence[float], *parameters: Tensor) -> tuple[Tensor, ...]:
         wide, weight1, bias1, taps, weight2, bias2 = parameters
+        _Step.begin(ctx, eps)
         u1 = _multiply(x, wide)
-        norm1 = _Norm.of(u1, weight1, bias1, eps[0])
+        norm1 = _Step.norm(ctx, u1, weight1, bias1)
         u2 = _convolve(norm1(u1, _RELU), taps, stride=2)
-        norm2 = _Norm.of(u2, weight2, bias2, eps[1])
-        return _Step.finish(ctx, norm2(u2, _RELU), (norm1, norm2), x, u1, u2, wide, taps)
+        norm2 = _Step.norm(ctx, u2, weight2, bias2)
+        return _Step.finish(ctx, norm2(u2, _RELU), x, u1, u2, wide, taps)
 
     @staticmethod
     @once_differentiable
@@ -275,36 +306,31 @@ def expand_and_stride(expand: ConvBN, stride: ConvBN, x: Tensor) -> Tensor:
 class _Stem(_Step):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: Sequence[float], *parameters: Tensor) -> tuple[Tensor, ...]:
-        weights, norms, maps = parameters[::3], [], []
-        y = x
-        for weight, *affine, one in zip(weights, parameters[1::3], parameters[2::3], eps, strict=True):
-            if norms:
-                y = norms[-1](maps[-1], _RELU)
-            maps.append(F.conv2d(y, weight, stride=2, padding=1))
-            norms.append(_Norm.of(maps[-1], *affine, one))
-        return _Step.finish(ctx, norms[-1](maps[-1]), norms, x, *maps, *weights)
+        _Step.begin(ctx, eps)
+        weights, scales, shifts = parameters[::3], parameters[1::3], parameters[2::3]
+        maps = [F.conv2d(x, weights[0], stride=2, padding=1)]
+        norm = _Step.norm(ctx, maps[0], scales[0], shifts[0])
+        for weight, scale, shift in zip(weights[1:], scales[1:], shifts[1:], strict=True):
+            maps.append(torch.ops.mobilemamba_kernels.strided_conv(maps[-1], *norm, weight))
+            norm = _Step.norm(ctx, maps[-1], scale, shift)
+        return _Step.finish(ctx, norm(maps[-1]), x, *maps, *weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         norms, (x, *tensors) = _Step.saved(ctx)
         maps, weights = tensors[: len(norms)], tensors[len(norms) :]
-        dparameters: list[Tensor] = []
-        for index in reversed(range(len(norms))):
-            is_last, is_first = index + 1 == len(norms), index == 0
-            norm, u = norms[index], maps[index]
-            if is_last:
-                du, *daffine = norm.backward(grad, u)
-            else:
-                grad = grad.contiguous(memory_format=torch.channels_last)
-                du, *daffine = norm.backward(grad, u, _RELU, out=grad)
-            y = x if is_first else norms[index - 1](maps[index - 1], _RELU)
-            wanted = [not is_first or ctx.needs_input_grad[0], True, False]
-            grad, dweight, _ = torch.ops.aten.convolution_backward(
-                du, y, weights[index], None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, wanted
-            )
-            dparameters = [dweight, *daffine, *dparameters]
-        return grad if ctx.needs_input_grad[0] else None, None, *dparameters
+        grad, *daffine = norms[-1].backward(grad, maps[-1])
+        dparameters = daffine
+        for norm, u, weight in reversed(list(zip(norms[:-1], maps[:-1], weights[1:], strict=True))):
+            grad, dweight = torch.ops.mobilemamba_kernels.strided_conv_backward(grad, u, *norm, weight)
+            grad, *daffine = norm.backward(grad, u, _RELU, out=grad)
+            dparameters = [*daffine, dweight, *dparameters]
+        needs = [ctx.needs_input_grad[0], True, False]
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weights[0], None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, needs
+        )
+        return dx, None, dweight, *dparameters
 
 
 def stem(layers: Sequence[ConvBN], x: Tensor) -> Tensor | None:
@@ -404,29 +430,28 @@ class _Mixer(_Step):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: _MixerSettings, *parameters: Tensor) -> tuple[Tensor, ...]:
         p = _MixerParameters(*parameters)
-        in_eps, out_eps, local_eps, factor_eps, proj_eps = settings.eps
+        _Step.begin(ctx, settings.eps)
         x_global, x_local, x_identity = x.split(settings.split, dim=1)
         u_in = _multiply(x_global, p.in_weight)
-        in_norm = _Norm.of(u_in, p.in_scale, p.in_shift, in_eps)
+        in_norm = _Step.norm(ctx, u_in, p.in_scale, p.in_shift)
         x_scan, z = in_norm(u_in).chunk(2, dim=1)
         x_scan = _convolve(x_scan, p.conv_weight, p.conv_bias, activation=_SILU)
         projection = _rows(x_scan) @ p.x_weight.flatten(0, 1).t()
         y_scan = _Mixer.gated_scan(x_scan, z, projection, p, settings)
         u_out = _multiply(y_scan, p.out_weight)
         base = p.base_scale.flatten()
-        out_norm = _Norm.of(u_out, p.out_scale * base, p.out_shift * base, out_eps)
+        out_norm = _Step.norm(ctx, u_out, p.out_scale * base, p.out_shift * base)
         y_global = torch.ops.mobilemamba_kernels.wavelet(x_global, p.bands, out_norm(u_out))
         u_local = _convolve(x_local, p.local_weight)
-        local_norm = _Norm.of(u_local, p.local_scale, p.local_shift, local_eps)
+        local_norm = _Step.norm(ctx, u_local, p.local_scale, p.local_shift)
         h_local = local_norm(u_local, _RELU) * p.factor.view(1, -1, 1, 1)
-        factor_norm = _Norm.of(h_local, p.factor_scale, p.factor_shift, factor_eps)
-        y = torch.cat([y_global, factor_norm(h_local), x_identity], dim=1).relu_()
+        factor_norm = _Step.norm(ctx, h_local, p.factor_scale, p.factor_shift)
+        y = _join(y_global, factor_norm(h_local), x_identity).relu_()
         u_proj = _multiply(y, p.proj_weight)
-        proj_norm = _Norm.of(u_proj, p.proj_scale, p.proj_shift, proj_eps)
+        proj_norm = _Step.norm(ctx, u_proj, p.proj_scale, p.proj_shift)
         ctx.settings = settings
-        norms = (in_norm, out_norm, local_norm, factor_norm, proj_norm)
         saved = (x, u_in, projection, y_scan, u_out, u_local, y, u_proj)
-        return _Step.finish(ctx, proj_norm(u_proj, residual=x), norms, *saved, *parameters)
+        return _Step.finish(ctx, proj_norm(u_proj, residual=x), *saved, *parameters)
 
     @staticmethod
     def gated_scan(x: Tensor, z: Tensor, projection: Tensor, p: _MixerParameters, settings: _MixerSettings) -> Tensor:
@@ -475,8 +500,10 @@ class _Mixer(_Step):
         dx_conv = torch.ops.aten.silu_backward(_map(dx_scan, x), x_conv)
         dconv_bias = _rows(dx_conv).sum(0)
         dx_in, dconv_weight = _convolve_backward(dx_conv, x_in, p.conv_weight)
-        dx_in = torch.cat([dx_in, _map(dz, x)], dim=1)
-        du, din_scale, din_shift = in_norm.backward(dx_in, u_in, out=dx_in)
+        du = torch.empty_like(u_in)
+        sides = zip((dx_in, _map(dz, x)), in_norm.halves(), u_in.chunk(2, 1), du.chunk(2, 1), strict=True)
+        affine = [norm.backward(half, u_half, out=du_half)[1:] for half, norm, u_half, du_half in sides]
+        din_scale, din_shift = map(torch.cat, zip(*affine, strict=True))
         dx_global, din_weight = _multiply_backward(du, x_global, p.in_weight)
 
         side = p.band_weight.shape[2]
@@ -485,7 +512,7 @@ class _Mixer(_Step):
         dband_scale = (dbands * p.band_weight).sum((1, 2, 3)).view_as(p.band_scale)
         dband_weight = dbands * p.band_scale.view(-1, 1, 1, 1)
 
-        dx = torch.cat([dx_global, dx_local, dx_identity], dim=1).add_(grad)
+        dx = _join(dx_global, dx_local, dx_identity).add_(grad)
         gradients = _MixerParameters(
             din_weight,
             din_scale,

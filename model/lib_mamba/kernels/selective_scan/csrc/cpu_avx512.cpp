@@ -32,7 +32,7 @@ const Kernels& avx512_kernels() {
       "AVX-512", LANES, avx512::scan, avx512::finish, avx512::finish_backward, avx512::scan_backward,
       avx512::num_blocks, avx512::work_size, avx512::dense, avx512::depthwise, avx512::wavelet,
       avx512::wavelet_work_size, avx512::moments, avx512::normalize, avx512::normalize_sums,
-      avx512::normalize_backward, avx512::depthwise_input, avx512::depthwise_taps, avx512::wavelet_taps};
+      avx512::normalize_backward, avx512::depthwise_input, avx512::depthwise_taps, avx512::wavelet_taps, avx512::dense_weight};
   return kernels;
 }
 

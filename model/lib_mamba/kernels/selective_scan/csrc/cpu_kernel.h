@@ -99,6 +99,14 @@ struct Matrix {
   Matrix from(int64_t row) const { return {data ? at(row) : nullptr, stride}; }
 };
 
+// Gradient of the weight of a product: sums over all rows of x times those of grad. Rows lie in lines of `count` each, and
+// lines `x_line`, `grad_line` floats apart. Those of grad are whole vectors, zero where there are no columns.
+struct DenseGradient {
+  Matrix x, grad;
+  int64_t count, lines, x_line, grad_line;
+  int64_t depth, vectors;
+};
+
 // Gradients of a depthwise convolution; dx is added to base, where that has an address.
 struct DepthwiseGradient {
   Map grad, x, dx, base;
@@ -154,6 +162,8 @@ struct Kernels {
   void (*depthwise_taps)(const DepthwiseGradient&, int64_t image, int64_t block, float* dweight);
   // Likewise (side, side, 4, C), `lanes` channels from `channel` on.
   void (*wavelet_taps)(const WaveletGradient&, int64_t image, int64_t channel, float* dweight, float* work);
+  // Add the product of x's transpose with grad to out (depth, vectors of columns).
+  void (*dense_weight)(const DenseGradient&, const Matrix& out);
 };
 
 const Kernels& avx512_kernels();

@@ -24,7 +24,7 @@ const Kernels& portable_kernels() {
       portable::num_blocks, portable::work_size, portable::dense, portable::depthwise, portable::wavelet,
       portable::wavelet_work_size, portable::moments, portable::normalize, portable::normalize_sums,
       portable::normalize_backward, portable::depthwise_input, portable::depthwise_taps,
-      portable::wavelet_taps};
+      portable::wavelet_taps, portable::dense_weight};
   return kernels;
 }
 

@@ -5,17 +5,16 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cpu_dispatch.h"
 #include "cpu_maps.h"
+#include "cpu_statistics.h"
 
 namespace mobilemamba {
 namespace {
@@ -23,7 +22,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kPiece = 1 << 15;  // floats of a map, as one piece of work: they stay in the cache
-constexpr int64_t kGroups = 16;      // partial sums of the weights' gradients, at most one for each image
 
 int64_t piece_rows(int64_t channels) {
   return std::max<int64_t>(1, kPiece / channels);
@@ -43,11 +41,11 @@ Matrix matrix_of(const Tensor& map) {
   return {const_cast<float*>(map.const_data_ptr<float>()), row_stride(map)};
 }
 
-// Mean and biased variance of every channel.
-std::tuple<Tensor, Tensor> moments(const Tensor& x) {
+// Mean, variance, and the unbiased estimate of the variance, of every channel.
+std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x) {
   const Tensor map = as_rows(x);
   const int64_t C = map.size(1), rows = num_rows(map), size = piece_rows(C), pieces = (rows + size - 1) / size;
-  const Tensor partial = floats(2 * pieces * C), mean = floats(C), var = floats(C);
+  const Tensor partial = floats(2 * pieces * C), mean = floats(C), var = floats(C), unbiased = floats(C);
   float *means = partial.mutable_data_ptr<float>(), *squares = means + pieces * C;
   const Kernels& kernel = kernels();
   for_pieces(rows, C, [&](int64_t i, int64_t first, int64_t last) {
@@ -65,34 +63,10 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x) {
     }
     mean.mutable_data_ptr<float>()[c] = static_cast<float>(centre);
     var.mutable_data_ptr<float>()[c] = static_cast<float>(spread / rows);
+    unbiased.mutable_data_ptr<float>()[c] = static_cast<float>(spread / (rows - 1));
   }
-  return {mean, var};
+  return {mean, var, unbiased};
 }
-
-struct Statistics {
-  const Tensor &mean, &var, &weight, &bias;
-  double eps;
-
-  void check(int64_t channels) const {
-    check_vector(mean, channels, "mean");
-    check_vector(var, channels, "var");
-    check_vector(weight, channels, "weight");
-    check_vector(bias, channels, "bias");
-  }
-
-  float rstd(int64_t c) const {
-    return static_cast<float>(1 / std::sqrt(var.const_data_ptr<float>()[c] + eps));
-  }
-
-  // Fills `scale`, which has as many floats as there are channels.
-  Normalization normalization(float* scale, int64_t activation) const {
-    TORCH_CHECK(activation == kNone || activation == kRelu, "a normalisation is followed by nothing (0) or a ReLU (1)");
-    const float* factors = weight.const_data_ptr<float>();
-    for (int64_t c = 0; c < mean.numel(); ++c)
-      scale[c] = factors[c] * rstd(c);
-    return {mean.numel(), mean.const_data_ptr<float>(), scale, bias.const_data_ptr<float>(), activation_of(activation)};
-  }
-};
 
 void check_same(const Tensor& tensor, const Tensor& map, const char* name) {
   TORCH_CHECK(tensor.sizes() == map.sizes(), name, " must be ", map.sizes(), ", got ", tensor.sizes());
@@ -108,7 +82,7 @@ Tensor normalize(
   if (residual)
     check_same(added, map, "residual");
   const Tensor out = new_map(map.size(0), C, map.size(2), map.size(3)), scale = floats(C);
-  const Normalization n = statistics.normalization(scale.mutable_data_ptr<float>(), activation);
+  const Normalization n = statistics.normalization(scale.mutable_data_ptr<float>(), activation_of(activation));
   const Matrix from = matrix_of(map), to = matrix_of(out), below = residual ? matrix_of(added) : Matrix{};
   const Kernels& kernel = kernels();
   for_pieces(num_rows(map), C, [&](int64_t, int64_t first, int64_t last) {
@@ -130,7 +104,7 @@ std::tuple<Tensor, Tensor> normalize_backward(
   const Tensor partial = floats((2 * pieces + 3) * C), dweight = floats(C), dbias = floats(C);
   float *scale = partial.mutable_data_ptr<float>(), *offset = scale + C, *slope = offset + C;
   float *sums = slope + C, *products = sums + pieces * C;
-  const Normalization n = statistics.normalization(scale, activation);
+  const Normalization n = statistics.normalization(scale, activation_of(activation));
   const Matrix from = matrix_of(map), g = matrix_of(gradient), to = matrix_of(out);
   const Kernels& kernel = kernels();
   for_pieces(rows, C, [&](int64_t i, int64_t first, int64_t last) {
@@ -154,24 +128,6 @@ std::tuple<Tensor, Tensor> normalize_backward(
   return {dweight, dbias};
 }
 
-// Partial sums (groups, size) of groups of images, made by `body(first image, last image, unit, partial sum)`, added up.
-template <class Body>
-void sum_images(int64_t images, int64_t units, int64_t size, float* total, Body body) {
-  const int64_t groups = std::min(images, kGroups);
-  const Tensor partial = at::zeros({groups, size}, at::TensorOptions(at::kFloat));
-  float* sums = partial.mutable_data_ptr<float>();
-  at::parallel_for(0, groups * units, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t group = i / units;
-      body(group * images / groups, (group + 1) * images / groups, i % units, sums + group * size);
-    }
-  });
-  std::copy_n(sums, groups ? size : 0, total);
-  for (int64_t group = 1; group < groups; ++group)
-    for (int64_t i = 0; i < size; ++i)
-      total[i] += sums[group * size + i];
-}
-
 std::tuple<Tensor, Tensor> depthwise_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding,
     const std::optional<Tensor>& base) {
@@ -184,7 +140,7 @@ std::tuple<Tensor, Tensor> depthwise_backward(
       "grad does not fit to x: ", gradient.sizes());
   if (base)
     check_same(below, map, "base");
-  const Tensor dx = new_map(B, C, H, map.size(3)), dweight = at::zeros({side, side, C}, at::TensorOptions(at::kFloat));
+  const Tensor dx = new_map(B, C, H, map.size(3)), dweight = at::empty({side, side, C}, at::TensorOptions(at::kFloat));
   const DepthwiseGradient d{map_of(gradient), map_of(map), map_of(dx), base ? map_of(below) : Map{},
                             side, stride, padding, weight.const_data_ptr<float>()};
   const Kernels& kernel = kernels();
@@ -205,7 +161,7 @@ Tensor wavelet_taps(const Tensor& grad, const Tensor& x, int64_t side) {
   const Tensor map = channels_last(x), gradient = channels_last(grad);
   check_same(gradient, map, "grad");
   const int64_t C = map.size(1);
-  const Tensor dweight = at::zeros({side, side, 4 * C}, at::TensorOptions(at::kFloat));
+  const Tensor dweight = at::empty({side, side, 4 * C}, at::TensorOptions(at::kFloat));
   const WaveletGradient w{map_of(gradient), map_of(map), side};
   const Kernels& kernel = kernels();
   sum_images(map.size(0), (C + kernel.lanes - 1) / kernel.lanes, dweight.numel(), dweight.mutable_data_ptr<float>(),

@@ -108,92 +108,118 @@ static void normalize_backward(
     });
 }
 
-// The transpose of a depthwise convolution: a pixel gathers from those places of the kernel in which it was seen.
-template <int NV, bool IS_PART>
+// The places of a kernel in which a row or column of pixels was seen: `first + n * stride` by the output's pixel
+// `pixel - n`, for n in [begin, end).
+struct Places {
+  int64_t first, pixel, begin, end;
+
+  Places(int64_t position, int64_t padding, int64_t stride, int64_t side, int64_t outputs)
+      : first((position + padding) % stride), pixel((position + padding) / stride),
+        begin(pixel < outputs ? 0 : pixel - outputs + 1) {
+    const int64_t count = (side - first + stride - 1) / stride;
+    end = count < pixel + 1 ? count : pixel + 1;
+  }
+};
+
+// The transpose of a depthwise convolution. STRIDE 0: any.
+template <int STRIDE, int NV, bool IS_PART>
 static void depthwise_input_row(const DepthwiseGradient& d, int64_t image, int64_t row, const Block& block) {
-  const int64_t C = d.x.channels, start = block.start, count = block.count;
+  const int64_t C = d.x.channels, start = block.start, count = block.count, stride = STRIDE ? STRIDE : d.stride;
   const float* grad = d.grad.data + image * d.grad.image + start;
-  for (int64_t column = 0; column < d.dx.width; ++column) {
-    const int64_t place = image * d.base.image + row * d.base.row + column * d.base.pixel + start;
+  const float* base = d.base.data ? d.base.data + image * d.base.image + row * d.base.row + start : nullptr;
+  float* out = d.dx.data + image * d.dx.image + row * d.dx.row + start;
+  const Places rows(row, d.padding, stride, d.side, d.grad.height);
+  for (int64_t column = 0; column < d.dx.width; ++column, out += d.dx.pixel) {
+    const Places columns(column, d.padding, stride, d.side, d.grad.width);
     Vec sums[NV] = {};
-    if (d.base.data)
+    if (base)
       for (int v = 0; v < NV; ++v)
-        sums[v] = load<IS_PART>(d.base.data + place + v * LANES, count);
-    for (int64_t i = (row + d.padding) % d.stride; i < d.side; i += d.stride) {
-      const int64_t y = (row + d.padding - i) / d.stride;
-      if (row + d.padding < i || y >= d.grad.height)
-        continue;
-      for (int64_t j = (column + d.padding) % d.stride; j < d.side; j += d.stride) {
-        const int64_t x = (column + d.padding - j) / d.stride;
-        if (column + d.padding < j || x >= d.grad.width)
-          continue;
-        const float* from = grad + y * d.grad.row + x * d.grad.pixel;
-        const float* weight = d.weight + (i * d.side + j) * C + start;
+        sums[v] = load<IS_PART>(base + column * d.base.pixel + v * LANES, count);
+    for (int64_t n = rows.begin; n < rows.end; ++n) {
+      const float* from = grad + (rows.pixel - n) * d.grad.row + columns.pixel * d.grad.pixel;
+      const float* weight = d.weight + ((rows.first + n * stride) * d.side + columns.first) * C + start;
+      for (int64_t m = columns.begin; m < columns.end; ++m)
         for (int v = 0; v < NV; ++v)
-          sums[v] += load<IS_PART>(from + v * LANES, count) * load<IS_PART>(weight + v * LANES, count);
-      }
+          sums[v] += load<IS_PART>(from - m * d.grad.pixel + v * LANES, count) *
+                     load<IS_PART>(weight + m * stride * C + v * LANES, count);
     }
-    float* out = d.dx.data + image * d.dx.image + row * d.dx.row + column * d.dx.pixel + start;
     for (int v = 0; v < NV; ++v)
       store<IS_PART>(out + v * LANES, sums[v], count);
   }
 }
 
-#define RUN_BLOCK(FUNCTION, block, ...)             \
-  if (block.is_part)                                \
-    FUNCTION<1, true>(__VA_ARGS__, block);          \
-  else if (block.num_vectors == 4)                  \
-    FUNCTION<4, false>(__VA_ARGS__, block);         \
-  else if (block.num_vectors == 2)                  \
-    FUNCTION<2, false>(__VA_ARGS__, block);         \
-  else                                              \
-    FUNCTION<1, false>(__VA_ARGS__, block);
-
-static void depthwise_input(const DepthwiseGradient& d, int64_t image, int64_t row, int64_t index) {
-  const Block block = block_at(d.x.channels, index);
-  RUN_BLOCK(depthwise_input_row, block, d, image, row)
+template <int STRIDE>
+static void depthwise_input_block(const DepthwiseGradient& d, int64_t image, int64_t row, const Block& block) {
+  const auto run = block.is_part              ? depthwise_input_row<STRIDE, 1, true>
+                   : block.num_vectors == 4   ? depthwise_input_row<STRIDE, 4, false>
+                   : block.num_vectors == 2   ? depthwise_input_row<STRIDE, 2, false>
+                                              : depthwise_input_row<STRIDE, 1, false>;
+  run(d, image, row, block);
 }
 
-// TAPS places of the kernel side by side, from (i, j) on.
-template <int TAPS, bool IS_PART>
+static void depthwise_input(const DepthwiseGradient& d, int64_t image, int64_t row, int64_t index) {
+  const auto run = d.stride == 1 ? depthwise_input_block<1> : depthwise_input_block<0>;
+  run(d, image, row, block_at(d.x.channels, index));
+}
+
+// ROWS by TAPS places of the kernel, from (i, j) on, for a row of the gradient whose pixels are seen there.
+template <int ROWS, int TAPS, bool IS_PART, bool IS_BORDER>
+INLINE void add_pixel(
+    Vec (&sums)[ROWS][TAPS], Vec g, const float* x, const Map& map, int64_t top, int64_t left, int64_t count) {
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+    for (int t = 0; t < TAPS; ++t) {
+      const bool is_inside = top + i >= 0 && top + i < map.height && left + t >= 0 && left + t < map.width;
+      if (!IS_BORDER || is_inside)
+        sums[i][t] += g * load<IS_PART>(x + (top + i) * map.row + (left + t) * map.pixel, count);
+    }
+}
+
+template <int ROWS, int TAPS, bool IS_PART>
 static void add_taps(
     const DepthwiseGradient& d, int64_t image, int64_t i, int64_t j, int64_t channel, int64_t count, float* dweight) {
   const int64_t C = d.x.channels;
   float* to = dweight + (i * d.side + j) * C + channel;
-  Vec sums[TAPS];
-  for (int t = 0; t < TAPS; ++t)
-    sums[t] = load<IS_PART>(to + t * C, count);
+  const float* x = d.x.data + image * d.x.image + channel;
+  Vec sums[ROWS][TAPS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int t = 0; t < TAPS; ++t)
+      sums[r][t] = load<IS_PART>(to + (r * d.side + t) * C, count);
   for (int64_t row = 0; row < d.grad.height; ++row) {
-    const int64_t y = row * d.stride - d.padding + i;
-    if (y < 0 || y >= d.x.height)
+    const int64_t top = row * d.stride - d.padding + i;
+    if (top + ROWS <= 0 || top >= d.x.height)
       continue;
+    const bool is_border = top < 0 || top + ROWS > d.x.height;
     const float* grad = d.grad.data + image * d.grad.image + row * d.grad.row + channel;
-    const float* x = d.x.data + image * d.x.image + y * d.x.row + channel;
     for (int64_t column = 0; column < d.grad.width; ++column) {
       const Vec g = load<IS_PART>(grad + column * d.grad.pixel, count);
       const int64_t left = column * d.stride - d.padding + j;
-#pragma GCC unroll 8
-      for (int t = 0; t < TAPS; ++t)
-        if (left + t >= 0 && left + t < d.x.width)
-          sums[t] += g * load<IS_PART>(x + (left + t) * d.x.pixel, count);
+      if (is_border || left < 0 || left + TAPS > d.x.width)
+        add_pixel<ROWS, TAPS, IS_PART, true>(sums, g, x, d.x, top, left, count);
+      else
+        add_pixel<ROWS, TAPS, IS_PART, false>(sums, g, x, d.x, top, left, count);
     }
   }
-  for (int t = 0; t < TAPS; ++t)
-    store<IS_PART>(to + t * C, sums[t], count);
+  for (int r = 0; r < ROWS; ++r)
+    for (int t = 0; t < TAPS; ++t)
+      store<IS_PART>(to + (r * d.side + t) * C, sums[r][t], count);
 }
 
 template <bool IS_PART>
 static void add_all_taps(const DepthwiseGradient& d, int64_t image, int64_t channel, int64_t count, float* dweight) {
+  if (d.side == 3) {
+    add_taps<3, 3, IS_PART>(d, image, 0, 0, channel, count, dweight);
+    return;
+  }
   for (int64_t i = 0; i < d.side; ++i)
-    if (d.side == 3)
-      add_taps<3, IS_PART>(d, image, i, 0, channel, count, dweight);
-    else if (d.side == 5)
-      add_taps<5, IS_PART>(d, image, i, 0, channel, count, dweight);
+    if (d.side == 5)
+      add_taps<1, 5, IS_PART>(d, image, i, 0, channel, count, dweight);
     else if (d.side == 7)
-      add_taps<7, IS_PART>(d, image, i, 0, channel, count, dweight);
+      add_taps<1, 7, IS_PART>(d, image, i, 0, channel, count, dweight);
     else
       for (int64_t j = 0; j < d.side; ++j)
-        add_taps<1, IS_PART>(d, image, i, j, channel, count, dweight);
+        add_taps<1, 1, IS_PART>(d, image, i, j, channel, count, dweight);
 }
 
 static void depthwise_taps(const DepthwiseGradient& d, int64_t image, int64_t index, float* dweight) {
@@ -255,4 +281,56 @@ static void wavelet_taps(const WaveletGradient& w, int64_t image, int64_t channe
     wavelet_taps_channels<false>(w, image, channel, LANES, dweight, work);
   else
     wavelet_taps_channels<true>(w, image, channel, count, dweight, work);
+}
+
+// As in `dense_tile`: what is held in registers here are the sums of ROWS numbers of x by NV vectors of grad.
+template <int ROWS, int NV>
+static void dense_weight_tile(const DenseGradient& d, int64_t row, int64_t column, const Matrix& out) {
+  Vec sums[NV][ROWS];
+  for (int v = 0; v < NV; ++v)
+    for (int r = 0; r < ROWS; ++r)
+      sums[v][r] = load(out.at(row + r) + column + v * LANES);
+  for (int64_t line = 0; line < d.lines; ++line) {
+    const float *x = d.x.data + line * d.x_line + row, *grad = d.grad.data + line * d.grad_line + column;
+    for (int64_t k = 0; k < d.count; ++k, x += d.x.stride, grad += d.grad.stride) {
+      Vec g[NV];
+      for (int v = 0; v < NV; ++v)
+        g[v] = load(grad + v * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < NV; ++v)
+          sums[v][r] += g[v] * x[r];
+    }
+  }
+  for (int v = 0; v < NV; ++v)
+    for (int r = 0; r < ROWS; ++r)
+      store(out.at(row + r) + column + v * LANES, sums[v][r]);
+}
+
+typedef void (*DenseWeightTile)(const DenseGradient&, int64_t, int64_t, const Matrix&);
+
+template <int NV>
+static DenseWeightTile weight_tile_of(int64_t rows) {
+#if LANES == 16
+  static constexpr DenseWeightTile tiles[] = {
+      dense_weight_tile<1, NV>, dense_weight_tile<2, NV>, dense_weight_tile<3, NV>, dense_weight_tile<4, NV>,
+      dense_weight_tile<5, NV>, dense_weight_tile<6, NV>, dense_weight_tile<7, NV>, dense_weight_tile<8, NV>};
+#else
+  static constexpr DenseWeightTile tiles[] = {
+      dense_weight_tile<1, NV>, dense_weight_tile<2, NV>, dense_weight_tile<3, NV>, dense_weight_tile<4, NV>};
+#endif
+  return tiles[rows - 1];
+}
+
+static void dense_weight(const DenseGradient& d, const Matrix& out) {
+  const int64_t num_tiles = (d.depth + MOST_ROWS - 1) / MOST_ROWS;
+  for (int64_t first = 0, count; first < d.vectors; first += count) {
+    count = panel(d.vectors - first);
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      const int64_t row = i * d.depth / num_tiles, size = (i + 1) * d.depth / num_tiles - row;
+      const DenseWeightTile run =
+          count == 3 ? weight_tile_of<3>(size) : count == 2 ? weight_tile_of<2>(size) : weight_tile_of<1>(size);
+      run(d, row, first * LANES, out);
+    }
+  }
 }

@@ -26,7 +26,7 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
       "int activation) -> Tensor");
   m.def("wavelet(Tensor x, Tensor weight, Tensor base) -> Tensor");
   // What the layers are trained with.
-  m.def("moments(Tensor x) -> (Tensor mean, Tensor var)");
+  m.def("moments(Tensor x) -> (Tensor mean, Tensor var, Tensor unbiased_var)");
   m.def(
       "normalize(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, int activation, "
       "Tensor? residual) -> Tensor");
@@ -36,5 +36,11 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
   m.def(
       "depthwise_backward(Tensor grad, Tensor x, Tensor weight, int stride, int padding, Tensor? base) "
       "-> (Tensor dx, Tensor dweight)");
+  // Of act(norm(x)), with gradients of that.
+  m.def(
+      "strided_conv(Tensor x, Tensor mean, Tensor var, Tensor scale, Tensor shift, float eps, Tensor weight) -> Tensor");
+  m.def(
+      "strided_conv_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor scale, Tensor shift, float eps, "
+      "Tensor weight) -> (Tensor dx, Tensor dweight)");
   m.def("wavelet_taps(Tensor grad, Tensor x, int side) -> Tensor");
 }
