@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from model.layers import BatchNormLinear, ConvBN
 from model.lib_mamba import SS2D
 from model.mobilemamba import VARIANTS, MobileMamba
+from model.mobilemamba.blocks import Block, DepthwiseFFN, PatchMerging, Stem
 from model.mobilemamba.mixer import MKDeConv
 from model.mobilemamba.wavelet import WTEMamba
 
@@ -169,8 +170,44 @@ class LiteralWTEMamba(nn.Module):
         return y + x[..., :height, :width]
 
 
+class LiteralBlock(nn.Module):
+    """A block, layer by layer: (B, C, H, W) -> (B, C, H, W).
+
+    Args:
+        original: Whose parts are taken over, under the same names.
+    """
+
+    def __init__(self, original: Block) -> None:
+        super().__init__()
+        for name, child in original.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run it."""
+        y = self.mixer(self.ffn0(self.dw0(x)))
+        return x + self.drop_path(self.ffn1(self.dw1(y)))
+
+
+class LiteralPatchMerging(nn.Module):
+    """The downsampling, layer by layer: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2)).
+
+    Args:
+        original: Whose parts are taken over, under the same names.
+    """
+
+    def __init__(self, original: PatchMerging) -> None:
+        super().__init__()
+        for name, child in original.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run it."""
+        x = F.relu(self.conv2(F.relu(self.conv1(x), inplace=True)), inplace=True)
+        return self.conv3(self.se(x))
+
+
 class LiteralMobileMamba(MobileMamba):
-    """The network in NCHW with its mixers spelled out. Same arguments, same state dict.
+    """The network in NCHW, layer by layer, with its mixers spelled out. Same arguments, same state dict.
 
     Args:
         **kwargs: Of `MobileMamba`.
@@ -178,7 +215,8 @@ class LiteralMobileMamba(MobileMamba):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        _replace(self, {WTEMamba: LiteralWTEMamba})
+        _replace(self, {WTEMamba: LiteralWTEMamba, Block: LiteralBlock, PatchMerging: LiteralPatchMerging})
+        _replace(self, {Stem: _sequence, DepthwiseFFN: _sequence})
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last feature map, in the layout of the input."""
@@ -206,6 +244,10 @@ def _replace(module: nn.Module, replacements: dict[type[nn.Module], Any]) -> Non
         _replace(child, replacements)
         if type(child) in replacements:
             setattr(module, name, replacements[type(child)](child))
+
+
+def _sequence(module: nn.Sequential) -> nn.Sequential:
+    return nn.Sequential(*module)
 
 
 def _fold_conv(module: ConvBN) -> nn.Conv2d:

@@ -16,7 +16,7 @@ from ..layers import FFN, ConvBN, Residual
 from .mixer import MRFFI, Mixer
 from .training import depthwise_ffn, expand_and_stride, mix, pointwise, squeeze_excite, stem
 
-__all__ = ["Block", "PatchMerging", "depthwise", "downsample", "patch_embed"]
+__all__ = ["Block", "DepthwiseFFN", "PatchMerging", "Stem", "depthwise", "downsample", "patch_embed"]
 
 
 def depthwise(channels: int) -> Residual:

@@ -28,35 +28,67 @@ from .wavelet import ChannelScale, WTEMamba, band_taps, band_weights, is_haar
 __all__ = ["depthwise_ffn", "expand_and_stride", "kernels_for", "mix", "pointwise", "squeeze_excite", "stem"]
 
 _NORM, _RELU, _SILU = Activation.NONE, Activation.RELU, Activation.SILU
-# A subclass may do something else in its forward.
-_KNOWN = frozenset(
-    [
-        *(ConvBN, FFN, Residual, Mixer, MRFFI, MKDeConv, WTEMamba, ChannelScale, SS2D, SqueezeExcite, Sigmoid),
-        *(nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.Identity, nn.ReLU, nn.SiLU, nn.Sequential, nn.ModuleList),
-    ]
+
+
+class _Conv(NamedTuple):
+    """What a convolution does: ``side`` 0 is any odd one."""
+
+    side: int = 1
+    stride: int = 1
+    is_depthwise: bool = False
+    has_bias: bool = False
+
+
+# What the groups are made of, in the order of `nn.Module.modules`.
+_CONV_BN = (ConvBN, _Conv(), nn.BatchNorm2d)
+_STEM_CONV_BN = (ConvBN, _Conv(side=3, stride=2), nn.BatchNorm2d)
+_DEPTHWISE = (Residual, ConvBN, _Conv(side=0, is_depthwise=True), nn.BatchNorm2d)
+_DEPTHWISE_STRIDE = (ConvBN, _Conv(side=0, stride=2, is_depthwise=True), nn.BatchNorm2d)
+_FFN = (Residual, FFN, *_CONV_BN, *_CONV_BN)
+_SQUEEZE_EXCITE = (SqueezeExcite, _Conv(has_bias=True), nn.Identity, nn.ReLU, _Conv(has_bias=True), Sigmoid)
+_BANDS = (nn.ModuleList, _Conv(side=0, is_depthwise=True), nn.ModuleList, ChannelScale)
+_SS2D = (SS2D, *_CONV_BN, _Conv(side=0, is_depthwise=True, has_bias=True), nn.SiLU, nn.LayerNorm, *_CONV_BN)
+_LOCAL = (
+    *(MKDeConv, _Conv(side=0, is_depthwise=True), nn.BatchNorm2d),
+    *(_Conv(side=0, is_depthwise=True), nn.BatchNorm2d),
+)
+_MIXER = (
+    *(Residual, Mixer, MRFFI, WTEMamba, *_SS2D, ChannelScale, *_BANDS),
+    *(*_LOCAL, nn.Sequential, nn.ReLU, *_CONV_BN),
 )
 
 
-def kernels_for(x: Tensor, *layers: nn.Module) -> Any | None:
+def kernels_for(x: Tensor, *layers: tuple[nn.Module, tuple]) -> Any | None:
     """Return the namespace of the operators if they are to train these layers on ``x``, else None.
 
-    They do where `training_kernels` allows it, every batch norm is in training, and nobody watches or has changed what
-    is inside: no hooks, no subclass, everything in float32.
+    They do where `training_kernels` allows it, every layer is made as expected and in float32, every batch norm is in
+    training, and nobody watches what is inside by a hook.
+
+    Args:
+        x: (B, C, H, W).
+        layers: Each with what it must be made of.
     """
     kernels = training_kernels(x)
     if kernels is None or torch_modules._has_any_global_hook():
         return None
-    return kernels if all(map(_all_plain, layers)) else None
+    for layer, kinds in layers:
+        modules = list(layer.modules())
+        if len(modules) != len(kinds) or not all(map(_is_trainable, modules, kinds)):
+            return None
+    return kernels
 
 
-def _is_plain(module: nn.Module) -> bool:
-    if type(module) not in _KNOWN:
-        return False
+def _is_trainable(module: nn.Module, kind: type[nn.Module] | _Conv) -> bool:
+    """Return whether the kernels do what a module does. Exact types: a subclass may do something else."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     for parameter in module._parameters.values():
         if parameter is not None and (parameter.dtype != torch.float32 or not parameter.is_cpu):
             return False
+    if isinstance(kind, _Conv):
+        return type(module) is nn.Conv2d and _does(module, kind)
+    if type(module) is not kind:
+        return False
     if isinstance(module, nn.BatchNorm2d):
         return module.training and module.affine and module.track_running_stats
     if isinstance(module, WTEMamba):
@@ -65,8 +97,15 @@ def _is_plain(module: nn.Module) -> bool:
     return not isinstance(module, SS2D) or len(SCANS[module.scan]) == 1
 
 
-def _all_plain(module: nn.Module) -> bool:
-    return _is_plain(module) and all(map(_all_plain, module._modules.values()))
+def _does(conv: nn.Conv2d, kind: _Conv) -> bool:
+    side = conv.kernel_size[0]
+    if side % 2 == 0 or conv.kernel_size != (side, side) or conv.padding not in ("same", (side // 2, side // 2)):
+        return False
+    if conv.stride != (kind.stride, kind.stride) or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+        return False
+    groups = conv.in_channels if kind.is_depthwise else 1
+    is_side = side == kind.side or kind.side == 0
+    return is_side and conv.groups == groups and (conv.bias is not None) == kind.has_bias
 
 
 class _Norm(NamedTuple):
@@ -77,6 +116,16 @@ class _Norm(NamedTuple):
     weight: Tensor
     bias: Tensor
     eps: float
+
+    @classmethod
+    def of(cls, x: Tensor, layer: nn.BatchNorm2d, weight: Tensor, bias: Tensor) -> _Norm:
+        """Measure a map (B, C, H, W), and let the layer's running statistics see it."""
+        if x.numel() == x.shape[1]:  # as PyTorch has it
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+        layer.num_batches_tracked.add_(1)
+        momentum = 1 / int(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
+        running = (layer.running_mean, layer.running_var)
+        return cls(*torch.ops.mobilemamba_kernels.moments(x, *running, momentum), weight, bias, layer.eps)
 
     def __call__(self, x: Tensor, activation: Activation = _NORM, residual: Tensor | None = None) -> Tensor:
         """Return act(norm(x)) + residual."""
@@ -115,10 +164,11 @@ def _multiply(x: Tensor, weight: Tensor) -> Tensor:
     return _map(_rows(x) @ weight.flatten(1).t(), x)
 
 
-def _multiply_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and weight."""
-    rows = _rows(grad)
-    return _map(rows @ weight.flatten(1), x), (rows.t() @ _rows(x)).view(weight.shape)
+def _multiply_backward(grad: Tensor, x: Tensor, weight: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x, added to ``base``, and weight."""
+    rows, matrix = _rows(grad), weight.flatten(1)
+    dx = rows @ matrix if base is None else torch.addmm(_rows(base), rows, matrix)
+    return _map(dx, x), (rows.t() @ _rows(x)).view(weight.shape)
 
 
 def _taps(weight: Tensor) -> Tensor:
@@ -148,44 +198,14 @@ def _parameters(*layers: ConvBN) -> list[Tensor]:
     return [parameter for layer in layers for parameter in (layer.c.weight, layer.bn.weight, layer.bn.bias)]
 
 
-def _update(norms: Sequence[nn.BatchNorm2d], statistics: Sequence[Tensor]) -> None:
-    """Let batch norms see what they were given: the mean and the unbiased variance for one after the other."""
-    with torch.no_grad():
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-        for norm, mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
-            momentum = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-            norm.running_mean.lerp_(mean, momentum)
-            norm.running_var.lerp_(var, momentum)
-
-
 class _Step(torch.autograd.Function):
-    """What the steps have in common: they give a map, then mean and unbiased variance for every batch norm."""
+    """What the steps have in common: they save their batch norms and other tensors."""
 
     @staticmethod
-    def begin(ctx: Any, eps: Sequence[float]) -> None:
-        """Start a forward pass with batch norms of these epsilons, in the order in which `norm` is called."""
-        ctx.eps, ctx.norms, ctx.statistics = eps, [], []
-
-    @staticmethod
-    def norm(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> _Norm:
-        """Measure a map (B, C, H, W)."""
-        if x.numel() == x.shape[1]:  # as PyTorch has it
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        mean, var, unbiased_var = torch.ops.mobilemamba_kernels.moments(x)
-        ctx.statistics += [mean, unbiased_var]
-        norm = _Norm(mean, var, weight, bias, ctx.eps[len(ctx.norms)])
-        ctx.norms.append(norm)
-        return norm
-
-    @staticmethod
-    def finish(ctx: Any, y: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-        """Save the norms and other tensors, and return what the step gives."""
-        norms, statistics = ctx.norms, ctx.statistics
-        ctx.save_for_backward(*(tensor for norm in norms for tensor in norm[:-1]), *saved)
-        ctx.mark_non_differentiable(*statistics)
-        ctx.set_materialize_grads(False)
-        del ctx.norms, ctx.statistics  # what autograd does not know of would outlive the backward pass
-        return y, *statistics
+    def save(ctx: Any, norms: Sequence[_Norm], *others: Tensor) -> None:
+        """Keep what the backward pass needs."""
+        ctx.eps = [norm.eps for norm in norms]
+        ctx.save_for_backward(*(tensor for norm in norms for tensor in norm[:-1]), *others)
 
     @staticmethod
     def saved(ctx: Any) -> tuple[list[_Norm], tuple[Tensor, ...]]:
@@ -198,27 +218,26 @@ class _Step(torch.autograd.Function):
 
 class _DepthwiseFFN(_Step):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: Sequence[float], *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, layers: Sequence[nn.BatchNorm2d], *parameters: Tensor) -> Tensor:
         taps, weight0, bias0, wide, weight1, bias1, narrow, weight2, bias2 = parameters
-        _Step.begin(ctx, eps)
         u0 = _convolve(x, taps)
-        norm0 = _Step.norm(ctx, u0, weight0, bias0)
+        norm0 = _Norm.of(u0, layers[0], weight0, bias0)
         y = norm0(u0, residual=x)
         u1 = _multiply(y, wide)
-        norm1 = _Step.norm(ctx, u1, weight1, bias1)
+        norm1 = _Norm.of(u1, layers[1], weight1, bias1)
         u2 = _multiply(norm1(u1, _RELU), narrow)
-        norm2 = _Step.norm(ctx, u2, weight2, bias2)
-        return _Step.finish(ctx, norm2(u2, residual=y), x, u0, u1, u2, taps, wide, narrow)
+        norm2 = _Norm.of(u2, layers[2], weight2, bias2)
+        _Step.save(ctx, (norm0, norm1, norm2), x, u0, u1, u2, taps, wide, narrow)
+        return norm2(u2, residual=y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (norm0, norm1, norm2), (x, u0, u1, u2, taps, wide, narrow) = _Step.saved(ctx)
         du, dweight2, dbias2 = norm2.backward(grad, u2)
         dh, dnarrow = _multiply_backward(du, norm1(u1, _RELU), narrow)
         dh, dweight1, dbias1 = norm1.backward(dh, u1, _RELU, out=dh)
-        dy, dwide = _multiply_backward(dh, norm0(u0, residual=x), wide)
-        dy += grad
+        dy, dwide = _multiply_backward(dh, norm0(u0, residual=x), wide, base=grad)
         du, dweight0, dbias0 = norm0.backward(dy, u0, out=du)
         dx, dtaps = _convolve_backward(du, x, taps, base=dy)
         return dx, None, dtaps, dweight0, dbias0, dwide, dweight1, dbias1, dnarrow, dweight2, dbias2
@@ -226,25 +245,23 @@ class _DepthwiseFFN(_Step):
 
 def depthwise_ffn(depthwise: nn.Module, ffn: nn.Module, x: Tensor) -> Tensor:
     """Run a residual depthwise convolution and the residual feed-forward after it: (B, C, H, W) -> (B, C, H, W)."""
-    if kernels_for(x, depthwise, ffn) is None:
+    if kernels_for(x, (depthwise, _DEPTHWISE), (ffn, _FFN)) is None:
         return ffn(depthwise(x))
     layers = (depthwise.m, ffn.m.pw1, ffn.m.pw2)
-    y, *statistics = _DepthwiseFFN.apply(x, [layer.bn.eps for layer in layers], *_parameters(*layers))
-    _update([layer.bn for layer in layers], statistics)
-    return y
+    return _DepthwiseFFN.apply(x, [layer.bn for layer in layers], *_parameters(*layers))
 
 
 class _Pointwise(_Step):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: Sequence[float], weight: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
-        _Step.begin(ctx, eps)
+    def forward(ctx: Any, x: Tensor, layer: nn.BatchNorm2d, weight: Tensor, *affine: Tensor) -> Tensor:
         u = _multiply(x, weight)
-        norm = _Step.norm(ctx, u, *affine)
-        return _Step.finish(ctx, norm(u), x, u, weight)
+        norm = _Norm.of(u, layer, *affine)
+        _Step.save(ctx, [norm], x, u, weight)
+        return norm(u)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (norm,), (x, u, weight) = _Step.saved(ctx)
         du, *daffine = norm.backward(grad, u)
         dx, dweight = _multiply_backward(du, x, weight)
@@ -253,16 +270,14 @@ class _Pointwise(_Step):
 
 def pointwise(layer: ConvBN, x: Tensor) -> Tensor:
     """Run a 1 x 1 convolution and its batch norm: (B, C, H, W) -> (B, C', H, W)."""
-    if kernels_for(x, layer) is None:
+    if kernels_for(x, (layer, _CONV_BN)) is None:
         return layer(x)
-    y, *statistics = _Pointwise.apply(x, [layer.bn.eps], *_parameters(layer))
-    _update([layer.bn], statistics)
-    return y
+    return _Pointwise.apply(x, layer.bn, *_parameters(layer))
 
 
 def squeeze_excite(layer: nn.Module, x: Tensor) -> Tensor:
     """Run timm's squeeze-excite: (B, C, H, W) -> (B, C, H, W). On one pixel an image, a product beats a convolution."""
-    if kernels_for(x, layer) is None:
+    if kernels_for(x, (layer, _SQUEEZE_EXCITE)) is None or layer.add_maxpool:
         return layer(x)
     reduce, expand = layer.fc1, layer.fc2
     gate = F.relu(F.linear(x.mean((2, 3)), reduce.weight.flatten(1), reduce.bias))
@@ -272,18 +287,18 @@ def squeeze_excite(layer: nn.Module, x: Tensor) -> Tensor:
 
 class _ExpandAndStride(_Step):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: Sequence[float], *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, layers: Sequence[nn.BatchNorm2d], *parameters: Tensor) -> Tensor:
         wide, weight1, bias1, taps, weight2, bias2 = parameters
-        _Step.begin(ctx, eps)
         u1 = _multiply(x, wide)
-        norm1 = _Step.norm(ctx, u1, weight1, bias1)
+        norm1 = _Norm.of(u1, layers[0], weight1, bias1)
         u2 = _convolve(norm1(u1, _RELU), taps, stride=2)
-        norm2 = _Step.norm(ctx, u2, weight2, bias2)
-        return _Step.finish(ctx, norm2(u2, _RELU), x, u1, u2, wide, taps)
+        norm2 = _Norm.of(u2, layers[1], weight2, bias2)
+        _Step.save(ctx, (norm1, norm2), x, u1, u2, wide, taps)
+        return norm2(u2, _RELU)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (norm1, norm2), (x, u1, u2, wide, taps) = _Step.saved(ctx)
         du, dweight2, dbias2 = norm2.backward(grad, u2, _RELU)
         dh, dtaps = _convolve_backward(du, norm1(u1, _RELU), taps, stride=2)
@@ -294,30 +309,30 @@ class _ExpandAndStride(_Step):
 
 def expand_and_stride(expand: ConvBN, stride: ConvBN, x: Tensor) -> Tensor:
     """Run a 1 x 1 and a depthwise convolution of stride 2, each with a ReLU: (B, C, H, W) -> (B, C', H/2, W/2)."""
-    if kernels_for(x, expand, stride) is None:
+    if kernels_for(x, (expand, _CONV_BN), (stride, _DEPTHWISE_STRIDE)) is None:
         x = F.relu(expand(x), inplace=True)
         return F.relu(stride(x), inplace=True)
     layers = (expand, stride)
-    y, *statistics = _ExpandAndStride.apply(x, [layer.bn.eps for layer in layers], *_parameters(*layers))
-    _update([layer.bn for layer in layers], statistics)
-    return y
+    return _ExpandAndStride.apply(x, [layer.bn for layer in layers], *_parameters(*layers))
 
 
 class _Stem(_Step):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: Sequence[float], *parameters: Tensor) -> tuple[Tensor, ...]:
-        _Step.begin(ctx, eps)
+    def forward(ctx: Any, x: Tensor, layers: Sequence[nn.BatchNorm2d], *parameters: Tensor) -> Tensor:
         weights, scales, shifts = parameters[::3], parameters[1::3], parameters[2::3]
-        maps = [F.conv2d(x, weights[0], stride=2, padding=1)]
-        norm = _Step.norm(ctx, maps[0], scales[0], shifts[0])
-        for weight, scale, shift in zip(weights[1:], scales[1:], shifts[1:], strict=True):
-            maps.append(torch.ops.mobilemamba_kernels.strided_conv(maps[-1], *norm, weight))
-            norm = _Step.norm(ctx, maps[-1], scale, shift)
-        return _Step.finish(ctx, norm(maps[-1]), x, *maps, *weights)
+        maps, norms = [], []
+        for weight, *parts in zip(weights, layers, scales, shifts, strict=True):
+            if norms:
+                maps.append(torch.ops.mobilemamba_kernels.strided_conv(maps[-1], *norms[-1], weight))
+            else:
+                maps.append(F.conv2d(x, weight, stride=2, padding=1))
+            norms.append(_Norm.of(maps[-1], *parts))
+        _Step.save(ctx, norms, x, *maps, *weights)
+        return norms[-1](maps[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         norms, (x, *tensors) = _Step.saved(ctx)
         maps, weights = tensors[: len(norms)], tensors[len(norms) :]
         grad, *daffine = norms[-1].backward(grad, maps[-1])
@@ -339,11 +354,9 @@ def stem(layers: Sequence[ConvBN], x: Tensor) -> Tensor | None:
     Returns:
         None where the kernels are not at hand.
     """
-    if kernels_for(x, *layers) is None:
+    if kernels_for(x, *((layer, _STEM_CONV_BN) for layer in layers)) is None:
         return None
-    y, *statistics = _Stem.apply(x, [layer.bn.eps for layer in layers], *_parameters(*layers))
-    _update([layer.bn for layer in layers], statistics)
-    return y
+    return _Stem.apply(x, [layer.bn for layer in layers], *_parameters(*layers))
 
 
 class _MixerParameters(NamedTuple):
@@ -421,37 +434,38 @@ class _MixerSettings(NamedTuple):
     """What a mixer is made of beside its parameters."""
 
     split: tuple[int, int, int]
-    eps: list[float]  # of the batch norms, in the order of the layers
+    layers: list[nn.BatchNorm2d]  # in their order
     norm_eps: float
     reverse: list[int]
 
 
 class _Mixer(_Step):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: _MixerSettings, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, settings: _MixerSettings, *parameters: Tensor) -> Tensor:
         p = _MixerParameters(*parameters)
-        _Step.begin(ctx, settings.eps)
         x_global, x_local, x_identity = x.split(settings.split, dim=1)
         u_in = _multiply(x_global, p.in_weight)
-        in_norm = _Step.norm(ctx, u_in, p.in_scale, p.in_shift)
+        in_norm = _Norm.of(u_in, settings.layers[0], p.in_scale, p.in_shift)
         x_scan, z = in_norm(u_in).chunk(2, dim=1)
         x_scan = _convolve(x_scan, p.conv_weight, p.conv_bias, activation=_SILU)
         projection = _rows(x_scan) @ p.x_weight.flatten(0, 1).t()
         y_scan = _Mixer.gated_scan(x_scan, z, projection, p, settings)
         u_out = _multiply(y_scan, p.out_weight)
         base = p.base_scale.flatten()
-        out_norm = _Step.norm(ctx, u_out, p.out_scale * base, p.out_shift * base)
+        out_norm = _Norm.of(u_out, settings.layers[1], p.out_scale * base, p.out_shift * base)
         y_global = torch.ops.mobilemamba_kernels.wavelet(x_global, p.bands, out_norm(u_out))
         u_local = _convolve(x_local, p.local_weight)
-        local_norm = _Step.norm(ctx, u_local, p.local_scale, p.local_shift)
+        local_norm = _Norm.of(u_local, settings.layers[2], p.local_scale, p.local_shift)
         h_local = local_norm(u_local, _RELU) * p.factor.view(1, -1, 1, 1)
-        factor_norm = _Step.norm(ctx, h_local, p.factor_scale, p.factor_shift)
+        factor_norm = _Norm.of(h_local, settings.layers[3], p.factor_scale, p.factor_shift)
         y = _join(y_global, factor_norm(h_local), x_identity).relu_()
         u_proj = _multiply(y, p.proj_weight)
-        proj_norm = _Step.norm(ctx, u_proj, p.proj_scale, p.proj_shift)
+        proj_norm = _Norm.of(u_proj, settings.layers[4], p.proj_scale, p.proj_shift)
         ctx.settings = settings
+        norms = (in_norm, out_norm, local_norm, factor_norm, proj_norm)
         saved = (x, u_in, projection, y_scan, u_out, u_local, y, u_proj)
-        return _Step.finish(ctx, proj_norm(u_proj, residual=x), *saved, *parameters)
+        _Step.save(ctx, norms, *saved, *parameters)
+        return proj_norm(u_proj, residual=x)
 
     @staticmethod
     def gated_scan(x: Tensor, z: Tensor, projection: Tensor, p: _MixerParameters, settings: _MixerSettings) -> Tensor:
@@ -462,7 +476,7 @@ class _Mixer(_Step):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         norms, (x, u_in, projection, y_scan, u_out, u_local, y, u_proj, *parameters) = _Step.saved(ctx)
         in_norm, out_norm, local_norm, factor_norm, proj_norm = norms
         settings, p = ctx.settings, _MixerParameters(*parameters)
@@ -547,20 +561,12 @@ def _sequence(x: Tensor) -> Tensor:
 
 def mix(mixer: nn.Module, x: Tensor) -> Tensor:
     """Run a residual mixer: (B, C, H, W) -> (B, C, H, W)."""
-    if not _has_all_branches(mixer) or kernels_for(x, mixer) is None:
+    if kernels_for(x, (mixer, _MIXER)) is None:
         return mixer(x)
     attn = mixer.m.attn
     ss2d, local = attn.global_op.global_atten, attn.local_op
-    norms = [ss2d.in_proj.bn, ss2d.out_proj.bn, local.bn1, local.bn2, attn.proj[1].bn]
+    layers = [ss2d.in_proj.bn, ss2d.out_proj.bn, local.bn1, local.bn2, attn.proj[1].bn]
     ((_, directions),) = SCANS[ss2d.scan]
     reverse = [int(is_reverse) for is_reverse in directions.values()]
-    settings = _MixerSettings(attn.split, [norm.eps for norm in norms], ss2d.out_norm.eps, reverse)
-    y, *statistics = _Mixer.apply(x, settings, *_MixerParameters.of(attn))
-    _update(norms, statistics)
-    return y
-
-
-def _has_all_branches(mixer: nn.Module) -> bool:
-    """Return whether it is a residual mixer with a scan and a convolution: either's share may be nothing."""
-    attn = mixer.m.attn if isinstance(mixer, Residual) and isinstance(mixer.m, Mixer) else None
-    return isinstance(attn, MRFFI) and isinstance(attn.global_op, WTEMamba) and isinstance(attn.local_op, MKDeConv)
+    settings = _MixerSettings(attn.split, layers, ss2d.out_norm.eps, reverse)
+    return _Mixer.apply(x, settings, *_MixerParameters.of(attn))

@@ -41,11 +41,14 @@ Matrix matrix_of(const Tensor& map) {
   return {const_cast<float*>(map.const_data_ptr<float>()), row_stride(map)};
 }
 
-// Mean, variance, and the unbiased estimate of the variance, of every channel.
-std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x) {
+// Mean and biased variance of every channel. The running ones move towards the mean and the unbiased variance.
+std::tuple<Tensor, Tensor> moments(
+    const Tensor& x, const Tensor& running_mean, const Tensor& running_var, double momentum) {
   const Tensor map = as_rows(x);
   const int64_t C = map.size(1), rows = num_rows(map), size = piece_rows(C), pieces = (rows + size - 1) / size;
-  const Tensor partial = floats(2 * pieces * C), mean = floats(C), var = floats(C), unbiased = floats(C);
+  const Tensor partial = floats(2 * pieces * C), mean = floats(C), var = floats(C);
+  check_vector(running_mean, C, "running_mean");
+  check_vector(running_var, C, "running_var");
   float *means = partial.mutable_data_ptr<float>(), *squares = means + pieces * C;
   const Kernels& kernel = kernels();
   for_pieces(rows, C, [&](int64_t i, int64_t first, int64_t last) {
@@ -63,9 +66,11 @@ std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x) {
     }
     mean.mutable_data_ptr<float>()[c] = static_cast<float>(centre);
     var.mutable_data_ptr<float>()[c] = static_cast<float>(spread / rows);
-    unbiased.mutable_data_ptr<float>()[c] = static_cast<float>(spread / (rows - 1));
+    float &old_mean = running_mean.mutable_data_ptr<float>()[c], &old_var = running_var.mutable_data_ptr<float>()[c];
+    old_mean += static_cast<float>(momentum * (centre - old_mean));
+    old_var += static_cast<float>(momentum * (spread / (rows - 1) - old_var));
   }
-  return {mean, var, unbiased};
+  return {mean, var};
 }
 
 void check_same(const Tensor& tensor, const Tensor& map, const char* name) {

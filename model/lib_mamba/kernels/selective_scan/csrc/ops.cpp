@@ -26,7 +26,9 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
       "int activation) -> Tensor");
   m.def("wavelet(Tensor x, Tensor weight, Tensor base) -> Tensor");
   // What the layers are trained with.
-  m.def("moments(Tensor x) -> (Tensor mean, Tensor var, Tensor unbiased_var)");
+  m.def(
+      "moments(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum) "
+      "-> (Tensor mean, Tensor var)");
   m.def(
       "normalize(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, int activation, "
       "Tensor? residual) -> Tensor");
