@@ -27,13 +27,18 @@ int64_t piece_rows(int64_t channels) {
   return std::max<int64_t>(1, kPiece / channels);
 }
 
-// Calls `body(piece, first, last)` for pieces of rows, on all threads.
+// Calls `body(piece, first, last)` for pieces of rows, on all threads. A thread goes backwards over what was just written
+// or read forwards, and the other way round: then the end of it is still in the cache.
+enum Order { kForwards, kBackwards };
+
 template <class Body>
-void for_pieces(int64_t rows, int64_t channels, Body body) {
+void for_pieces(int64_t rows, int64_t channels, Order order, Body body) {
   const int64_t size = piece_rows(channels);
   at::parallel_for(0, (rows + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t i = order == kForwards ? k : begin + end - 1 - k;
       body(i, i * size, std::min(rows, (i + 1) * size));
+    }
   });
 }
 
@@ -51,7 +56,7 @@ std::tuple<Tensor, Tensor> moments(
   check_vector(running_var, C, "running_var");
   float *means = partial.mutable_data_ptr<float>(), *squares = means + pieces * C;
   const Kernels& kernel = kernels();
-  for_pieces(rows, C, [&](int64_t i, int64_t first, int64_t last) {
+  for_pieces(rows, C, kBackwards, [&](int64_t i, int64_t first, int64_t last) {
     kernel.moments(matrix_of(map).from(first), last - first, C, means + i * C, squares + i * C);
   });
   // Variances of the pieces and distances between their means add up without cancellation.
@@ -90,7 +95,7 @@ Tensor normalize(
   const Normalization n = statistics.normalization(scale.mutable_data_ptr<float>(), activation_of(activation));
   const Matrix from = matrix_of(map), to = matrix_of(out), below = residual ? matrix_of(added) : Matrix{};
   const Kernels& kernel = kernels();
-  for_pieces(num_rows(map), C, [&](int64_t, int64_t first, int64_t last) {
+  for_pieces(num_rows(map), C, kForwards, [&](int64_t, int64_t first, int64_t last) {
     kernel.normalize(n, from.from(first), below.from(first), to.from(first), last - first);
   });
   return out;
@@ -112,7 +117,7 @@ std::tuple<Tensor, Tensor> normalize_backward(
   const Normalization n = statistics.normalization(scale, activation_of(activation));
   const Matrix from = matrix_of(map), g = matrix_of(gradient), to = matrix_of(out);
   const Kernels& kernel = kernels();
-  for_pieces(rows, C, [&](int64_t i, int64_t first, int64_t last) {
+  for_pieces(rows, C, kBackwards, [&](int64_t i, int64_t first, int64_t last) {
     kernel.normalize_sums(n, g.from(first), from.from(first), last - first, sums + i * C, products + i * C);
   });
   for (int64_t c = 0; c < C; ++c) {
@@ -127,7 +132,7 @@ std::tuple<Tensor, Tensor> normalize_backward(
     offset[c] = static_cast<float>(-scale[c] * sum / rows);
     slope[c] = static_cast<float>(-scale[c] * product * rstd * rstd / rows);
   }
-  for_pieces(rows, C, [&](int64_t, int64_t first, int64_t last) {
+  for_pieces(rows, C, kForwards, [&](int64_t, int64_t first, int64_t last) {
     kernel.normalize_backward(n, offset, slope, g.from(first), from.from(first), to.from(first), last - first);
   });
   return {dweight, dbias};
@@ -150,14 +155,13 @@ std::tuple<Tensor, Tensor> depthwise_backward(
                             side, stride, padding, weight.const_data_ptr<float>()};
   const Kernels& kernel = kernels();
   const int64_t blocks = kernel.num_blocks(C);
-  at::parallel_for(0, B * H * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      kernel.depthwise_input(d, i / blocks / H, i / blocks % H, i % blocks);
-  });
   sum_images(B, blocks, dweight.numel(), dweight.mutable_data_ptr<float>(),
              [&](int64_t first, int64_t last, int64_t block, float* sums) {
-               for (int64_t image = first; image < last; ++image)
+               for (int64_t image = first; image < last; ++image) {
+                 for (int64_t row = 0; row < H; ++row)
+                   kernel.depthwise_input(d, image, row, block);
                  kernel.depthwise_taps(d, image, block, sums);
+               }
              });
   return {dx, dweight};
 }
