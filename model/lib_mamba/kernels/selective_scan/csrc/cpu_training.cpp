@@ -60,20 +60,23 @@ std::tuple<Tensor, Tensor> moments(
     kernel.moments(matrix_of(map).from(first), last - first, C, means + i * C, squares + i * C);
   });
   // Variances of the pieces and distances between their means add up without cancellation.
-  for (int64_t c = 0; c < C; ++c) {
-    double total = 0, spread = 0;
-    for (int64_t i = 0; i < pieces; ++i)
-      total += static_cast<double>(means[i * C + c]) * (std::min(rows, (i + 1) * size) - i * size);
-    const double centre = total / rows;
-    for (int64_t i = 0; i < pieces; ++i) {
-      const double distance = means[i * C + c] - centre;
-      spread += squares[i * C + c] + distance * distance * (std::min(rows, (i + 1) * size) - i * size);
+  std::vector<double> centre(C), spread(C);
+  const auto size_of = [&](int64_t i) { return static_cast<double>(std::min(rows, (i + 1) * size) - i * size); };
+  for (int64_t i = 0; i < pieces; ++i)
+    for (int64_t c = 0; c < C; ++c)
+      centre[c] += means[i * C + c] * size_of(i) / rows;
+  for (int64_t i = 0; i < pieces; ++i)
+    for (int64_t c = 0; c < C; ++c) {
+      const double distance = means[i * C + c] - centre[c];
+      spread[c] += squares[i * C + c] + distance * distance * size_of(i);
     }
-    mean.mutable_data_ptr<float>()[c] = static_cast<float>(centre);
-    var.mutable_data_ptr<float>()[c] = static_cast<float>(spread / rows);
-    float &old_mean = running_mean.mutable_data_ptr<float>()[c], &old_var = running_var.mutable_data_ptr<float>()[c];
-    old_mean += static_cast<float>(momentum * (centre - old_mean));
-    old_var += static_cast<float>(momentum * (spread / (rows - 1) - old_var));
+  float *to_mean = mean.mutable_data_ptr<float>(), *to_var = var.mutable_data_ptr<float>();
+  float *old_mean = running_mean.mutable_data_ptr<float>(), *old_var = running_var.mutable_data_ptr<float>();
+  for (int64_t c = 0; c < C; ++c) {
+    to_mean[c] = static_cast<float>(centre[c]);
+    to_var[c] = static_cast<float>(spread[c] / rows);
+    old_mean[c] += static_cast<float>(momentum * (centre[c] - old_mean[c]));
+    old_var[c] += static_cast<float>(momentum * (spread[c] / (rows - 1) - old_var[c]));
   }
   return {mean, var};
 }
@@ -120,17 +123,19 @@ std::tuple<Tensor, Tensor> normalize_backward(
   for_pieces(rows, C, kBackwards, [&](int64_t i, int64_t first, int64_t last) {
     kernel.normalize_sums(n, g.from(first), from.from(first), last - first, sums + i * C, products + i * C);
   });
-  for (int64_t c = 0; c < C; ++c) {
-    double sum = 0, product = 0;
-    for (int64_t i = 0; i < pieces; ++i) {
-      sum += sums[i * C + c];
-      product += products[i * C + c];
+  std::vector<double> sum(C), product(C);
+  for (int64_t i = 0; i < pieces; ++i)
+    for (int64_t c = 0; c < C; ++c) {
+      sum[c] += sums[i * C + c];
+      product[c] += products[i * C + c];
     }
+  float *to_weight = dweight.mutable_data_ptr<float>(), *to_bias = dbias.mutable_data_ptr<float>();
+  for (int64_t c = 0; c < C; ++c) {
     const double rstd = statistics.rstd(c);
-    dbias.mutable_data_ptr<float>()[c] = static_cast<float>(sum);
-    dweight.mutable_data_ptr<float>()[c] = static_cast<float>(product * rstd);
-    offset[c] = static_cast<float>(-scale[c] * sum / rows);
-    slope[c] = static_cast<float>(-scale[c] * product * rstd * rstd / rows);
+    to_bias[c] = static_cast<float>(sum[c]);
+    to_weight[c] = static_cast<float>(product[c] * rstd);
+    offset[c] = static_cast<float>(-scale[c] * sum[c] / rows);
+    slope[c] = static_cast<float>(-scale[c] * product[c] * rstd * rstd / rows);
   }
   for_pieces(rows, C, kForwards, [&](int64_t, int64_t first, int64_t last) {
     kernel.normalize_backward(n, offset, slope, g.from(first), from.from(first), to.from(first), last - first);
