@@ -27,6 +27,7 @@ from .wavelet import ChannelScale, WTEMamba, band_taps, band_weights, is_haar
 
 __all__ = ["depthwise_ffn", "expand_and_stride", "kernels_for", "mix", "pointwise", "squeeze_excite", "stem"]
 
+ops = torch.ops.mobilemamba_kernels
 _NORM, _RELU, _SILU = Activation.NONE, Activation.RELU, Activation.SILU
 
 
@@ -125,11 +126,11 @@ class _Norm(NamedTuple):
         layer.num_batches_tracked.add_(1)
         momentum = 1 / int(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
         running = (layer.running_mean, layer.running_var)
-        return cls(*torch.ops.mobilemamba_kernels.moments(x, *running, momentum), weight, bias, layer.eps)
+        return cls(*ops.moments(x, *running, momentum), weight, bias, layer.eps)
 
     def __call__(self, x: Tensor, activation: Activation = _NORM, residual: Tensor | None = None) -> Tensor:
         """Return act(norm(x)) + residual."""
-        return torch.ops.mobilemamba_kernels.normalize(x, *self, int(activation), residual)
+        return ops.normalize(x, *self, int(activation), residual)
 
     def halves(self) -> tuple[_Norm, _Norm]:
         """Return the norms of the first and of the last half of the channels."""
@@ -141,7 +142,7 @@ class _Norm(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of x (in ``out``, which may be ``grad``), weight and bias."""
         out = torch.empty_like(x) if out is None else out
-        return out, *torch.ops.mobilemamba_kernels.normalize_backward(grad, x, *self, int(activation), out)
+        return out, *ops.normalize_backward(grad, x, *self, int(activation), out)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -159,39 +160,14 @@ def _join(*maps: Tensor) -> Tensor:
     return _map(torch.cat([_rows(x) for x in maps], dim=1), maps[0])
 
 
-def _multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve with a weight (C', C, 1, 1)."""
-    return _map(_rows(x) @ weight.flatten(1).t(), x)
-
-
-def _multiply_backward(grad: Tensor, x: Tensor, weight: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x, added to ``base``, and weight."""
-    rows, matrix = _rows(grad), weight.flatten(1)
-    dx = rows @ matrix if base is None else torch.addmm(_rows(base), rows, matrix)
-    return _map(dx, x), (rows.t() @ _rows(x)).view(weight.shape)
-
-
-def _taps(weight: Tensor) -> Tensor:
-    """Return a depthwise weight (C, 1, H, W) as kernels read it, (H, W, C)."""
-    return weight.squeeze(1).permute(1, 2, 0).contiguous()
-
-
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, activation: Activation = _NORM
 ) -> Tensor:
-    """Convolve depthwise."""
+    """Convolve depthwise with a weight (C, 1, H, W)."""
+    taps = weight.squeeze(1).permute(1, 2, 0).contiguous()
     bias = x.new_zeros(x.shape[1]) if bias is None else bias
     padding = weight.shape[2] // 2
-    return torch.ops.mobilemamba_kernels.depthwise(x, _taps(weight), bias, None, None, stride, padding, int(activation))
-
-
-def _convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, *, stride: int = 1, base: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x, added to ``base``, and weight."""
-    padding = weight.shape[2] // 2
-    dx, dtaps = torch.ops.mobilemamba_kernels.depthwise_backward(grad, x, _taps(weight), stride, padding, base)
-    return dx, dtaps.permute(2, 0, 1).unsqueeze(1)
+    return ops.depthwise(x, taps, bias, None, None, stride, padding, int(activation))
 
 
 def _parameters(*layers: ConvBN) -> list[Tensor]:
@@ -223,9 +199,9 @@ class _DepthwiseFFN(_Step):
         u0 = _convolve(x, taps)
         norm0 = _Norm.of(u0, layers[0], weight0, bias0)
         y = norm0(u0, residual=x)
-        u1 = _multiply(y, wide)
+        u1 = ops.product(y, wide)
         norm1 = _Norm.of(u1, layers[1], weight1, bias1)
-        u2 = _multiply(norm1(u1, _RELU), narrow)
+        u2 = ops.product(norm1(u1, _RELU), narrow)
         norm2 = _Norm.of(u2, layers[2], weight2, bias2)
         _Step.save(ctx, (norm0, norm1, norm2), x, u0, u1, u2, taps, wide, narrow)
         return norm2(u2, residual=y)
@@ -235,11 +211,11 @@ class _DepthwiseFFN(_Step):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (norm0, norm1, norm2), (x, u0, u1, u2, taps, wide, narrow) = _Step.saved(ctx)
         du, dweight2, dbias2 = norm2.backward(grad, u2)
-        dh, dnarrow = _multiply_backward(du, norm1(u1, _RELU), narrow)
+        dh, dnarrow = ops.product_backward(du, norm1(u1, _RELU), narrow, None)
         dh, dweight1, dbias1 = norm1.backward(dh, u1, _RELU, out=dh)
-        dy, dwide = _multiply_backward(dh, norm0(u0, residual=x), wide, base=grad)
+        dy, dwide = ops.product_backward(dh, norm0(u0, residual=x), wide, grad)
         du, dweight0, dbias0 = norm0.backward(dy, u0, out=du)
-        dx, dtaps = _convolve_backward(du, x, taps, base=dy)
+        dx, dtaps = ops.depthwise_backward(du, x, taps, 1, dy)
         return dx, None, dtaps, dweight0, dbias0, dwide, dweight1, dbias1, dnarrow, dweight2, dbias2
 
 
@@ -254,7 +230,7 @@ def depthwise_ffn(depthwise: nn.Module, ffn: nn.Module, x: Tensor) -> Tensor:
 class _Pointwise(_Step):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.BatchNorm2d, weight: Tensor, *affine: Tensor) -> Tensor:
-        u = _multiply(x, weight)
+        u = ops.product(x, weight)
         norm = _Norm.of(u, layer, *affine)
         _Step.save(ctx, [norm], x, u, weight)
         return norm(u)
@@ -264,7 +240,7 @@ class _Pointwise(_Step):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (norm,), (x, u, weight) = _Step.saved(ctx)
         du, *daffine = norm.backward(grad, u)
-        dx, dweight = _multiply_backward(du, x, weight)
+        dx, dweight = ops.product_backward(du, x, weight, None)
         return dx, None, dweight, *daffine
 
 
@@ -289,7 +265,7 @@ class _ExpandAndStride(_Step):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Sequence[nn.BatchNorm2d], *parameters: Tensor) -> Tensor:
         wide, weight1, bias1, taps, weight2, bias2 = parameters
-        u1 = _multiply(x, wide)
+        u1 = ops.product(x, wide)
         norm1 = _Norm.of(u1, layers[0], weight1, bias1)
         u2 = _convolve(norm1(u1, _RELU), taps, stride=2)
         norm2 = _Norm.of(u2, layers[1], weight2, bias2)
@@ -301,9 +277,9 @@ class _ExpandAndStride(_Step):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (norm1, norm2), (x, u1, u2, wide, taps) = _Step.saved(ctx)
         du, dweight2, dbias2 = norm2.backward(grad, u2, _RELU)
-        dh, dtaps = _convolve_backward(du, norm1(u1, _RELU), taps, stride=2)
+        dh, dtaps = ops.depthwise_backward(du, norm1(u1, _RELU), taps, 2, None)
         dh, dweight1, dbias1 = norm1.backward(dh, u1, _RELU, out=dh)
-        dx, dwide = _multiply_backward(dh, x, wide)
+        dx, dwide = ops.product_backward(dh, x, wide, None)
         return dx, None, dwide, dweight1, dbias1, dtaps, dweight2, dbias2
 
 
@@ -323,7 +299,7 @@ class _Stem(_Step):
         maps, norms = [], []
         for weight, *parts in zip(weights, layers, scales, shifts, strict=True):
             if norms:
-                maps.append(torch.ops.mobilemamba_kernels.strided_conv(maps[-1], *norms[-1], weight))
+                maps.append(ops.strided_conv(maps[-1], *norms[-1], weight))
             else:
                 maps.append(F.conv2d(x, weight, stride=2, padding=1))
             norms.append(_Norm.of(maps[-1], *parts))
@@ -338,7 +314,7 @@ class _Stem(_Step):
         grad, *daffine = norms[-1].backward(grad, maps[-1])
         dparameters = daffine
         for norm, u, weight in reversed(list(zip(norms[:-1], maps[:-1], weights[1:], strict=True))):
-            grad, dweight = torch.ops.mobilemamba_kernels.strided_conv_backward(grad, u, *norm, weight)
+            grad, dweight = ops.strided_conv_backward(grad, u, *norm, weight)
             grad, *daffine = norm.backward(grad, u, _RELU, out=grad)
             dparameters = [*daffine, dweight, *dparameters]
         needs = [ctx.needs_input_grad[0], True, False]
@@ -444,22 +420,22 @@ class _Mixer(_Step):
     def forward(ctx: Any, x: Tensor, settings: _MixerSettings, *parameters: Tensor) -> Tensor:
         p = _MixerParameters(*parameters)
         x_global, x_local, x_identity = x.split(settings.split, dim=1)
-        u_in = _multiply(x_global, p.in_weight)
+        u_in = ops.product(x_global, p.in_weight)
         in_norm = _Norm.of(u_in, settings.layers[0], p.in_scale, p.in_shift)
         x_scan, z = in_norm(u_in).chunk(2, dim=1)
         x_scan = _convolve(x_scan, p.conv_weight, p.conv_bias, activation=_SILU)
         projection = _rows(x_scan) @ p.x_weight.flatten(0, 1).t()
         y_scan = _Mixer.gated_scan(x_scan, z, projection, p, settings)
-        u_out = _multiply(y_scan, p.out_weight)
+        u_out = ops.product(y_scan, p.out_weight)
         base = p.base_scale.flatten()
         out_norm = _Norm.of(u_out, settings.layers[1], p.out_scale * base, p.out_shift * base)
-        y_global = torch.ops.mobilemamba_kernels.wavelet(x_global, p.bands, out_norm(u_out))
+        y_global = ops.wavelet(x_global, p.bands, out_norm(u_out))
         u_local = _convolve(x_local, p.local_weight)
         local_norm = _Norm.of(u_local, settings.layers[2], p.local_scale, p.local_shift)
         h_local = local_norm(u_local, _RELU) * p.factor.view(1, -1, 1, 1)
         factor_norm = _Norm.of(h_local, settings.layers[3], p.factor_scale, p.factor_shift)
         y = _join(y_global, factor_norm(h_local), x_identity).relu_()
-        u_proj = _multiply(y, p.proj_weight)
+        u_proj = ops.product(y, p.proj_weight)
         proj_norm = _Norm.of(u_proj, settings.layers[4], p.proj_scale, p.proj_shift)
         ctx.settings = settings
         norms = (in_norm, out_norm, local_norm, factor_norm, proj_norm)
@@ -471,7 +447,7 @@ class _Mixer(_Step):
     def gated_scan(x: Tensor, z: Tensor, projection: Tensor, p: _MixerParameters, settings: _MixerSettings) -> Tensor:
         """Scan maps x and z (B, D, H, W): (B, D, H, W)."""
         sequences = (_sequence(x), _sequence(z), projection.view(len(x), -1, projection.shape[1]))
-        y = torch.ops.mobilemamba_kernels.gated_scan(*sequences, *p.scan, settings.norm_eps, settings.reverse)
+        y = ops.gated_scan(*sequences, *p.scan, settings.norm_eps, settings.reverse)
         return _map(y, x)
 
     @staticmethod
@@ -480,11 +456,10 @@ class _Mixer(_Step):
         norms, (x, u_in, projection, y_scan, u_out, u_local, y, u_proj, *parameters) = _Step.saved(ctx)
         in_norm, out_norm, local_norm, factor_norm, proj_norm = norms
         settings, p = ctx.settings, _MixerParameters(*parameters)
-        kernels = torch.ops.mobilemamba_kernels
         x_global, x_local, _ = x.split(settings.split, dim=1)
 
         du, dproj_scale, dproj_shift = proj_norm.backward(grad, u_proj)
-        dy, dproj_weight = _multiply_backward(du, y, p.proj_weight)
+        dy, dproj_weight = ops.product_backward(du, y, p.proj_weight, None)
         dy = torch.ops.aten.threshold_backward(dy, y, 0)
         dy_global, dy_local, dx_identity = dy.split(settings.split, dim=1)
 
@@ -493,19 +468,19 @@ class _Mixer(_Step):
         dh, dfactor_scale, dfactor_shift = factor_norm.backward(dy_local, h_local * factor)
         dfactor = (dh * h_local).sum((0, 2, 3)).view_as(p.factor)
         du, dlocal_scale, dlocal_shift = local_norm.backward(dh * factor, u_local, _RELU)
-        dx_local, dlocal_weight = _convolve_backward(du, x_local, p.local_weight)
+        dx_local, dlocal_weight = ops.depthwise_backward(du, x_local, p.local_weight, 1, None)
 
         # The norm's weight and bias hold base_scale.
         du, dscale, dshift = out_norm.backward(dy_global, u_out)
         base = p.base_scale.flatten()
         dbase_scale = (dscale * p.out_scale + dshift * p.out_shift).view_as(p.base_scale)
-        dy_scan, dout_weight = _multiply_backward(du, y_scan, p.out_weight)
+        dy_scan, dout_weight = ops.product_backward(du, y_scan, p.out_weight, None)
 
         x_in, z = in_norm(u_in).chunk(2, dim=1)
         x_conv = _convolve(x_in, p.conv_weight, p.conv_bias)
         x_scan = F.silu(x_conv)
         sequences = (_sequence(x_scan), _sequence(z), projection.view(len(x), -1, projection.shape[1]))
-        dx_scan, dz, dprojection, *dscan = kernels.gated_scan_backward(
+        dx_scan, dz, dprojection, *dscan = ops.gated_scan_backward(
             _sequence(dy_scan), *sequences, *p.scan, settings.norm_eps, settings.reverse
         )
         dprojection = dprojection.flatten(0, 1)
@@ -513,16 +488,16 @@ class _Mixer(_Step):
         dx_scan = dx_scan.flatten(0, 1).addmm_(dprojection, p.x_weight.flatten(0, 1))
         dx_conv = torch.ops.aten.silu_backward(_map(dx_scan, x), x_conv)
         dconv_bias = _rows(dx_conv).sum(0)
-        dx_in, dconv_weight = _convolve_backward(dx_conv, x_in, p.conv_weight)
+        dx_in, dconv_weight = ops.depthwise_backward(dx_conv, x_in, p.conv_weight, 1, None)
         du = torch.empty_like(u_in)
         sides = zip((dx_in, _map(dz, x)), in_norm.halves(), u_in.chunk(2, 1), du.chunk(2, 1), strict=True)
         affine = [norm.backward(half, u_half, out=du_half)[1:] for half, norm, u_half, du_half in sides]
         din_scale, din_shift = map(torch.cat, zip(*affine, strict=True))
-        dx_global, din_weight = _multiply_backward(du, x_global, p.in_weight)
+        dx_global, din_weight = ops.product_backward(du, x_global, p.in_weight, None)
 
         side = p.band_weight.shape[2]
-        dx_global = kernels.wavelet(dy_global, p.bands.flip(0, 1).contiguous(), dx_global)
-        dbands = band_weights(kernels.wavelet_taps(dy_global, x_global, side))
+        dx_global = ops.wavelet(dy_global, p.bands.flip(0, 1).contiguous(), dx_global)
+        dbands = band_weights(ops.wavelet_taps(dy_global, x_global, side))
         dband_scale = (dbands * p.band_weight).sum((1, 2, 3)).view_as(p.band_scale)
         dband_weight = dbands * p.band_scale.view(-1, 1, 1, 1)
 

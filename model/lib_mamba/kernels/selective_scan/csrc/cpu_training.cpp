@@ -4,7 +4,9 @@
 // Sums are made in an order that does not depend on the number of threads: results are the same for any number.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -21,24 +23,30 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPiece = 1 << 15;  // floats of a map, as one piece of work: they stay in the cache
+// Rows are cut into pieces of about this many floats, which stay in the cache from one pass to the next; and into a
+// number of pieces that most numbers of threads divide.
+constexpr int64_t kPiece = 1 << 15;
+constexpr int64_t kRound = 16;
 
-int64_t piece_rows(int64_t channels) {
-  return std::max<int64_t>(1, kPiece / channels);
-}
+struct Pieces {
+  int64_t rows, count;
 
-// Calls `body(piece, first, last)` for pieces of rows, on all threads. A thread goes backwards over what was just written
-// or read forwards, and the other way round: then the end of it is still in the cache.
+  Pieces(int64_t rows_, int64_t channels)
+      : rows(rows_), count(std::max<int64_t>(1, std::min(rows, (rows * channels / kPiece / kRound + 1) * kRound))) {}
+
+  int64_t begin(int64_t i) const { return i * rows / count; }
+  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
+};
+
+// Calls `body(piece)` on all threads. A thread goes backwards over what was just written or read forwards, and the other
+// way round: then the end of it is still in the cache.
 enum Order { kForwards, kBackwards };
 
 template <class Body>
-void for_pieces(int64_t rows, int64_t channels, Order order, Body body) {
-  const int64_t size = piece_rows(channels);
-  at::parallel_for(0, (rows + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t i = order == kForwards ? k : begin + end - 1 - k;
-      body(i, i * size, std::min(rows, (i + 1) * size));
-    }
+void for_pieces(const Pieces& pieces, Order order, Body body) {
+  at::parallel_for(0, pieces.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      body(order == kForwards ? k : begin + end - 1 - k);
   });
 }
 
@@ -50,25 +58,25 @@ Matrix matrix_of(const Tensor& map) {
 std::tuple<Tensor, Tensor> moments(
     const Tensor& x, const Tensor& running_mean, const Tensor& running_var, double momentum) {
   const Tensor map = as_rows(x);
-  const int64_t C = map.size(1), rows = num_rows(map), size = piece_rows(C), pieces = (rows + size - 1) / size;
-  const Tensor partial = floats(2 * pieces * C), mean = floats(C), var = floats(C);
+  const int64_t C = map.size(1), rows = num_rows(map);
+  const Pieces pieces(rows, C);
+  const Tensor partial = floats(2 * pieces.count * C), mean = floats(C), var = floats(C);
   check_vector(running_mean, C, "running_mean");
   check_vector(running_var, C, "running_var");
-  float *means = partial.mutable_data_ptr<float>(), *squares = means + pieces * C;
+  float *means = partial.mutable_data_ptr<float>(), *squares = means + pieces.count * C;
   const Kernels& kernel = kernels();
-  for_pieces(rows, C, kBackwards, [&](int64_t i, int64_t first, int64_t last) {
-    kernel.moments(matrix_of(map).from(first), last - first, C, means + i * C, squares + i * C);
+  for_pieces(pieces, kBackwards, [&](int64_t i) {
+    kernel.moments(matrix_of(map).from(pieces.begin(i)), pieces.size(i), C, means + i * C, squares + i * C);
   });
   // Variances of the pieces and distances between their means add up without cancellation.
   std::vector<double> centre(C), spread(C);
-  const auto size_of = [&](int64_t i) { return static_cast<double>(std::min(rows, (i + 1) * size) - i * size); };
-  for (int64_t i = 0; i < pieces; ++i)
+  for (int64_t i = 0; i < pieces.count; ++i)
     for (int64_t c = 0; c < C; ++c)
-      centre[c] += means[i * C + c] * size_of(i) / rows;
-  for (int64_t i = 0; i < pieces; ++i)
+      centre[c] += static_cast<double>(means[i * C + c]) * pieces.size(i) / rows;
+  for (int64_t i = 0; i < pieces.count; ++i)
     for (int64_t c = 0; c < C; ++c) {
       const double distance = means[i * C + c] - centre[c];
-      spread[c] += squares[i * C + c] + distance * distance * size_of(i);
+      spread[c] += squares[i * C + c] + distance * distance * pieces.size(i);
     }
   float *to_mean = mean.mutable_data_ptr<float>(), *to_var = var.mutable_data_ptr<float>();
   float *old_mean = running_mean.mutable_data_ptr<float>(), *old_var = running_var.mutable_data_ptr<float>();
@@ -98,8 +106,10 @@ Tensor normalize(
   const Normalization n = statistics.normalization(scale.mutable_data_ptr<float>(), activation_of(activation));
   const Matrix from = matrix_of(map), to = matrix_of(out), below = residual ? matrix_of(added) : Matrix{};
   const Kernels& kernel = kernels();
-  for_pieces(num_rows(map), C, kForwards, [&](int64_t, int64_t first, int64_t last) {
-    kernel.normalize(n, from.from(first), below.from(first), to.from(first), last - first);
+  const Pieces pieces(num_rows(map), C);
+  for_pieces(pieces, kForwards, [&](int64_t i) {
+    const int64_t row = pieces.begin(i);
+    kernel.normalize(n, from.from(row), below.from(row), to.from(row), pieces.size(i));
   });
   return out;
 }
@@ -108,23 +118,25 @@ std::tuple<Tensor, Tensor> normalize_backward(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& weight,
     const Tensor& bias, double eps, int64_t activation, const Tensor& out) {
   const Tensor map = as_rows(x), gradient = as_rows(grad);
-  const int64_t C = map.size(1), rows = num_rows(map), size = piece_rows(C), pieces = (rows + size - 1) / size;
+  const int64_t C = map.size(1), rows = num_rows(map);
+  const Pieces pieces(rows, C);
   const Statistics statistics{mean, var, weight, bias, eps};
   statistics.check(C);
   check_same(gradient, map, "grad");
   check_same(out, map, "out");
   TORCH_CHECK(as_rows(out).is_same(out), "out must be channels-last");
-  const Tensor partial = floats((2 * pieces + 3) * C), dweight = floats(C), dbias = floats(C);
+  const Tensor partial = floats((2 * pieces.count + 3) * C), dweight = floats(C), dbias = floats(C);
   float *scale = partial.mutable_data_ptr<float>(), *offset = scale + C, *slope = offset + C;
-  float *sums = slope + C, *products = sums + pieces * C;
+  float *sums = slope + C, *products = sums + pieces.count * C;
   const Normalization n = statistics.normalization(scale, activation_of(activation));
   const Matrix from = matrix_of(map), g = matrix_of(gradient), to = matrix_of(out);
   const Kernels& kernel = kernels();
-  for_pieces(rows, C, kBackwards, [&](int64_t i, int64_t first, int64_t last) {
-    kernel.normalize_sums(n, g.from(first), from.from(first), last - first, sums + i * C, products + i * C);
+  for_pieces(pieces, kBackwards, [&](int64_t i) {
+    const int64_t row = pieces.begin(i);
+    kernel.normalize_sums(n, g.from(row), from.from(row), pieces.size(i), sums + i * C, products + i * C);
   });
   std::vector<double> sum(C), product(C);
-  for (int64_t i = 0; i < pieces; ++i)
+  for (int64_t i = 0; i < pieces.count; ++i)
     for (int64_t c = 0; c < C; ++c) {
       sum[c] += sums[i * C + c];
       product[c] += products[i * C + c];
@@ -137,30 +149,72 @@ std::tuple<Tensor, Tensor> normalize_backward(
     offset[c] = static_cast<float>(-scale[c] * sum[c] / rows);
     slope[c] = static_cast<float>(-scale[c] * product[c] * rstd * rstd / rows);
   }
-  for_pieces(rows, C, kForwards, [&](int64_t, int64_t first, int64_t last) {
-    kernel.normalize_backward(n, offset, slope, g.from(first), from.from(first), to.from(first), last - first);
+  for_pieces(pieces, kForwards, [&](int64_t i) {
+    const int64_t row = pieces.begin(i);
+    kernel.normalize_backward(n, offset, slope, g.from(row), from.from(row), to.from(row), pieces.size(i));
   });
   return {dweight, dbias};
 }
 
+// Products with a weight (C', C, 1, 1) are PyTorch's own, of the pixels as rows.
+Tensor matrix_view(const Tensor& map) {
+  return map.as_strided({num_rows(map), map.size(1)}, {row_stride(map), 1});
+}
+
+Tensor matrix_view(const Tensor& weight, int64_t channels) {
+  TORCH_CHECK(
+      weight.dim() >= 2 && weight.size(1) == channels && weight.numel() == weight.size(0) * channels,
+      "weight must be (C', ", channels, ", 1, 1), got ", weight.sizes());
+  return weight.reshape({weight.size(0), channels});
+}
+
+Tensor product(const Tensor& x, const Tensor& weight) {
+  const Tensor map = as_rows(x), matrix = matrix_view(weight, map.size(1));
+  const Tensor out = new_map(map.size(0), matrix.size(0), map.size(2), map.size(3));
+  Tensor rows = matrix_view(out);
+  at::mm_out(rows, matrix_view(map), matrix.t());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> product_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& base) {
+  const Tensor map = as_rows(x), gradient = as_rows(grad), matrix = matrix_view(weight, map.size(1));
+  const Tensor rows = matrix_view(gradient), dx = new_map(map.size(0), map.size(1), map.size(2), map.size(3));
+  Tensor out = matrix_view(dx);
+  if (base) {
+    check_same(*base, map, "base");
+    at::addmm_out(out, matrix_view(as_rows(*base)), rows, matrix);
+  } else {
+    at::mm_out(out, rows, matrix);
+  }
+  return {dx, at::mm(rows.t(), matrix_view(map)).view(weight.sizes())};
+}
+
+// A depthwise weight (C, 1, H, W) as the kernels read it, (H, W, C).
+Tensor taps_of(const Tensor& weight) {
+  TORCH_CHECK(
+      weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3),
+      "a depthwise weight must be (C, 1, side, side), got ", weight.sizes());
+  return weight.squeeze(1).permute({1, 2, 0}).contiguous();
+}
+
 std::tuple<Tensor, Tensor> depthwise_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding,
-    const std::optional<Tensor>& base) {
+    const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t stride, const std::optional<Tensor>& base) {
   const Tensor map = channels_last(x), gradient = channels_last(grad), below = base ? channels_last(*base) : Tensor();
-  const int64_t B = map.size(0), C = map.size(1), H = map.size(2), side = weight.size(0);
-  check_vector(weight, side * side * C, "weight");
+  const Tensor taps = taps_of(weight);
+  const int64_t B = map.size(0), C = map.size(1), H = map.size(2), side = taps.size(0), padding = side / 2;
+  check_vector(taps, side * side * C, "weight");
   TORCH_CHECK(
       gradient.size(0) == B && gradient.size(1) == C && gradient.size(2) == convolved(H, side, stride, padding) &&
           gradient.size(3) == convolved(map.size(3), side, stride, padding),
       "grad does not fit to x: ", gradient.sizes());
   if (base)
     check_same(below, map, "base");
-  const Tensor dx = new_map(B, C, H, map.size(3)), dweight = at::empty({side, side, C}, at::TensorOptions(at::kFloat));
+  const Tensor dx = new_map(B, C, H, map.size(3)), dtaps = at::empty({side, side, C}, at::TensorOptions(at::kFloat));
   const DepthwiseGradient d{map_of(gradient), map_of(map), map_of(dx), base ? map_of(below) : Map{},
-                            side, stride, padding, weight.const_data_ptr<float>()};
+                            side, stride, padding, taps.const_data_ptr<float>()};
   const Kernels& kernel = kernels();
-  const int64_t blocks = kernel.num_blocks(C);
-  sum_images(B, blocks, dweight.numel(), dweight.mutable_data_ptr<float>(),
+  sum_images(B, kernel.num_blocks(C), dtaps.numel(), dtaps.mutable_data_ptr<float>(),
              [&](int64_t first, int64_t last, int64_t block, float* sums) {
                for (int64_t image = first; image < last; ++image) {
                  for (int64_t row = 0; row < H; ++row)
@@ -168,7 +222,7 @@ std::tuple<Tensor, Tensor> depthwise_backward(
                  kernel.depthwise_taps(d, image, block, sums);
                }
              });
-  return {dx, dweight};
+  return {dx, dtaps.permute({2, 0, 1}).contiguous().view(weight.sizes())};
 }
 
 Tensor wavelet_taps(const Tensor& grad, const Tensor& x, int64_t side) {
@@ -194,6 +248,8 @@ TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
   m.impl("moments", mobilemamba::moments);
   m.impl("normalize", mobilemamba::normalize);
   m.impl("normalize_backward", mobilemamba::normalize_backward);
+  m.impl("product", mobilemamba::product);
+  m.impl("product_backward", mobilemamba::product_backward);
   m.impl("depthwise_backward", mobilemamba::depthwise_backward);
   m.impl("wavelet_taps", mobilemamba::wavelet_taps);
 }

@@ -35,8 +35,10 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
   m.def(
       "normalize_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, "
       "int activation, Tensor(a!) out) -> (Tensor dweight, Tensor dbias)");
+  m.def("product(Tensor x, Tensor weight) -> Tensor");
+  m.def("product_backward(Tensor grad, Tensor x, Tensor weight, Tensor? base) -> (Tensor dx, Tensor dweight)");
   m.def(
-      "depthwise_backward(Tensor grad, Tensor x, Tensor weight, int stride, int padding, Tensor? base) "
+      "depthwise_backward(Tensor grad, Tensor x, Tensor weight, int stride, Tensor? base) "
       "-> (Tensor dx, Tensor dweight)");
   // Of act(norm(x)), with gradients of that.
   m.def(
