@@ -1,34 +1,53 @@
 // Depthwise convolutions and the wavelet branch, for one instruction set. Included within its namespace, after
 // cpu_dense.h.
 
-template <int NV, bool IS_PART>
-static void depthwise_row(const Depthwise& d, int64_t image, int64_t row, const Block& block) {
-  const int64_t C = d.x.channels, start = block.start, count = block.count;
-  const float* x = d.x.data + image * d.x.image + start;
-  const float* weights = d.weight + start;
-  const int64_t top = row * d.stride - d.padding;
+constexpr int PIXELS = LANES == 16 ? 4 : 2;  // side by side, as registers allow: a weight that is loaded serves them all
+
+// COUNT pixels of the output from (row, column) on, a block of channels: places [first_x, last_x) of the kernel's rows.
+template <int NV, int COUNT, bool IS_PART>
+INLINE void depthwise_pixels(
+    const Depthwise& d, int64_t image, int64_t row, int64_t column, int64_t first_x, int64_t last_x, int64_t start,
+    int64_t count) {
+  const int64_t C = d.x.channels, top = row * d.stride - d.padding, left = column * d.stride - d.padding;
   const int64_t first_y = top < 0 ? -top : 0, last_y = top + d.side > d.x.height ? d.x.height - top : d.side;
-  for (int64_t column = 0; column < d.out.width; ++column) {
-    const int64_t left = column * d.stride - d.padding;
-    const int64_t first_x = left < 0 ? -left : 0, last_x = left + d.side > d.x.width ? d.x.width - left : d.side;
-    Vec sums[NV];
-    for (int v = 0; v < NV; ++v)
-      sums[v] = load<IS_PART>(d.bias + start + v * LANES, count);
-    for (int64_t i = first_y; i < last_y; ++i)
-      for (int64_t j = first_x; j < last_x; ++j) {
-        const float* from = x + (top + i) * d.x.row + (left + j) * d.x.pixel;
-        const float* weight = weights + (i * d.side + j) * C;
-        for (int v = 0; v < NV; ++v)
-          sums[v] += load<IS_PART>(from + v * LANES, count) * load<IS_PART>(weight + v * LANES, count);
+  const int64_t step = d.stride * d.x.pixel;
+  Vec sums[COUNT][NV];
+  for (int v = 0; v < NV; ++v)
+    for (int p = 0; p < COUNT; ++p)
+      sums[p][v] = load<IS_PART>(d.bias + start + v * LANES, count);
+  for (int64_t i = first_y; i < last_y; ++i)
+    for (int64_t j = first_x; j < last_x; ++j) {
+      const float* from = d.x.data + image * d.x.image + (top + i) * d.x.row + (left + j) * d.x.pixel + start;
+      const float* weight = d.weight + (i * d.side + j) * C + start;
+      for (int v = 0; v < NV; ++v) {
+        const Vec w = load<IS_PART>(weight + v * LANES, count);
+        for (int p = 0; p < COUNT; ++p)
+          sums[p][v] += load<IS_PART>(from + p * step + v * LANES, count) * w;
       }
-    float* out = d.out.data + image * d.out.image + row * d.out.row + column * d.out.pixel + start;
+    }
+  float* out = d.out.data + image * d.out.image + row * d.out.row + column * d.out.pixel + start;
+  for (int p = 0; p < COUNT; ++p, out += d.out.pixel)
     for (int v = 0; v < NV; ++v) {
-      Vec value = activate(sums[v], d.activation);
+      Vec value = activate(sums[p][v], d.activation);
       if (d.scale)
         value = value * load<IS_PART>(d.scale + start + v * LANES, count) +
                 load<IS_PART>(d.shift + start + v * LANES, count);
       store<IS_PART>(out + v * LANES, value, count);
     }
+}
+
+template <int NV, bool IS_PART>
+static void depthwise_row(const Depthwise& d, int64_t image, int64_t row, const Block& block) {
+  for (int64_t column = 0; column < d.out.width;) {
+    const int64_t left = column * d.stride - d.padding, reach = (PIXELS - 1) * d.stride + d.side;
+    if (left >= 0 && left + reach <= d.x.width) {
+      depthwise_pixels<NV, PIXELS, IS_PART>(d, image, row, column, 0, d.side, block.start, block.count);
+      column += PIXELS;
+      continue;
+    }
+    const int64_t first_x = left < 0 ? -left : 0, last_x = left + d.side > d.x.width ? d.x.width - left : d.side;
+    depthwise_pixels<NV, 1, IS_PART>(d, image, row, column, first_x, last_x, block.start, block.count);
+    column += 1;
   }
 }
 

@@ -121,30 +121,52 @@ struct Places {
   }
 };
 
+// COUNT pixels of dx side by side, seen in the same places of the kernel: with a stride, one.
+template <int NV, int COUNT, bool IS_PART>
+INLINE void depthwise_input_pixels(
+    const DepthwiseGradient& d, int64_t image, int64_t row, int64_t column, int64_t stride, const Places& rows,
+    const Places& columns, int64_t start, int64_t count) {
+  const int64_t C = d.x.channels;
+  Vec sums[COUNT][NV] = {};
+  if (d.base.data) {
+    const float* base = d.base.data + image * d.base.image + row * d.base.row + column * d.base.pixel + start;
+    for (int p = 0; p < COUNT; ++p)
+      for (int v = 0; v < NV; ++v)
+        sums[p][v] = load<IS_PART>(base + p * d.base.pixel + v * LANES, count);
+  }
+  for (int64_t n = rows.begin; n < rows.end; ++n) {
+    const float* grad = d.grad.data + image * d.grad.image + (rows.pixel - n) * d.grad.row +
+                        columns.pixel * d.grad.pixel + start;
+    const float* weights = d.weight + ((rows.first + n * stride) * d.side + columns.first) * C + start;
+    for (int64_t m = columns.begin; m < columns.end; ++m)
+      for (int v = 0; v < NV; ++v) {
+        const Vec w = load<IS_PART>(weights + m * stride * C + v * LANES, count);
+        for (int p = 0; p < COUNT; ++p)
+          sums[p][v] += load<IS_PART>(grad + (p - m) * d.grad.pixel + v * LANES, count) * w;
+      }
+  }
+  float* out = d.dx.data + image * d.dx.image + row * d.dx.row + column * d.dx.pixel + start;
+  for (int p = 0; p < COUNT; ++p)
+    for (int v = 0; v < NV; ++v)
+      store<IS_PART>(out + p * d.dx.pixel + v * LANES, sums[p][v], count);
+}
+
 // The transpose of a depthwise convolution. STRIDE 0: any.
 template <int STRIDE, int NV, bool IS_PART>
 static void depthwise_input_row(const DepthwiseGradient& d, int64_t image, int64_t row, const Block& block) {
-  const int64_t C = d.x.channels, start = block.start, count = block.count, stride = STRIDE ? STRIDE : d.stride;
-  const float* grad = d.grad.data + image * d.grad.image + start;
-  const float* base = d.base.data ? d.base.data + image * d.base.image + row * d.base.row + start : nullptr;
-  float* out = d.dx.data + image * d.dx.image + row * d.dx.row + start;
+  const int64_t stride = STRIDE ? STRIDE : d.stride;
   const Places rows(row, d.padding, stride, d.side, d.grad.height);
-  for (int64_t column = 0; column < d.dx.width; ++column, out += d.dx.pixel) {
+  for (int64_t column = 0; column < d.dx.width;) {
     const Places columns(column, d.padding, stride, d.side, d.grad.width);
-    Vec sums[NV] = {};
-    if (base)
-      for (int v = 0; v < NV; ++v)
-        sums[v] = load<IS_PART>(base + column * d.base.pixel + v * LANES, count);
-    for (int64_t n = rows.begin; n < rows.end; ++n) {
-      const float* from = grad + (rows.pixel - n) * d.grad.row + columns.pixel * d.grad.pixel;
-      const float* weight = d.weight + ((rows.first + n * stride) * d.side + columns.first) * C + start;
-      for (int64_t m = columns.begin; m < columns.end; ++m)
-        for (int v = 0; v < NV; ++v)
-          sums[v] += load<IS_PART>(from - m * d.grad.pixel + v * LANES, count) *
-                     load<IS_PART>(weight + m * stride * C + v * LANES, count);
+    const bool is_inside = column + d.padding + 1 >= d.side && column + PIXELS + d.padding <= d.grad.width;
+    if (STRIDE == 1 && is_inside) {
+      depthwise_input_pixels<NV, PIXELS, IS_PART>(
+          d, image, row, column, stride, rows, columns, block.start, block.count);
+      column += PIXELS;
+    } else {
+      depthwise_input_pixels<NV, 1, IS_PART>(d, image, row, column, stride, rows, columns, block.start, block.count);
+      column += 1;
     }
-    for (int v = 0; v < NV; ++v)
-      store<IS_PART>(out + v * LANES, sums[v], count);
   }
 }
 
