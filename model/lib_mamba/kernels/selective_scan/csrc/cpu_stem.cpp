@@ -12,7 +12,7 @@
 
 #include "cpu_dispatch.h"
 #include "cpu_maps.h"
-#include "cpu_statistics.h"
+#include "cpu_norm.h"
 
 namespace mobilemamba {
 namespace {
