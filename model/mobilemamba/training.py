@@ -132,75 +132,17 @@ class _Norm(NamedTuple):
         """Return act(norm(x)) + residual."""
         return ops.normalize(x, *self, int(activation), residual)
 
+    def halves(self) -> tuple[_Norm, _Norm]:
+        """Return the norms of the first and of the last half of the channels."""
+        first, last = zip(*(tensor.chunk(2) for tensor in self[:-1]), strict=True)
+        return _Norm(*first, self.eps), _Norm(*last, self.eps)
+
     def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        activation: Activation = _NORM,
-        *,
-        sums: Tensor | None = None,
-        out: Tensor | None = None,
+        self, grad: Tensor, x: Tensor, activation: Activation = _NORM, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of x (in ``out``, which may be ``grad``), weight and bias.
-
-        Args:
-            grad: Of act(norm(x)).
-            x: What was normalised.
-            activation: What followed.
-            sums: What `layer_backward` made of grad and x.
-            out: Where the gradient of x goes.
-        """
+        """Return the gradients of x (in ``out``, which may be ``grad``), weight and bias."""
         out = torch.empty_like(x) if out is None else out
-        return out, *ops.normalize_backward(grad, x, *self, int(activation), sums, out)
-
-    def layer_backward(
-        self,
-        grad: Tensor,
-        u: Tensor,
-        activation: Activation,
-        weight: Tensor,
-        x: Tensor,
-        x_norm: _Norm | None = None,
-        x_activation: Activation = _NORM,
-        *,
-        sums: Tensor | None = None,
-        residual: Tensor | None = None,
-        base: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Go back through act(norm(u)), u = weight h, to h = act(norm(x)) + residual, or h = x.
-
-        Args:
-            grad: Of act(norm(u)).
-            u: (B, C', H, W).
-            activation: What followed.
-            weight: (C', C, 1, 1).
-            x: (B, C, H, W).
-            x_norm: Its norm, if it has one.
-            x_activation: What followed that.
-            sums: What this gave for u and its norm, if it was one layer's x before.
-            residual: As x.
-            base: What the gradient of h is added to.
-
-        Returns:
-            The gradients of h, of weight and of this norm's weight and bias, and sums for the norm of x.
-        """
-        inner, eps = ([], 0.0) if x_norm is None else (x_norm[:-1], x_norm.eps)
-        dx, *dparameters, sums = ops.layer_backward(
-            grad,
-            u,
-            self[:-1],
-            self.eps,
-            int(activation),
-            sums,
-            x,
-            inner,
-            eps,
-            int(x_activation),
-            residual,
-            weight,
-            base,
-        )
-        return dx, dparameters, sums
+        return out, *ops.normalize_backward(grad, x, *self, int(activation), out)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -268,11 +210,13 @@ class _DepthwiseFFN(_Step):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (norm0, norm1, norm2), (x, u0, u1, u2, taps, wide, narrow) = _Step.saved(ctx)
-        dh, dnarrow, sums = norm2.layer_backward(grad, u2, _NORM, narrow, u1, norm1, _RELU)
-        dy, dwide, sums = norm1.layer_backward(dh, u1, _RELU, wide, u0, norm0, sums=sums, residual=x, base=grad)
-        du, *daffine = norm0.backward(dy, u0, sums=sums)
+        du, dweight2, dbias2 = norm2.backward(grad, u2)
+        dh, dnarrow = ops.product_backward(du, norm1(u1, _RELU), narrow, None)
+        dh, dweight1, dbias1 = norm1.backward(dh, u1, _RELU, out=dh)
+        dy, dwide = ops.product_backward(dh, norm0(u0, residual=x), wide, grad)
+        du, dweight0, dbias0 = norm0.backward(dy, u0, out=du)
         dx, dtaps = ops.depthwise_backward(du, x, taps, 1, dy)
-        return dx, None, dtaps, *daffine, *dwide, *dnarrow
+        return dx, None, dtaps, dweight0, dbias0, dwide, dweight1, dbias1, dnarrow, dweight2, dbias2
 
 
 def depthwise_ffn(depthwise: nn.Module, ffn: nn.Module, x: Tensor) -> Tensor:
@@ -295,8 +239,9 @@ class _Pointwise(_Step):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (norm,), (x, u, weight) = _Step.saved(ctx)
-        dx, dparameters, _ = norm.layer_backward(grad, u, _NORM, weight, x)
-        return dx, None, *dparameters
+        du, *daffine = norm.backward(grad, u)
+        dx, dweight = ops.product_backward(du, x, weight, None)
+        return dx, None, dweight, *daffine
 
 
 def pointwise(layer: ConvBN, x: Tensor) -> Tensor:
@@ -333,8 +278,9 @@ class _ExpandAndStride(_Step):
         (norm1, norm2), (x, u1, u2, wide, taps) = _Step.saved(ctx)
         du, dweight2, dbias2 = norm2.backward(grad, u2, _RELU)
         dh, dtaps = ops.depthwise_backward(du, norm1(u1, _RELU), taps, 2, None)
-        dx, dwide, _ = norm1.layer_backward(dh, u1, _RELU, wide, x)
-        return dx, None, *dwide, dtaps, dweight2, dbias2
+        dh, dweight1, dbias1 = norm1.backward(dh, u1, _RELU, out=dh)
+        dx, dwide = ops.product_backward(dh, x, wide, None)
+        return dx, None, dwide, dweight1, dbias1, dtaps, dweight2, dbias2
 
 
 def expand_and_stride(expand: ConvBN, stride: ConvBN, x: Tensor) -> Tensor:
@@ -512,7 +458,8 @@ class _Mixer(_Step):
         settings, p = ctx.settings, _MixerParameters(*parameters)
         x_global, x_local, _ = x.split(settings.split, dim=1)
 
-        dy, dproj, _ = proj_norm.layer_backward(grad, u_proj, _NORM, p.proj_weight, y)
+        du, dproj_scale, dproj_shift = proj_norm.backward(grad, u_proj)
+        dy, dproj_weight = ops.product_backward(du, y, p.proj_weight, None)
         dy = torch.ops.aten.threshold_backward(dy, y, 0)
         dy_global, dy_local, dx_identity = dy.split(settings.split, dim=1)
 
@@ -524,11 +471,10 @@ class _Mixer(_Step):
         dx_local, dlocal_weight = ops.depthwise_backward(du, x_local, p.local_weight, 1, None)
 
         # The norm's weight and bias hold base_scale.
-        dy_scan, (dout_weight, dscale, dshift), _ = out_norm.layer_backward(
-            dy_global, u_out, _NORM, p.out_weight, y_scan
-        )
+        du, dscale, dshift = out_norm.backward(dy_global, u_out)
         base = p.base_scale.flatten()
         dbase_scale = (dscale * p.out_scale + dshift * p.out_shift).view_as(p.base_scale)
+        dy_scan, dout_weight = ops.product_backward(du, y_scan, p.out_weight, None)
 
         x_in, z = in_norm(u_in).chunk(2, dim=1)
         x_conv = _convolve(x_in, p.conv_weight, p.conv_bias)
@@ -543,8 +489,11 @@ class _Mixer(_Step):
         dx_conv = torch.ops.aten.silu_backward(_map(dx_scan, x), x_conv)
         dconv_bias = _rows(dx_conv).sum(0)
         dx_in, dconv_weight = ops.depthwise_backward(dx_conv, x_in, p.conv_weight, 1, None)
-        dx_in = _join(dx_in, _map(dz, x))
-        dx_global, din, _ = in_norm.layer_backward(dx_in, u_in, _NORM, p.in_weight, x_global)
+        du = torch.empty_like(u_in)
+        sides = zip((dx_in, _map(dz, x)), in_norm.halves(), u_in.chunk(2, 1), du.chunk(2, 1), strict=True)
+        affine = [norm.backward(half, u_half, out=du_half)[1:] for half, norm, u_half, du_half in sides]
+        din_scale, din_shift = map(torch.cat, zip(*affine, strict=True))
+        dx_global, din_weight = ops.product_backward(du, x_global, p.in_weight, None)
 
         side = p.band_weight.shape[2]
         dx_global = ops.wavelet(dy_global, p.bands.flip(0, 1).contiguous(), dx_global)
@@ -554,7 +503,9 @@ class _Mixer(_Step):
 
         dx = _join(dx_global, dx_local, dx_identity).add_(grad)
         gradients = _MixerParameters(
-            *din,
+            din_weight,
+            din_scale,
+            din_shift,
             dconv_weight,
             dconv_bias,
             dx_weight,
@@ -571,7 +522,9 @@ class _Mixer(_Step):
             dfactor,
             dfactor_scale,
             dfactor_shift,
-            *dproj,
+            dproj_weight,
+            dproj_scale,
+            dproj_shift,
         )
         return dx, None, *gradients
 

@@ -12,7 +12,7 @@
 
 #include "cpu_dispatch.h"
 #include "cpu_maps.h"
-#include "cpu_norm.h"
+#include "cpu_statistics.h"
 
 namespace mobilemamba {
 namespace {

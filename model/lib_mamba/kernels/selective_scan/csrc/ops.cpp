@@ -34,12 +34,9 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
       "Tensor? residual) -> Tensor");
   m.def(
       "normalize_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, "
-      "int activation, Tensor? sums, Tensor(a!) out) -> (Tensor dweight, Tensor dbias)");
+      "int activation, Tensor(a!) out) -> (Tensor dweight, Tensor dbias)");
   m.def("product(Tensor x, Tensor weight) -> Tensor");
-  m.def(
-      "layer_backward(Tensor grad, Tensor u, Tensor[] norm, float eps, int activation, Tensor? sums, Tensor x, "
-      "Tensor[] x_norm, float x_eps, int x_activation, Tensor? residual, Tensor weight, Tensor? base) "
-      "-> (Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift, Tensor sums)");
+  m.def("product_backward(Tensor grad, Tensor x, Tensor weight, Tensor? base) -> (Tensor dx, Tensor dweight)");
   m.def(
       "depthwise_backward(Tensor grad, Tensor x, Tensor weight, int stride, Tensor? base) "
       "-> (Tensor dx, Tensor dweight)");

@@ -1,0 +1,255 @@
+// What the layers are trained with on the CPU: batch normalisation, gradients of depthwise convolutions and of the
+// wavelet branch. In float32; maps are channels-last.
+//
+// Sums are made in an order that does not depend on the number of threads: results are the same for any number.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu_dispatch.h"
+#include "cpu_maps.h"
+#include "cpu_statistics.h"
+
+namespace mobilemamba {
+namespace {
+
+using at::Tensor;
+
+// Rows are cut into pieces of about this many floats, which stay in the cache from one pass to the next; and into a
+// number of pieces that most numbers of threads divide.
+constexpr int64_t kPiece = 1 << 15;
+constexpr int64_t kRound = 16;
+
+struct Pieces {
+  int64_t rows, count;
+
+  Pieces(int64_t rows_, int64_t channels)
+      : rows(rows_), count(std::max<int64_t>(1, std::min(rows, (rows * channels / kPiece / kRound + 1) * kRound))) {}
+
+  int64_t begin(int64_t i) const { return i * rows / count; }
+  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
+};
+
+// Calls `body(piece)` on all threads. A thread goes backwards over what was just written or read forwards, and the other
+// way round: then the end of it is still in the cache.
+enum Order { kForwards, kBackwards };
+
+template <class Body>
+void for_pieces(const Pieces& pieces, Order order, Body body) {
+  at::parallel_for(0, pieces.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      body(order == kForwards ? k : begin + end - 1 - k);
+  });
+}
+
+Matrix matrix_of(const Tensor& map) {
+  return {const_cast<float*>(map.const_data_ptr<float>()), row_stride(map)};
+}
+
+// Mean and biased variance of every channel. The running ones move towards the mean and the unbiased variance.
+std::tuple<Tensor, Tensor> moments(
+    const Tensor& x, const Tensor& running_mean, const Tensor& running_var, double momentum) {
+  const Tensor map = as_rows(x);
+  const int64_t C = map.size(1), rows = num_rows(map);
+  const Pieces pieces(rows, C);
+  const Tensor partial = floats(2 * pieces.count * C), mean = floats(C), var = floats(C);
+  check_vector(running_mean, C, "running_mean");
+  check_vector(running_var, C, "running_var");
+  float *means = partial.mutable_data_ptr<float>(), *squares = means + pieces.count * C;
+  const Kernels& kernel = kernels();
+  for_pieces(pieces, kBackwards, [&](int64_t i) {
+    kernel.moments(matrix_of(map).from(pieces.begin(i)), pieces.size(i), C, means + i * C, squares + i * C);
+  });
+  // Variances of the pieces and distances between their means add up without cancellation.
+  std::vector<double> centre(C), spread(C);
+  for (int64_t i = 0; i < pieces.count; ++i)
+    for (int64_t c = 0; c < C; ++c)
+      centre[c] += static_cast<double>(means[i * C + c]) * pieces.size(i) / rows;
+  for (int64_t i = 0; i < pieces.count; ++i)
+    for (int64_t c = 0; c < C; ++c) {
+      const double distance = means[i * C + c] - centre[c];
+      spread[c] += squares[i * C + c] + distance * distance * pieces.size(i);
+    }
+  float *to_mean = mean.mutable_data_ptr<float>(), *to_var = var.mutable_data_ptr<float>();
+  float *old_mean = running_mean.mutable_data_ptr<float>(), *old_var = running_var.mutable_data_ptr<float>();
+  for (int64_t c = 0; c < C; ++c) {
+    to_mean[c] = static_cast<float>(centre[c]);
+    to_var[c] = static_cast<float>(spread[c] / rows);
+    old_mean[c] += static_cast<float>(momentum * (centre[c] - old_mean[c]));
+    old_var[c] += static_cast<float>(momentum * (spread[c] / (rows - 1) - old_var[c]));
+  }
+  return {mean, var};
+}
+
+void check_same(const Tensor& tensor, const Tensor& map, const char* name) {
+  TORCH_CHECK(tensor.sizes() == map.sizes(), name, " must be ", map.sizes(), ", got ", tensor.sizes());
+}
+
+Tensor normalize(
+    const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& bias, double eps,
+    int64_t activation, const std::optional<Tensor>& residual) {
+  const Tensor map = as_rows(x), added = residual ? as_rows(*residual) : Tensor();
+  const int64_t C = map.size(1);
+  const Statistics statistics{mean, var, weight, bias, eps};
+  statistics.check(C);
+  if (residual)
+    check_same(added, map, "residual");
+  const Tensor out = new_map(map.size(0), C, map.size(2), map.size(3)), scale = floats(C);
+  const Normalization n = statistics.normalization(scale.mutable_data_ptr<float>(), activation_of(activation));
+  const Matrix from = matrix_of(map), to = matrix_of(out), below = residual ? matrix_of(added) : Matrix{};
+  const Kernels& kernel = kernels();
+  const Pieces pieces(num_rows(map), C);
+  for_pieces(pieces, kForwards, [&](int64_t i) {
+    const int64_t row = pieces.begin(i);
+    kernel.normalize(n, from.from(row), below.from(row), to.from(row), pieces.size(i));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> normalize_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& weight,
+    const Tensor& bias, double eps, int64_t activation, const Tensor& out) {
+  const Tensor map = as_rows(x), gradient = as_rows(grad);
+  const int64_t C = map.size(1), rows = num_rows(map);
+  const Pieces pieces(rows, C);
+  const Statistics statistics{mean, var, weight, bias, eps};
+  statistics.check(C);
+  check_same(gradient, map, "grad");
+  check_same(out, map, "out");
+  TORCH_CHECK(as_rows(out).is_same(out), "out must be channels-last");
+  const Tensor partial = floats((2 * pieces.count + 3) * C), dweight = floats(C), dbias = floats(C);
+  float *scale = partial.mutable_data_ptr<float>(), *offset = scale + C, *slope = offset + C;
+  float *sums = slope + C, *products = sums + pieces.count * C;
+  const Normalization n = statistics.normalization(scale, activation_of(activation));
+  const Matrix from = matrix_of(map), g = matrix_of(gradient), to = matrix_of(out);
+  const Kernels& kernel = kernels();
+  for_pieces(pieces, kBackwards, [&](int64_t i) {
+    const int64_t row = pieces.begin(i);
+    kernel.normalize_sums(n, g.from(row), from.from(row), pieces.size(i), sums + i * C, products + i * C);
+  });
+  std::vector<double> sum(C), product(C);
+  for (int64_t i = 0; i < pieces.count; ++i)
+    for (int64_t c = 0; c < C; ++c) {
+      sum[c] += sums[i * C + c];
+      product[c] += products[i * C + c];
+    }
+  float *to_weight = dweight.mutable_data_ptr<float>(), *to_bias = dbias.mutable_data_ptr<float>();
+  for (int64_t c = 0; c < C; ++c) {
+    const double rstd = statistics.rstd(c);
+    to_bias[c] = static_cast<float>(sum[c]);
+    to_weight[c] = static_cast<float>(product[c] * rstd);
+    offset[c] = static_cast<float>(-scale[c] * sum[c] / rows);
+    slope[c] = static_cast<float>(-scale[c] * product[c] * rstd * rstd / rows);
+  }
+  for_pieces(pieces, kForwards, [&](int64_t i) {
+    const int64_t row = pieces.begin(i);
+    kernel.normalize_backward(n, offset, slope, g.from(row), from.from(row), to.from(row), pieces.size(i));
+  });
+  return {dweight, dbias};
+}
+
+// Products with a weight (C', C, 1, 1) are PyTorch's own, of the pixels as rows.
+Tensor matrix_view(const Tensor& map) {
+  return map.as_strided({num_rows(map), map.size(1)}, {row_stride(map), 1});
+}
+
+Tensor matrix_view(const Tensor& weight, int64_t channels) {
+  TORCH_CHECK(
+      weight.dim() >= 2 && weight.size(1) == channels && weight.numel() == weight.size(0) * channels,
+      "weight must be (C', ", channels, ", 1, 1), got ", weight.sizes());
+  return weight.reshape({weight.size(0), channels});
+}
+
+Tensor product(const Tensor& x, const Tensor& weight) {
+  const Tensor map = as_rows(x), matrix = matrix_view(weight, map.size(1));
+  const Tensor out = new_map(map.size(0), matrix.size(0), map.size(2), map.size(3));
+  Tensor rows = matrix_view(out);
+  at::mm_out(rows, matrix_view(map), matrix.t());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> product_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& base) {
+  const Tensor map = as_rows(x), gradient = as_rows(grad), matrix = matrix_view(weight, map.size(1));
+  const Tensor rows = matrix_view(gradient), dx = new_map(map.size(0), map.size(1), map.size(2), map.size(3));
+  Tensor out = matrix_view(dx);
+  if (base) {
+    check_same(*base, map, "base");
+    at::addmm_out(out, matrix_view(as_rows(*base)), rows, matrix);
+  } else {
+    at::mm_out(out, rows, matrix);
+  }
+  return {dx, at::mm(rows.t(), matrix_view(map)).view(weight.sizes())};
+}
+
+// A depthwise weight (C, 1, H, W) as the kernels read it, (H, W, C).
+Tensor taps_of(const Tensor& weight) {
+  TORCH_CHECK(
+      weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3),
+      "a depthwise weight must be (C, 1, side, side), got ", weight.sizes());
+  return weight.squeeze(1).permute({1, 2, 0}).contiguous();
+}
+
+std::tuple<Tensor, Tensor> depthwise_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t stride, const std::optional<Tensor>& base) {
+  const Tensor map = channels_last(x), gradient = channels_last(grad), below = base ? channels_last(*base) : Tensor();
+  const Tensor taps = taps_of(weight);
+  const int64_t B = map.size(0), C = map.size(1), H = map.size(2), side = taps.size(0), padding = side / 2;
+  check_vector(taps, side * side * C, "weight");
+  TORCH_CHECK(
+      gradient.size(0) == B && gradient.size(1) == C && gradient.size(2) == convolved(H, side, stride, padding) &&
+          gradient.size(3) == convolved(map.size(3), side, stride, padding),
+      "grad does not fit to x: ", gradient.sizes());
+  if (base)
+    check_same(below, map, "base");
+  const Tensor dx = new_map(B, C, H, map.size(3)), dtaps = at::empty({side, side, C}, at::TensorOptions(at::kFloat));
+  const DepthwiseGradient d{map_of(gradient), map_of(map), map_of(dx), base ? map_of(below) : Map{},
+                            side, stride, padding, taps.const_data_ptr<float>()};
+  const Kernels& kernel = kernels();
+  sum_images(B, kernel.num_blocks(C), dtaps.numel(), dtaps.mutable_data_ptr<float>(),
+             [&](int64_t first, int64_t last, int64_t block, float* sums) {
+               for (int64_t image = first; image < last; ++image) {
+                 for (int64_t row = 0; row < H; ++row)
+                   kernel.depthwise_input(d, image, row, block);
+                 kernel.depthwise_taps(d, image, block, sums);
+               }
+             });
+  return {dx, dtaps.permute({2, 0, 1}).contiguous().view(weight.sizes())};
+}
+
+Tensor wavelet_taps(const Tensor& grad, const Tensor& x, int64_t side) {
+  const Tensor map = channels_last(x), gradient = channels_last(grad);
+  check_same(gradient, map, "grad");
+  const int64_t C = map.size(1);
+  const Tensor dweight = at::empty({side, side, 4 * C}, at::TensorOptions(at::kFloat));
+  const WaveletGradient w{map_of(gradient), map_of(map), side};
+  const Kernels& kernel = kernels();
+  sum_images(map.size(0), (C + kernel.lanes - 1) / kernel.lanes, dweight.numel(), dweight.mutable_data_ptr<float>(),
+             [&](int64_t first, int64_t last, int64_t unit, float* sums) {
+               const Tensor work = floats(kernel.wavelet_work_size(map.size(2), map.size(3), side));
+               for (int64_t image = first; image < last; ++image)
+                 kernel.wavelet_taps(w, image, unit * kernel.lanes, sums, work.mutable_data_ptr<float>());
+             });
+  return dweight;
+}
+
+}  // namespace
+}  // namespace mobilemamba
+
+TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
+  m.impl("moments", mobilemamba::moments);
+  m.impl("normalize", mobilemamba::normalize);
+  m.impl("normalize_backward", mobilemamba::normalize_backward);
+  m.impl("product", mobilemamba::product);
+  m.impl("product_backward", mobilemamba::product_backward);
+  m.impl("depthwise_backward", mobilemamba::depthwise_backward);
+  m.impl("wavelet_taps", mobilemamba::wavelet_taps);
+}
