@@ -2,8 +2,9 @@
 
     python -m benchmarks.train_step [--quick] [--variants MobileMamba_B1] [--batch 16] [--precisions fp32]
 
-A step is forward, cross-entropy, backward, AdamW. Every network lives in a fresh process of its own, for its peak
-memory to be its own; the two of a pair take turns, the other one waiting meanwhile.
+A step is forward, cross-entropy, backward, AdamW, in a process set up as the trainer sets up its own. Every network
+lives in a fresh process, for its peak memory to be its own; the two of a pair take turns, the other one waiting
+meanwhile.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from model import create_model, list_models
+from util.memory import frozen_objects, keep_freed_memory
 
 from .common import (
     Plan,
@@ -77,7 +79,8 @@ def training_step(case: Case) -> Callable[[], None]:
     network = (create_literal if case.kind == "literal" else create_model)(case.variant).to(case.device).train()
     if case.kind == "ours":
         network = network.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.05)
+    is_fused = True if case.device == "cpu" else None  # as `optim.build_optimizer` has it
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.05, fused=is_fused)
     images = torch.randn(case.batch, 3, network.img_size, network.img_size, device=case.device)
     targets = torch.randint(network.num_classes, (case.batch,), device=case.device)
 
@@ -107,11 +110,14 @@ def work(case: Case, plan: Plan, connection: Connection) -> None:
     """Train in this process: a turn for every message True, and at the end the peak memory."""
     torch.set_num_threads(case.threads)
     start = 0 if case.device == "cuda" else _memory("VmRSS")
+    if case.device == "cpu":
+        keep_freed_memory()
     step = training_step(case)
     warm_up(step, plan, case.device)
     connection.send("ready")
-    while connection.recv():
-        connection.send(take_turn(step, plan, case.device))
+    with frozen_objects():
+        while connection.recv():
+            connection.send(take_turn(step, plan, case.device))
     peak = _peak(case.device)
     connection.send({"peak_bytes": peak, "above_start_bytes": peak - start})
 

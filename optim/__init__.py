@@ -47,6 +47,8 @@ def build_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer
     kwargs = config.optim.optim_kwargs
     _check_name(kwargs.name, create_graph=config.loss.create_graph)
     arguments = _arguments(kwargs)
+    if _can_fuse(kwargs.name, network) and not {"foreach", "fused"} & set(arguments):
+        arguments["fused"] = True
     groups = parameter_groups(network, weight_decay=kwargs.weight_decay, layer_decay=config.optim.layer_decay)
     try:
         return create_optimizer_v2(
@@ -94,6 +96,12 @@ def _arguments(kwargs: OptimKwargs) -> dict[str, Any]:
         elif name in accepted:
             logger.info("optimiser %s keeps its own %s, %s", kwargs.name, name, accepted[name])
     return arguments | _extra(kwargs, accepted)
+
+
+def _can_fuse(name: str, network: nn.Module) -> bool:
+    """Return whether PyTorch has the optimiser for a CPU in one pass over all parameters, not one for each operation."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return "fused" in _accepted(name) and all(p.is_cpu and p.is_floating_point() for p in parameters)
 
 
 def _accepted(name: str) -> dict[str, Any]:

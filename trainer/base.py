@@ -9,6 +9,7 @@ from data import worker_failures
 from util.distributed import is_lost_process
 from util.errors import EXIT_USER_ERROR, RunError
 from util.logging import progress_bar
+from util.memory import frozen_objects
 
 from .batchnorm import equalise_statistics
 from .evaluate import Score
@@ -37,7 +38,7 @@ class BaseTrainer(TrainerSetup):
         """
         self._mark = time.perf_counter()
         # Signals stay marks while the state is saved: a scheduler may send several.
-        with self.watch:
+        with self.watch, frozen_objects():
             try:
                 self._train()
             except SignalError as stop:

@@ -19,6 +19,7 @@ from data import Loaders
 from optim import build_optimizer, build_scheduler
 from util.distributed import Process
 from util.logging import FILE_ONLY
+from util.memory import keep_freed_memory
 from util.meters import Meters
 from util.seed import seed_everything
 
@@ -55,6 +56,8 @@ class TrainerSetup(abc.ABC):
         self.config = config
         self.process = process
         self.watch = SignalWatch()
+        if process.device.type == "cpu":
+            keep_freed_memory()
         # All processes build the same network; only then do their random numbers part.
         seed_everything(config.seed, deterministic=config.trainer.cuda_deterministic)
         self.folder = self._make_folder()
