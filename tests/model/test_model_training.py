@@ -1,0 +1,347 @@
+"""Layers in training on the compiled kernels, against float64 in plain PyTorch, and when they run there."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from model import create_model
+from model.layers import FFN, Residual
+from model.lib_mamba import backends, use_backend
+from model.mobilemamba.blocks import Block, DepthwiseFFN, PatchMerging, depthwise, patch_embed
+from model.mobilemamba.fuse import fuse
+from model.mobilemamba.training import kernels_for, mix
+from model.mobilemamba.wavelet import haar_filters, is_haar
+
+ROOT = Path(__file__).resolve().parents[2]
+# Sides odd and even, a row of pixels, images that do and do not divide among the threads.
+MAPS = [(9, 1, 1), (1, 3, 3), (2, 5, 7), (5, 8, 8), (3, 17, 1), (17, 4, 6)]
+
+
+@pytest.fixture
+def kernels():
+    is_available, reason = backends.availability("cpu")
+    if not is_available:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    # Fills what the kernels allocate with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with use_backend("cpu"):
+        yield torch.ops.mobilemamba_kernels
+    torch.use_deterministic_algorithms(False)
+
+
+def with_random_parameters(module):
+    """No branch is nothing at the start, and no two channels are alike."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith(("base_scale.weight", "0.weight")) and parameter.requires_grad:
+            nn.init.uniform_(parameter, 0.2, 0.6)
+    return module.train()
+
+
+def block(channels=38, **mixer):
+    shares = {"global_ratio": 0.5, "local_ratio": 0.25, "kernel_size": 5} | mixer
+    return with_random_parameters(Block(channels, **shares))
+
+
+def feature_map(batch, height, width, channels):
+    return torch.randn(batch, channels, height, width).contiguous(memory_format=torch.channels_last)
+
+
+def steps_of(tensor):
+    """The names of the steps of autograd that a tensor comes from."""
+    names, seen, nodes = set(), set(), [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.add(node.name())
+            nodes += [following for following, _ in node.next_functions]
+    return names
+
+
+def run(module, x):
+    """Output, gradients of the input and of the parameters, and buffers after a step."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = module(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)  # a sum would lead to gradients of zero
+    (y * weights.sin()).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return y, x.grad, gradients, dict(module.named_buffers())
+
+
+def assert_as_in_float64(module, x, *, steps, tolerance=5e-5):
+    exact = copy.deepcopy(module).double()
+    y, dx, gradients, buffers = run(module, x)
+    y_exact, dx_exact, gradients_exact, buffers_exact = run(exact, x.double())
+    assert steps <= steps_of(y)
+    assert not steps & steps_of(y_exact)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    scale = max(gradient.abs().max() for gradient in gradients_exact.values())
+    for name, actual, expected in [
+        ("y", y, y_exact),
+        ("dx", dx, dx_exact),
+        *((name, gradients[name], expected) for name, expected in gradients_exact.items()),
+        *((name, buffers[name], expected) for name, expected in buffers_exact.items()),
+    ]:
+        # What comes before a batch norm may have hardly any gradient but for what is rounded.
+        size = max(expected.abs().max().item(), 1e-2 * scale.item())
+        assert (actual.double() - expected).abs().max().item() <= tolerance * size, name
+
+
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+@pytest.mark.parametrize("channels", [5, 48, 75])
+def test_depthwise_and_feed_forward(kernels, shape, channels):
+    module = with_random_parameters(DepthwiseFFN(depthwise(channels), Residual(FFN(channels))))
+    assert_as_in_float64(module, feature_map(*shape, channels), steps={"_DepthwiseFFNBackward"})
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3), (2, 5, 7), (5, 8, 8), (17, 4, 6)], ids=str)
+def test_downsampling(kernels, shape):
+    module = with_random_parameters(PatchMerging(9, 21))
+    steps = {"_ExpandAndStrideBackward", "_PointwiseBackward"}
+    assert_as_in_float64(module, feature_map(*shape, 9), steps=steps)
+
+
+@pytest.mark.parametrize("shape", [(2, 33, 47), (3, 64, 32), (5, 32, 40)], ids=str)
+@pytest.mark.parametrize("channels", [24, 136])
+def test_stem(kernels, shape, channels):
+    module = with_random_parameters(patch_embed(3, channels))
+    assert_as_in_float64(module, feature_map(*shape, 3), steps={"_StemBackward"})
+
+
+@pytest.mark.parametrize("shape", [(9, 1, 1), (2, 5, 7), (3, 8, 8), (17, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"kernel_size": 3, "local_ratio": 0.5, "channels": 32},  # no identity
+        {"kernel_size": 7, "scan": "single"},
+        {"d_state": 2, "ssm_ratio": 1.0},
+    ],
+    ids=str,
+)
+def test_block(kernels, shape, settings):
+    module = block(**settings)
+    steps = {"_DepthwiseFFNBackward", "_MixerBackward"}
+    assert_as_in_float64(module, feature_map(*shape, module.dw0.m.c.in_channels), steps=steps, tolerance=2e-4)
+
+
+WHOLE_NETWORK = """
+import copy, torch
+from model import create_model
+torch.manual_seed(0)
+network = create_model("MobileMamba_T2", num_classes=5).train()
+for name, parameter in network.named_parameters():
+    if parameter.dim() == 1:
+        torch.nn.init.uniform_(parameter, 0.5, 1.5)
+images = torch.randn(6, 3, 70, 90)
+exact = copy.deepcopy(network).double()
+logits = {}
+for net in (network, exact):
+    logits[net] = net(images.to(next(net.parameters()).dtype))
+    logits[net].square().sum().backward()
+worst = 0.0
+for actual, expected in zip(network.parameters(), exact.parameters()):
+    if actual.requires_grad and expected.grad.abs().max() > 1e-3:
+        worst = max(worst, ((actual.grad - expected.grad).abs().max() / expected.grad.abs().max()).item())
+print(worst, torch.ops.mobilemamba_kernels.cpu_capability())
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(kernels, capability):
+    """PyTorch's switch, which the kernels follow, is read once a process; sides and channels leave parts of vectors."""
+    widest = torch.backends.cpu.get_cpu_capability().lower()
+    if {"avx2": widest not in ("avx2", "avx512"), "avx512": widest != "avx512"}.get(capability, False):
+        pytest.skip(f"PyTorch uses {widest} here")
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", WHOLE_NETWORK]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    error, name = result.stdout.split()
+    assert float(error) < 1e-3
+    assert name == {"default": "portable", "avx2": "AVX2", "avx512": "AVX-512"}[capability]
+
+
+def test_gradients_are_identical_from_run_to_run(kernels):
+    module, x = block(), feature_map(4, 6, 6, 38)
+    first, second = run(copy.deepcopy(module), x), run(copy.deepcopy(module), x)
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_gradients_do_not_depend_on_the_threads(kernels, threads):
+    module, x = block(), feature_map(3, 6, 6, 38)
+    expected = run(copy.deepcopy(module), x)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        torch.testing.assert_close(run(copy.deepcopy(module), x), expected, rtol=1e-3, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_frozen_has_no_gradient_and_the_rest_has_its_own(kernels):
+    module, x = block(), feature_map(2, 6, 6, 38)
+    expected = run(copy.deepcopy(module), x)[2]
+    module.ffn0.requires_grad_(False)
+    actual = run(module, x)[2]
+    assert set(actual) == {name for name in expected if not name.startswith("ffn0")}
+    torch.testing.assert_close(actual, {name: expected[name] for name in actual}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+def test_running_statistics(kernels, momentum):
+    module = block()
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = momentum
+    exact = copy.deepcopy(module).double()
+    for _ in range(3):
+        x = feature_map(2, 4, 4, 38)
+        module(x)
+        exact(x.double())
+    actual, expected = dict(module.named_buffers()), dict(exact.named_buffers())
+    assert all(actual[name] == 3 for name in actual if name.endswith("num_batches_tracked"))
+    for name, buffer in expected.items():
+        torch.testing.assert_close(actual[name].double(), buffer.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_one_value_a_channel_is_refused_as_by_pytorch(kernels):
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        block()(feature_map(1, 1, 1, 38))
+
+
+def change(module, what):
+    if what == "a hook":
+        module.m.attn.proj[1].bn.register_forward_hook(lambda *_: None)
+    elif what == "a norm in evaluation":
+        module.m.attn.local_op.bn1.eval()
+    elif what == "a synchronised norm":
+        nn.SyncBatchNorm.convert_sync_batchnorm(module.m.attn.proj)
+    elif what == "dilation":
+        module.m.attn.local_op.dwconv3x3.dilation, module.m.attn.local_op.dwconv3x3.padding = (2, 2), (4, 4)
+    elif what == "other filters":
+        with torch.no_grad():
+            module.m.attn.global_op.wt_filter *= 0.5
+    elif what == "learnt filters":
+        module.m.attn.global_op.iwt_filter.requires_grad_()
+    elif what == "an adapter":
+        module.m.attn.proj[1].c = nn.Sequential(module.m.attn.proj[1].c)
+    elif what == "half precision":
+        module.bfloat16()
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a hook",
+        "a norm in evaluation",
+        "a synchronised norm",
+        "dilation",
+        "other filters",
+        "learnt filters",
+        "an adapter",
+        "half precision",
+    ],
+)
+def test_what_is_changed_or_watched_runs_layer_by_layer(kernels, what):
+    mixer, x = block().mixer, feature_map(2, 4, 4, 38)
+    assert "_MixerBackward" in steps_of(mix(mixer, x))
+    change(mixer, what)
+    y = mix(mixer, x.bfloat16() if what == "half precision" else x)
+    assert "_MixerBackward" not in steps_of(y)
+
+
+@pytest.mark.parametrize("settings", [{"scan": "cross"}, {"global_ratio": 0.0}, {"local_ratio": 0.0}], ids=str)
+def test_mixers_of_other_kinds_run_layer_by_layer(kernels, settings):
+    module = block(64, **settings)
+    assert "_MixerBackward" not in steps_of(module(feature_map(2, 4, 4, 64)))
+
+
+def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
+    x = feature_map(1, 3, 3, 2)
+    assert kernels_for(x) is not None
+    assert kernels_for(x.double()) is None
+    assert kernels_for(x.to("meta")) is None
+    assert kernels_for(nn.Parameter(x)) is None
+    assert kernels_for(torch.fx.Proxy(torch.fx.Node(torch.fx.Graph(), "x", "placeholder", "x", (), {}))) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kernels_for(x) is None
+    with use_backend("reference"):
+        assert kernels_for(x) is None
+    torch.func.grad(lambda value: (kernels_for(value) is None) * value.sum())(x)
+
+
+def test_a_changed_filter_is_used_in_a_folded_network_too(kernels):
+    module = block().eval()
+    with torch.no_grad():
+        module.mixer.m.attn.global_op.wt_filter *= 0.5
+        x = feature_map(2, 6, 6, 38)
+        expected = module(x)
+        torch.testing.assert_close(fuse(nn.Sequential(module))(x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_training_compiles_without_graph_breaks(kernels):
+    network = create_model("MobileMamba_T2", num_classes=3).train()
+    compiled = torch.compile(copy.deepcopy(network), fullgraph=True, backend="aot_eager")
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(compiled(images), network(images), rtol=1e-3, atol=1e-4)
+
+
+def test_misshapen_arguments_are_refused(kernels):
+    x, g = feature_map(1, 4, 4, 5), feature_map(1, 4, 4, 7)
+    vector = torch.ones(5)
+    with pytest.raises(RuntimeError, match="running_mean must be 5 floats"):
+        kernels.moments(x, torch.ones(4), torch.ones(5), 0.1)
+    with pytest.raises(RuntimeError, match="residual must be"):
+        kernels.normalize(x, vector, vector, vector, vector, 1e-5, 0, g)
+    with pytest.raises(RuntimeError, match=r"nothing .0. or a ReLU"):
+        kernels.normalize(x, vector, vector, vector, vector, 1e-5, 2, None)
+    with pytest.raises(RuntimeError, match=r"weight must be .C', 5, 1, 1."):
+        kernels.product(x, torch.ones(3, 4, 1, 1))
+    with pytest.raises(RuntimeError, match="grad does not fit"):
+        kernels.depthwise_backward(g, x, torch.ones(5, 1, 3, 3), 1, None)
+    with pytest.raises(RuntimeError, match=r"weight must be .C', 5, 3, 3."):
+        kernels.strided_conv(x, vector, vector, vector, vector, 1e-5, torch.ones(4, 5, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        ("moments", (torch.randn(2, 5, 3, 4), torch.zeros(5), torch.ones(5), 0.1)),
+        ("normalize", (torch.randn(2, 5, 3, 4), *torch.ones(4, 5).unbind(), 1e-5, 1, torch.randn(2, 5, 3, 4))),
+        (
+            "normalize_backward",
+            (
+                *(*torch.randn(2, 2, 5, 3, 4).unbind(), *torch.ones(4, 5).unbind(), 1e-5, 1),
+                torch.empty(2, 5, 3, 4).contiguous(memory_format=torch.channels_last),
+            ),
+        ),
+        ("product", (torch.randn(2, 5, 3, 4), torch.randn(7, 5, 1, 1))),
+        ("product_backward", (torch.randn(2, 7, 3, 4), torch.randn(2, 5, 3, 4), torch.randn(7, 5, 1, 1), None)),
+        ("depthwise_backward", (*torch.randn(2, 2, 5, 3, 4).unbind(), torch.randn(5, 1, 3, 3), 1, None)),
+        ("strided_conv", (torch.randn(2, 5, 6, 4), *torch.ones(4, 5).unbind(), 1e-5, torch.randn(7, 5, 3, 3))),
+        ("wavelet_taps", (*torch.randn(2, 2, 5, 3, 4).unbind(), 3)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_schemas(kernels, operator, arguments):
+    torch.library.opcheck(getattr(kernels, operator).default, arguments, test_utils="test_schema")
+
+
+def test_the_filters_are_recognised():
+    filters = haar_filters(7)
+    assert is_haar(filters)
+    filters[9, 0, 1, 0] += 1e-3
+    assert not is_haar(filters)
