@@ -74,7 +74,7 @@ def kernels_for(x: Tensor, *layers: tuple[nn.Module, tuple]) -> Any | None:
         return None
     for layer, kinds in layers:
         modules = list(layer.modules())
-        if len(modules) != len(kinds) or not all(map(_is_trainable, modules, kinds)):
+        if not layer.training or len(modules) != len(kinds) or not all(map(_is_trainable, modules, kinds)):
             return None
     return kernels
 

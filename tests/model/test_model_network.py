@@ -299,12 +299,13 @@ def test_exported_to_onnx_for_any_batch(tmp_path):
 
 def test_compiled_training_gradients_agree():
     torch.manual_seed(0)
-    network = lively(create_model("MobileMamba_T2", num_classes=5))
-    images = torch.randn(3, 3, 64, 64)
+    # Batch norms over a few values magnify rounding: float64 shows what is the same.
+    network = lively(create_model("MobileMamba_T2", num_classes=5)).double()
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     network(images).square().sum().backward()
     expected = {name: parameter.grad for name, parameter in network.named_parameters() if parameter.requires_grad}
     network.zero_grad()
     torch.compile(network, backend="aot_eager", fullgraph=True)(images).square().sum().backward()
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            assert (parameter.grad - expected[name]).abs().max() <= 1e-3 * expected[name].abs().max() + 1e-3, name
+            assert (parameter.grad - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max() + 1e-6, name

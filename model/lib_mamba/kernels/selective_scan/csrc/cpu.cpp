@@ -22,8 +22,21 @@ using at::Tensor;
 constexpr int64_t kRows = 64;     // positions that are normalised as one piece of work
 constexpr int64_t kGroups = 64;   // partial sums of the parameters' gradients, at most one for each image
 
+// What is as it should be is not even asked to change: that would take microseconds, as long as a short scan.
+Tensor as_floats(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat && tensor.is_contiguous() ? tensor : tensor.to(at::kFloat).contiguous();
+}
+
+// (K, D, n) with the channels side by side, rows of them behind one another.
+Tensor channels_inside(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const bool is_inside = (sizes[1] == 1 || strides[1] == 1) && (sizes[2] == 1 || strides[2] == sizes[1]) &&
+                         (sizes[0] == 1 || strides[0] == sizes[1] * sizes[2]);
+  return tensor.scalar_type() == at::kFloat && is_inside ? tensor : tensor.to(at::kFloat).transpose(1, 2).contiguous();
+}
+
 Tensor unit_stride(const Tensor& tensor, at::ScalarType type) {
-  const Tensor converted = tensor.to(type);
+  const Tensor converted = tensor.scalar_type() == type ? tensor : tensor.to(type);
   return converted.stride(-1) == 1 || converted.size(-1) == 1 ? converted : converted.contiguous();
 }
 
@@ -46,11 +59,11 @@ struct Call {
             A_log_.size(0) == K * D && D_skip_.numel() == K * D && projection_.numel() == p.batch * p.length * p.width(),
         "the arguments of the scan do not fit together");
     x = unit_stride(x_, type);
-    projection = projection_.to(at::kFloat).contiguous();
-    dt_weight = dt_weight_.to(at::kFloat).transpose(1, 2).contiguous();
-    dt_bias = dt_bias_.to(at::kFloat).contiguous();
-    A_log = A_log_.to(at::kFloat).reshape({K, D, p.states}).transpose(1, 2).contiguous();
-    D_skip = D_skip_.to(at::kFloat).contiguous();
+    projection = as_floats(projection_);
+    dt_weight = channels_inside(dt_weight_);
+    dt_bias = as_floats(dt_bias_);
+    A_log = p.states == 1 ? as_floats(A_log_) : channels_inside(A_log_.reshape({K, D, p.states}));
+    D_skip = as_floats(D_skip_);
     p.reverse = reverse.data();
     p.is_bfloat16 = type == at::kBFloat16;
     p.x = x.const_data_ptr(), p.x_batch = x.stride(0), p.x_row = x.stride(1);
@@ -67,8 +80,8 @@ struct Call {
             norm_bias_.numel() == p.channels,
         "the arguments of the gate do not fit the scan's");
     z = unit_stride(z_, type);
-    norm_weight = norm_weight_.to(at::kFloat).contiguous();
-    norm_bias = norm_bias_.to(at::kFloat).contiguous();
+    norm_weight = as_floats(norm_weight_);
+    norm_bias = as_floats(norm_bias_);
     p.is_gated = true;
     p.z = z.const_data_ptr(), p.z_batch = z.stride(0), p.z_row = z.stride(1);
     p.norm_weight = norm_weight.const_data_ptr<float>();
