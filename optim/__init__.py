@@ -99,7 +99,7 @@ def _arguments(kwargs: OptimKwargs) -> dict[str, Any]:
 
 
 def _can_fuse(name: str, network: nn.Module) -> bool:
-    """Return whether PyTorch has the optimiser for a CPU in one pass over all parameters, not one for each operation."""
+    """Return whether PyTorch has the optimiser for a CPU in one pass, not one for each of its operations."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return "fused" in _accepted(name) and all(p.is_cpu and p.is_floating_point() for p in parameters)
 
