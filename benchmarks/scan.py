@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -180,11 +181,14 @@ class Implementation:
     backend: str | None = None
 
     def forward(self) -> Callable[[], Tensor]:
-        """Return what runs the forward pass."""
+        """Return what runs the forward pass, with nothing around it but what it needs: calls take microseconds."""
+        call = functools.partial(self.function, *self.arguments)
+        if self.backend is None:
+            return call
 
         def run() -> Tensor:
-            with torch.inference_mode(), use_backend(self.backend):
-                return self.function(*self.arguments)
+            with use_backend(self.backend):
+                return call()
 
         return run
 
@@ -242,11 +246,7 @@ def _floor(x: Tensor, z: Tensor) -> Callable[[], Tensor]:
     """Return what reads x and z and writes as much, once."""
     y = torch.empty_like(x)
 
-    def run() -> Tensor:
-        with torch.inference_mode():
-            return torch.mul(x, z, out=y)
-
-    return run
+    return functools.partial(torch.mul, x, z, out=y)
 
 
 def _moved_bytes(name: str, tensors: list[Tensor], run: Callable[[], Any], *, is_forward: bool) -> int:
@@ -269,7 +269,8 @@ def measure_call(call: Call, direction: str, arguments: argparse.Namespace, plan
     for name, implementation in implementations(call, arguments, tensors, is_forward=is_forward).items():
         runs[name] = implementation.forward() if is_forward else implementation.backward()
         moved[name] = _moved_bytes(name, tensors, runs[name], is_forward=is_forward)
-    timings = measure(runs, plan, arguments.device)
+    with torch.inference_mode(is_forward):
+        timings = measure(runs, plan, arguments.device)
     scale = FLOOR_TENSORS[direction] / FLOOR_TENSORS["forward"]
     timings[FLOOR] = Timing([[scale * sample for sample in turn] for turn in timings[FLOOR].turns])
     return [
