@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends
 
-__all__ = ["layer_kernels", "pad_columns", "register_fakes", "training_kernels"]
+__all__ = ["layer_kernels", "pad_columns", "register_fakes", "serve_training"]
 
 COLUMNS = 16  # what the kernels want the rows of a weight padded to
 
@@ -28,17 +28,19 @@ def layer_kernels(x: Tensor) -> Any | None:
     return torch.ops.mobilemamba_kernels
 
 
-def training_kernels(x: Tensor) -> Any | None:
-    """Return the namespace of the operators if layers are to be trained by them on ``x``, else None.
+def serve_training(x: Tensor) -> bool:
+    """Return whether layers may be trained by the operators on ``x``.
 
-    They are not for what looks into the layers (torch.compile, torch.fx, torch.jit, torch.func, subclasses of tensors).
+    They are not for what looks into the layers: torch.compile, torch.fx, torch.jit, torch.func, subclasses of tensors,
+    modes that see every operator.
     """
     if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4:
-        return None
-    is_watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    if is_watched or torch.is_autocast_enabled("cpu") or not _is_chosen():
-        return None
-    return torch.ops.mobilemamba_kernels
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
+        return False
+    return _is_chosen()
 
 
 @torch.compiler.assume_constant_result

@@ -82,11 +82,10 @@ def downsample(in_channels: int, out_channels: int) -> list[nn.Module]:
 
 
 class Stem(nn.Sequential):
-    """Convolutions with a ReLU between them."""
+    """Convolutions of stride 2 with a ReLU between them: (B, C, H, W) -> (B, C', H/16, W/16)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = stem([layer for layer in self if isinstance(layer, ConvBN)], x)
-        return super().forward(x) if y is None else y
+        return stem(self, x)
 
 
 def patch_embed(in_channels: int, channels: int) -> nn.Sequential:

@@ -1,8 +1,8 @@
 """Layers in training on a CPU: whole groups of them as one step of autograd, on the compiled kernels.
 
 PyTorch keeps both what a batch norm reads and what it gives. Here a group keeps what its batch norms read, and the
-backward pass normalises again: cheaper than fetching it from memory, and half as much to keep. Where the kernels are
-not at hand (`kernels_for` says when), the same layers run one by one.
+backward pass normalises again: less to keep, and less to fetch. Where the kernels do not serve (`runs_as_step` says when), the
+same layers run one by one.
 
 B batch, C channels, D inner channels of the scan, H height, W width; rows are the B * H * W pixels.
 """
@@ -21,11 +21,11 @@ from torch.nn.modules import module as torch_modules
 
 from ..layers import FFN, Activation, ConvBN, Residual
 from ..lib_mamba import SCANS, SS2D
-from ..lib_mamba.layer_kernels import training_kernels
+from ..lib_mamba.layer_kernels import serve_training
 from .mixer import MRFFI, Mixer, MKDeConv
 from .wavelet import ChannelScale, WTEMamba, band_taps, band_weights, is_haar
 
-__all__ = ["depthwise_ffn", "expand_and_stride", "kernels_for", "mix", "pointwise", "squeeze_excite", "stem"]
+__all__ = ["depthwise_ffn", "expand_and_stride", "mix", "pointwise", "runs_as_step", "squeeze_excite", "stem"]
 
 ops = torch.ops.mobilemamba_kernels
 _NORM, _RELU, _SILU = Activation.NONE, Activation.RELU, Activation.SILU
@@ -51,7 +51,7 @@ _BANDS = (nn.ModuleList, _Conv(side=0, is_depthwise=True), nn.ModuleList, Channe
 _SS2D = (SS2D, *_CONV_BN, _Conv(side=0, is_depthwise=True, has_bias=True), nn.SiLU, nn.LayerNorm, *_CONV_BN)
 _LOCAL = (
     *(MKDeConv, _Conv(side=0, is_depthwise=True), nn.BatchNorm2d),
-    *(_Conv(side=0, is_depthwise=True), nn.BatchNorm2d),
+    *(_Conv(side=1, is_depthwise=True), nn.BatchNorm2d),
 )
 _MIXER = (
     *(Residual, Mixer, MRFFI, WTEMamba, *_SS2D, ChannelScale, *_BANDS),
@@ -59,24 +59,23 @@ _MIXER = (
 )
 
 
-def kernels_for(x: Tensor, *layers: tuple[nn.Module, tuple]) -> Any | None:
-    """Return the namespace of the operators if they are to train these layers on ``x``, else None.
+def runs_as_step(x: Tensor, *layers: tuple[nn.Module, tuple]) -> bool:
+    """Return whether layers run on the compiled kernels, as one step of autograd.
 
-    They do where `training_kernels` allows it, every layer is made as expected and in float32, every batch norm is in
-    training, and nobody watches what is inside by a hook.
+    They do where `serve_training` allows it, every layer is in training, made as expected and in float32, and nobody
+    watches what is inside by a hook.
 
     Args:
         x: (B, C, H, W).
         layers: Each with what it must be made of.
     """
-    kernels = training_kernels(x)
-    if kernels is None or torch_modules._has_any_global_hook():
-        return None
+    if not serve_training(x) or torch_modules._has_any_global_hook():
+        return False
     for layer, kinds in layers:
         modules = list(layer.modules())
         if not layer.training or len(modules) != len(kinds) or not all(map(_is_trainable, modules, kinds)):
-            return None
-    return kernels
+            return False
+    return True
 
 
 def _is_trainable(module: nn.Module, kind: type[nn.Module] | _Conv) -> bool:
@@ -105,8 +104,9 @@ def _does(conv: nn.Conv2d, kind: _Conv) -> bool:
     if conv.stride != (kind.stride, kind.stride) or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
         return False
     groups = conv.in_channels if kind.is_depthwise else 1
-    is_side = side == kind.side or kind.side == 0
-    return is_side and conv.groups == groups and (conv.bias is not None) == kind.has_bias
+    if conv.groups != groups or (kind.is_depthwise and conv.out_channels != groups):
+        return False
+    return kind.side in (0, side) and (conv.bias is not None) == kind.has_bias
 
 
 class _Norm(NamedTuple):
@@ -221,7 +221,7 @@ class _DepthwiseFFN(_Step):
 
 def depthwise_ffn(depthwise: nn.Module, ffn: nn.Module, x: Tensor) -> Tensor:
     """Run a residual depthwise convolution and the residual feed-forward after it: (B, C, H, W) -> (B, C, H, W)."""
-    if kernels_for(x, (depthwise, _DEPTHWISE), (ffn, _FFN)) is None:
+    if not runs_as_step(x, (depthwise, _DEPTHWISE), (ffn, _FFN)):
         return ffn(depthwise(x))
     layers = (depthwise.m, ffn.m.pw1, ffn.m.pw2)
     return _DepthwiseFFN.apply(x, [layer.bn for layer in layers], *_parameters(*layers))
@@ -246,14 +246,14 @@ class _Pointwise(_Step):
 
 def pointwise(layer: ConvBN, x: Tensor) -> Tensor:
     """Run a 1 x 1 convolution and its batch norm: (B, C, H, W) -> (B, C', H, W)."""
-    if kernels_for(x, (layer, _CONV_BN)) is None:
+    if not runs_as_step(x, (layer, _CONV_BN)):
         return layer(x)
     return _Pointwise.apply(x, layer.bn, *_parameters(layer))
 
 
 def squeeze_excite(layer: nn.Module, x: Tensor) -> Tensor:
     """Run timm's squeeze-excite: (B, C, H, W) -> (B, C, H, W). On one pixel an image, a product beats a convolution."""
-    if kernels_for(x, (layer, _SQUEEZE_EXCITE)) is None or layer.add_maxpool:
+    if not isinstance(layer, SqueezeExcite) or layer.add_maxpool or not runs_as_step(x, (layer, _SQUEEZE_EXCITE)):
         return layer(x)
     reduce, expand = layer.fc1, layer.fc2
     gate = F.relu(F.linear(x.mean((2, 3)), reduce.weight.flatten(1), reduce.bias))
@@ -285,7 +285,7 @@ class _ExpandAndStride(_Step):
 
 def expand_and_stride(expand: ConvBN, stride: ConvBN, x: Tensor) -> Tensor:
     """Run a 1 x 1 and a depthwise convolution of stride 2, each with a ReLU: (B, C, H, W) -> (B, C', H/2, W/2)."""
-    if kernels_for(x, (expand, _CONV_BN), (stride, _DEPTHWISE_STRIDE)) is None:
+    if not runs_as_step(x, (expand, _CONV_BN), (stride, _DEPTHWISE_STRIDE)):
         x = F.relu(expand(x), inplace=True)
         return F.relu(stride(x), inplace=True)
     layers = (expand, stride)
@@ -324,15 +324,15 @@ class _Stem(_Step):
         return dx, None, dweight, *dparameters
 
 
-def stem(layers: Sequence[ConvBN], x: Tensor) -> Tensor | None:
-    """Run 3 x 3 convolutions of stride 2 with a ReLU between them: (B, C, H, W) -> (B, C', H/16, W/16).
-
-    Returns:
-        None where the kernels are not at hand.
-    """
-    if kernels_for(x, *((layer, _STEM_CONV_BN) for layer in layers)) is None:
-        return None
-    return _Stem.apply(x, [layer.bn for layer in layers], *_parameters(*layers))
+def stem(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Run 3 x 3 convolutions of stride 2 with a ReLU between them: (B, C, H, W) -> (B, C', H/16, W/16)."""
+    convs, activations = list(layers)[::2], list(layers)[1::2]
+    kinds = [(conv, _STEM_CONV_BN) for conv in convs] + [(activation, (nn.ReLU,)) for activation in activations]
+    if runs_as_step(x, *kinds):
+        return _Stem.apply(x, [conv.bn for conv in convs], *_parameters(*convs))
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 class _MixerParameters(NamedTuple):
@@ -536,7 +536,7 @@ def _sequence(x: Tensor) -> Tensor:
 
 def mix(mixer: nn.Module, x: Tensor) -> Tensor:
     """Run a residual mixer: (B, C, H, W) -> (B, C, H, W)."""
-    if kernels_for(x, (mixer, _MIXER)) is None:
+    if not runs_as_step(x, (mixer, _MIXER)):
         return mixer(x)
     attn = mixer.m.attn
     ss2d, local = attn.global_op.global_atten, attn.local_op

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import create_model
 from model.layers import FFN, Residual
 from model.lib_mamba import backends, use_backend
 from model.mobilemamba.blocks import Block, DepthwiseFFN, PatchMerging, depthwise, patch_embed
 from model.mobilemamba.fuse import fuse
-from model.mobilemamba.training import kernels_for, mix
+from model.mobilemamba.training import mix, runs_as_step
 from model.mobilemamba.wavelet import haar_filters, is_haar
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -271,16 +272,25 @@ def test_mixers_of_other_kinds_run_layer_by_layer(kernels, settings):
 
 def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
     x = feature_map(1, 3, 3, 2)
-    assert kernels_for(x) is not None
-    assert kernels_for(x.double()) is None
-    assert kernels_for(x.to("meta")) is None
-    assert kernels_for(nn.Parameter(x)) is None
-    assert kernels_for(torch.fx.Proxy(torch.fx.Node(torch.fx.Graph(), "x", "placeholder", "x", (), {}))) is None
+    assert runs_as_step(x)
+    assert not runs_as_step(x.double())
+    assert not runs_as_step(x.to("meta"))
+    assert not runs_as_step(nn.Parameter(x))
+    assert not runs_as_step(torch.fx.Proxy(torch.fx.Node(torch.fx.Graph(), "x", "placeholder", "x", (), {})))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert kernels_for(x) is None
+        assert not runs_as_step(x)
     with use_backend("reference"):
-        assert kernels_for(x) is None
-    torch.func.grad(lambda value: (kernels_for(value) is None) * value.sum())(x)
+        assert not runs_as_step(x)
+    with FlopCounterMode(display=False):
+        assert not runs_as_step(x)
+    seen = []
+
+    def watched(value):
+        seen.append(runs_as_step(value))
+        return value.sum()
+
+    torch.func.grad(watched)(x)
+    assert seen == [False]
 
 
 def test_a_changed_filter_is_used_in_a_folded_network_too(kernels):
