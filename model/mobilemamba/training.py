@@ -1,8 +1,8 @@
 """Layers in training on a CPU: whole groups of them as one step of autograd, on the compiled kernels.
 
 PyTorch keeps both what a batch norm reads and what it gives. Here a group keeps what its batch norms read, and the
-backward pass normalises again: less to keep, and less to fetch. Where the kernels do not serve (`runs_as_step` says when), the
-same layers run one by one.
+backward pass normalises again: less to keep, and less to fetch. Where the kernels do not serve (`runs_as_step` says
+when), the same layers run one by one.
 
 B batch, C channels, D inner channels of the scan, H height, W width; rows are the B * H * W pixels.
 """
@@ -119,14 +119,14 @@ class _Norm(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, x: Tensor, layer: nn.BatchNorm2d, weight: Tensor, bias: Tensor) -> _Norm:
+    def of(cls, x: Tensor, layer: Any, weight: Tensor, bias: Tensor) -> _Norm:
         """Measure a map (B, C, H, W), and let the layer's running statistics see it."""
         if x.numel() == x.shape[1]:  # as PyTorch has it
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         layer.num_batches_tracked.add_(1)
         momentum = 1 / int(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
-        running = (layer.running_mean, layer.running_var)
-        return cls(*ops.moments(x, *running, momentum), weight, bias, layer.eps)
+        mean, var = ops.moments(x, layer.running_mean, layer.running_var, momentum)
+        return cls(mean, var, weight, bias, layer.eps)
 
     def __call__(self, x: Tensor, activation: Activation = _NORM, residual: Tensor | None = None) -> Tensor:
         """Return act(norm(x)) + residual."""
@@ -135,7 +135,7 @@ class _Norm(NamedTuple):
     def halves(self) -> tuple[_Norm, _Norm]:
         """Return the norms of the first and of the last half of the channels."""
         first, last = zip(*(tensor.chunk(2) for tensor in self[:-1]), strict=True)
-        return _Norm(*first, self.eps), _Norm(*last, self.eps)
+        return _Norm._make([*first, self.eps]), _Norm._make([*last, self.eps])
 
     def backward(
         self, grad: Tensor, x: Tensor, activation: Activation = _NORM, out: Tensor | None = None
@@ -170,7 +170,7 @@ def _convolve(
     return ops.depthwise(x, taps, bias, None, None, stride, padding, int(activation))
 
 
-def _parameters(*layers: ConvBN) -> list[Tensor]:
+def _parameters(*layers: Any) -> list[Tensor]:
     return [parameter for layer in layers for parameter in (layer.c.weight, layer.bn.weight, layer.bn.bias)]
 
 
@@ -188,7 +188,7 @@ class _Step(torch.autograd.Function):
         """Return the norms and the other tensors."""
         tensors = ctx.saved_tensors
         size = len(_Norm._fields) - 1
-        norms = [_Norm(*tensors[index * size : (index + 1) * size], eps) for index, eps in enumerate(ctx.eps)]
+        norms = [_Norm._make([*tensors[index * size : (index + 1) * size], eps]) for index, eps in enumerate(ctx.eps)]
         return norms, tensors[len(norms) * size :]
 
 
@@ -219,7 +219,7 @@ class _DepthwiseFFN(_Step):
         return dx, None, dtaps, dweight0, dbias0, dwide, dweight1, dbias1, dnarrow, dweight2, dbias2
 
 
-def depthwise_ffn(depthwise: nn.Module, ffn: nn.Module, x: Tensor) -> Tensor:
+def depthwise_ffn(depthwise: Any, ffn: Any, x: Tensor) -> Tensor:
     """Run a residual depthwise convolution and the residual feed-forward after it: (B, C, H, W) -> (B, C, H, W)."""
     if not runs_as_step(x, (depthwise, _DEPTHWISE), (ffn, _FFN)):
         return ffn(depthwise(x))
@@ -244,14 +244,14 @@ class _Pointwise(_Step):
         return dx, None, dweight, *daffine
 
 
-def pointwise(layer: ConvBN, x: Tensor) -> Tensor:
+def pointwise(layer: Any, x: Tensor) -> Tensor:
     """Run a 1 x 1 convolution and its batch norm: (B, C, H, W) -> (B, C', H, W)."""
     if not runs_as_step(x, (layer, _CONV_BN)):
         return layer(x)
     return _Pointwise.apply(x, layer.bn, *_parameters(layer))
 
 
-def squeeze_excite(layer: nn.Module, x: Tensor) -> Tensor:
+def squeeze_excite(layer: Any, x: Tensor) -> Tensor:
     """Run timm's squeeze-excite: (B, C, H, W) -> (B, C, H, W). On one pixel an image, a product beats a convolution."""
     if not isinstance(layer, SqueezeExcite) or layer.add_maxpool or not runs_as_step(x, (layer, _SQUEEZE_EXCITE)):
         return layer(x)
@@ -283,7 +283,7 @@ class _ExpandAndStride(_Step):
         return dx, None, dwide, dweight1, dbias1, dtaps, dweight2, dbias2
 
 
-def expand_and_stride(expand: ConvBN, stride: ConvBN, x: Tensor) -> Tensor:
+def expand_and_stride(expand: Any, stride: Any, x: Tensor) -> Tensor:
     """Run a 1 x 1 and a depthwise convolution of stride 2, each with a ReLU: (B, C, H, W) -> (B, C', H/2, W/2)."""
     if not runs_as_step(x, (expand, _CONV_BN), (stride, _DEPTHWISE_STRIDE)):
         x = F.relu(expand(x), inplace=True)
@@ -296,13 +296,14 @@ class _Stem(_Step):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Sequence[nn.BatchNorm2d], *parameters: Tensor) -> Tensor:
         weights, scales, shifts = parameters[::3], parameters[1::3], parameters[2::3]
-        maps, norms = [], []
-        for weight, *parts in zip(weights, layers, scales, shifts, strict=True):
+        maps: list[Tensor] = []
+        norms: list[_Norm] = []
+        for weight, layer, scale, shift in zip(weights, layers, scales, shifts, strict=True):
             if norms:
                 maps.append(ops.strided_conv(maps[-1], *norms[-1], weight))
             else:
                 maps.append(F.conv2d(x, weight, stride=2, padding=1))
-            norms.append(_Norm.of(maps[-1], *parts))
+            norms.append(_Norm.of(maps[-1], layer, scale, shift))
         _Step.save(ctx, norms, x, *maps, *weights)
         return norms[-1](maps[-1])
 
@@ -367,10 +368,10 @@ class _MixerParameters(NamedTuple):
     proj_shift: Tensor
 
     @classmethod
-    def of(cls, mixer: MRFFI) -> _MixerParameters:
+    def of(cls, mixer: Any) -> _MixerParameters:
         wavelet, local = mixer.global_op, mixer.local_op
         ss2d = wavelet.global_atten
-        return cls(
+        parameters = [
             *_parameters(ss2d.in_proj),
             ss2d.conv2d.weight,
             ss2d.conv2d.bias,
@@ -392,7 +393,8 @@ class _MixerParameters(NamedTuple):
             local.bn2.weight,
             local.bn2.bias,
             *_parameters(mixer.proj[1]),
-        )
+        ]
+        return cls._make(parameters)
 
     @property
     def scan(self) -> tuple[Tensor, ...]:
@@ -502,7 +504,7 @@ class _Mixer(_Step):
         dband_weight = dbands * p.band_scale.view(-1, 1, 1, 1)
 
         dx = _join(dx_global, dx_local, dx_identity).add_(grad)
-        gradients = _MixerParameters(
+        gradients = [
             din_weight,
             din_scale,
             din_shift,
@@ -525,8 +527,8 @@ class _Mixer(_Step):
             dproj_weight,
             dproj_scale,
             dproj_shift,
-        )
-        return dx, None, *gradients
+        ]
+        return dx, None, *_MixerParameters._make(gradients)
 
 
 def _sequence(x: Tensor) -> Tensor:
@@ -534,7 +536,7 @@ def _sequence(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def mix(mixer: nn.Module, x: Tensor) -> Tensor:
+def mix(mixer: Any, x: Tensor) -> Tensor:
     """Run a residual mixer: (B, C, H, W) -> (B, C, H, W)."""
     if not runs_as_step(x, (mixer, _MIXER)):
         return mixer(x)
