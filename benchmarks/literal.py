@@ -170,17 +170,21 @@ class LiteralWTEMamba(nn.Module):
         return y + x[..., :height, :width]
 
 
-class LiteralBlock(nn.Module):
-    """A block, layer by layer: (B, C, H, W) -> (B, C, H, W).
+class _LayerByLayer(nn.Module):
+    """Has the children of another module, under the same names, to run them in its own way.
 
     Args:
-        original: Whose parts are taken over, under the same names.
+        original: Whose children are taken over.
     """
 
-    def __init__(self, original: Block) -> None:
+    def __init__(self, original: nn.Module) -> None:
         super().__init__()
         for name, child in original.named_children():
             self.add_module(name, child)
+
+
+class LiteralBlock(_LayerByLayer):
+    """A block, layer by layer: (B, C, H, W) -> (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Run it."""
@@ -188,17 +192,8 @@ class LiteralBlock(nn.Module):
         return x + self.drop_path(self.ffn1(self.dw1(y)))
 
 
-class LiteralPatchMerging(nn.Module):
-    """The downsampling, layer by layer: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2)).
-
-    Args:
-        original: Whose parts are taken over, under the same names.
-    """
-
-    def __init__(self, original: PatchMerging) -> None:
-        super().__init__()
-        for name, child in original.named_children():
-            self.add_module(name, child)
+class LiteralPatchMerging(_LayerByLayer):
+    """The downsampling, layer by layer: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Run it."""

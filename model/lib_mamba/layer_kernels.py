@@ -34,7 +34,7 @@ def serve_training(x: Tensor) -> bool:
     They are not for what looks into the layers: torch.compile, torch.fx, torch.jit, torch.func, subclasses of tensors,
     modes that see every operator.
     """
-    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4:
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4 or not x.numel():
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False

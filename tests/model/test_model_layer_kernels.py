@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,28 +11,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import create_model
-from model.lib_mamba import backends, use_backend
+from model.lib_mamba import use_backend
 from model.lib_mamba.layer_kernels import layer_kernels
 from model.mobilemamba.folded import Activation, FoldedConvs, FoldedDepthwise, FoldedFFN, FoldedPointwise
 from model.mobilemamba.wavelet import haar_filters, through_bands
 
-ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 2e-6
 # A map of one pixel, odd sides, images that do and do not divide among the threads.
 MAPS = [(1, 1, 1), (4, 1, 1), (1, 3, 3), (2, 5, 7), (5, 8, 8), (1, 12, 12), (3, 17, 1)]
 
 
 @pytest.fixture
-def kernels():
-    is_available, reason = backends.availability("cpu")
-    if not is_available:
-        pytest.skip(reason)
-    torch.manual_seed(0)
-    # Fills what the kernels allocate with NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with use_backend("cpu"), torch.inference_mode():
-        yield torch.ops.mobilemamba_kernels
-    torch.use_deterministic_algorithms(False)
+def kernels(compiled_kernels):
+    with torch.inference_mode():
+        yield compiled_kernels
 
 
 def feature_map(batch, height, width, channels, *, extra=0):
@@ -131,23 +119,14 @@ images = torch.randn(2, 3, 70, 90)
 with torch.inference_mode():
     expected = copy.deepcopy(network).double()(images.double())
     actual = network.fuse()(images)
-print(((actual - expected).abs().max() / expected.abs().max()).item(), torch.ops.mobilemamba_kernels.cpu_capability())
+print(((actual - expected).abs().max() / expected.abs().max()).item())
 """
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set(kernels, capability):
-    """PyTorch's switch, which the kernels follow, is read once a process; sides and channels leave parts of vectors."""
-    widest = torch.backends.cpu.get_cpu_capability().lower()
-    if {"avx2": widest not in ("avx2", "avx512"), "avx512": widest != "avx512"}.get(capability, False):
-        pytest.skip(f"PyTorch uses {widest} here")
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", WHOLE_NETWORK]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    error, name = result.stdout.split()
-    assert float(error) < 1e-5
-    assert name == {"default": "portable", "avx2": "AVX2", "avx512": "AVX-512"}[capability]
+def test_every_instruction_set(kernels, run_with_capability, capability):
+    """Sides and channels leave parts of vectors."""
+    assert float(run_with_capability(capability, WHOLE_NETWORK)) < 1e-5
 
 
 def test_empty_batch(kernels):

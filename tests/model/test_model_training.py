@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,28 +11,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import create_model
 from model.layers import FFN, Residual
-from model.lib_mamba import backends, use_backend
+from model.lib_mamba import use_backend
 from model.mobilemamba.blocks import Block, DepthwiseFFN, PatchMerging, depthwise, patch_embed
 from model.mobilemamba.fuse import fuse
 from model.mobilemamba.training import mix, runs_as_step
 from model.mobilemamba.wavelet import haar_filters, is_haar
 
-ROOT = Path(__file__).resolve().parents[2]
 # Sides odd and even, a row of pixels, images that do and do not divide among the threads.
 MAPS = [(9, 1, 1), (1, 3, 3), (2, 5, 7), (5, 8, 8), (3, 17, 1), (17, 4, 6)]
 
 
 @pytest.fixture
-def kernels():
-    is_available, reason = backends.availability("cpu")
-    if not is_available:
-        pytest.skip(reason)
-    torch.manual_seed(0)
-    # Fills what the kernels allocate with NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with use_backend("cpu"):
-        yield torch.ops.mobilemamba_kernels
-    torch.use_deterministic_algorithms(False)
+def kernels(compiled_kernels):
+    return compiled_kernels
 
 
 def with_random_parameters(module):
@@ -155,23 +142,14 @@ worst = 0.0
 for actual, expected in zip(network.parameters(), exact.parameters()):
     if actual.requires_grad and expected.grad.abs().max() > 1e-3:
         worst = max(worst, ((actual.grad - expected.grad).abs().max() / expected.grad.abs().max()).item())
-print(worst, torch.ops.mobilemamba_kernels.cpu_capability())
+print(worst)
 """
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set(kernels, capability):
-    """PyTorch's switch, which the kernels follow, is read once a process; sides and channels leave parts of vectors."""
-    widest = torch.backends.cpu.get_cpu_capability().lower()
-    if {"avx2": widest not in ("avx2", "avx512"), "avx512": widest != "avx512"}.get(capability, False):
-        pytest.skip(f"PyTorch uses {widest} here")
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", WHOLE_NETWORK]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    error, name = result.stdout.split()
-    assert float(error) < 1e-3
-    assert name == {"default": "portable", "avx2": "AVX2", "avx512": "AVX-512"}[capability]
+def test_every_instruction_set(kernels, run_with_capability, capability):
+    """Sides and channels leave parts of vectors."""
+    assert float(run_with_capability(capability, WHOLE_NETWORK)) < 1e-3
 
 
 def test_gradients_are_identical_from_run_to_run(kernels):
@@ -274,6 +252,7 @@ def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
     x = feature_map(1, 3, 3, 2)
     assert runs_as_step(x)
     assert not runs_as_step(x.double())
+    assert not runs_as_step(x[:0])
     assert not runs_as_step(x.to("meta"))
     assert not runs_as_step(nn.Parameter(x))
     assert not runs_as_step(torch.fx.Proxy(torch.fx.Node(torch.fx.Graph(), "x", "placeholder", "x", (), {})))

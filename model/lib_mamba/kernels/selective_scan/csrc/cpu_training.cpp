@@ -1,7 +1,7 @@
-// What the layers are trained with on the CPU: batch normalisation, gradients of depthwise convolutions and of the
-// wavelet branch. In float32; maps are channels-last.
+// What the layers are trained with on the CPU: batch normalisation, products, and the gradients of these, of depthwise
+// convolutions and of the wavelet branch. In float32; maps are channels-last.
 //
-// Sums are made in an order that does not depend on the number of threads: results are the same for any number.
+// But for PyTorch's matrix products, sums are made in an order that does not depend on the number of threads.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
