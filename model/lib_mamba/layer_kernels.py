@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends
 
-__all__ = ["layer_kernels", "pad_columns", "register_fakes", "serve_training"]
+__all__ = ["depthwise_taps", "layer_kernels", "pad_columns", "register_fakes", "serve_training"]
 
 COLUMNS = 16  # what the kernels want the rows of a weight padded to
 
@@ -51,6 +51,11 @@ def _is_chosen() -> bool:
 def pad_columns(weight: Tensor) -> Tensor:
     """Return a matrix (K, N) with its rows padded by zeros to whole vectors of any processor."""
     return torch.nn.functional.pad(weight, (0, -weight.shape[1] % COLUMNS)).contiguous()
+
+
+def depthwise_taps(weight: Tensor) -> Tensor:
+    """Return a depthwise weight (C, 1, H, W) as the kernels read it, (H, W, C)."""
+    return weight.squeeze(1).permute(1, 2, 0).contiguous()
 
 
 def _new_map(x: Tensor, channels: int, height: Any, width: Any) -> Tensor:

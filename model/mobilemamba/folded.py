@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers import Activation
 from ..lib_mamba import SS2D
-from ..lib_mamba.layer_kernels import layer_kernels, pad_columns
+from ..lib_mamba.layer_kernels import depthwise_taps, layer_kernels, pad_columns
 from .wavelet import band_taps, is_haar, through_bands
 
 __all__ = [
@@ -73,7 +73,7 @@ class FoldedDepthwise(nn.Module):
         self.stride, self.padding = conv.stride[0], conv.padding[0]
         self.weight = _frozen(conv.weight)
         self.bias = _frozen(conv.bias)
-        self.register_buffer("taps", conv.weight.squeeze(1).permute(1, 2, 0).contiguous())
+        self.register_buffer("taps", depthwise_taps(conv.weight))
         self.scale = None if affine is None else _frozen(affine.weight.flatten())
         self.shift = None if affine is None else _frozen(affine.bias)
 

@@ -21,7 +21,7 @@ from torch.nn.modules import module as torch_modules
 
 from ..layers import FFN, Activation, ConvBN, Residual
 from ..lib_mamba import SCANS, SS2D
-from ..lib_mamba.layer_kernels import serve_training
+from ..lib_mamba.layer_kernels import depthwise_taps, serve_training
 from .mixer import MRFFI, Mixer, MKDeConv
 from .wavelet import ChannelScale, WTEMamba, band_taps, band_weights, is_haar
 
@@ -164,10 +164,9 @@ def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, activation: Activation = _NORM
 ) -> Tensor:
     """Convolve depthwise with a weight (C, 1, H, W)."""
-    taps = weight.squeeze(1).permute(1, 2, 0).contiguous()
     bias = x.new_zeros(x.shape[1]) if bias is None else bias
     padding = weight.shape[2] // 2
-    return ops.depthwise(x, taps, bias, None, None, stride, padding, int(activation))
+    return ops.depthwise(x, depthwise_taps(weight), bias, None, None, stride, padding, int(activation))
 
 
 def _parameters(*layers: Any) -> list[Tensor]:
@@ -253,7 +252,7 @@ def pointwise(layer: Any, x: Tensor) -> Tensor:
 
 def squeeze_excite(layer: Any, x: Tensor) -> Tensor:
     """Run timm's squeeze-excite: (B, C, H, W) -> (B, C, H, W). On one pixel an image, a product beats a convolution."""
-    if not isinstance(layer, SqueezeExcite) or layer.add_maxpool or not runs_as_step(x, (layer, _SQUEEZE_EXCITE)):
+    if not runs_as_step(x, (layer, _SQUEEZE_EXCITE)) or layer.add_maxpool:
         return layer(x)
     reduce, expand = layer.fc1, layer.fc2
     gate = F.relu(F.linear(x.mean((2, 3)), reduce.weight.flatten(1), reduce.bias))

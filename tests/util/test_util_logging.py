@@ -24,20 +24,12 @@ from util.logging import (
 logger = logging.getLogger(__name__)
 
 
+pytestmark = pytest.mark.usefixtures("own_log")
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture(autouse=True)
-def _own_handlers():
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    for handler in [handler for handler in root.handlers if handler not in before]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
 
 
 def test_the_logging_process_says_everything_once(capsys):
