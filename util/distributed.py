@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -183,6 +184,8 @@ def init_process(launch: Launch, *, device: str = "auto", timeout_seconds: float
         logging_rank=launch.logging_rank,
     )
     if backend != "none":
+        # What holds the group keeps gloo's threads alive, and one of them at work while Python ends aborts the process.
+        gc.collect()
         dist.destroy_process_group()
 
 

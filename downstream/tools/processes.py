@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
@@ -15,7 +16,7 @@ from mmengine.config import Config, ConfigDict
 
 from .errors import InputError
 
-__all__ = ["prepare_processes"]
+__all__ = ["leave_processes", "prepare_processes"]
 
 SYNCHRONISED = ("SyncBN", "MMSyncBN")
 TIMEOUT_SECONDS = 1800
@@ -62,6 +63,16 @@ def prepare_processes(config: Config, launcher: str) -> None:
         find_unused_parameters=config.get("find_unused_parameters", False),
     )
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+
+
+def leave_processes() -> None:
+    """Leave the process group, if there is one, once the run is over and its runner let go.
+
+    A thread of gloo that is still at work while Python ends would abort the process.
+    """
+    if dist.is_initialized():
+        gc.collect()  # a runner goes in circles, and what holds the group keeps its threads alive
+        dist.destroy_process_group()
 
 
 def _name_slurm_ranks() -> None:

@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from .arguments import parse_run, run_parser
 from .datasets import check_datasets
 from .errors import InputError, exit_code_of
-from .processes import prepare_processes
+from .processes import leave_processes, prepare_processes
 from .settings import check_local, load_config
 
 __all__ = ["main"]
@@ -50,6 +50,7 @@ def test(parsed: argparse.Namespace) -> None:
         _keep(config, parsed.out)
     prepare_processes(config, parsed.launcher)
     Runner.from_cfg(config).test()
+    leave_processes()
 
 
 def _augment(config: Config) -> None:

@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from .arguments import parse_run, run_parser
 from .datasets import check_datasets
 from .errors import InputError, exit_code_of
-from .processes import prepare_processes
+from .processes import leave_processes, prepare_processes
 from .settings import check_local, load_config
 
 __all__ = ["main"]
@@ -52,6 +52,7 @@ def train(parsed: argparse.Namespace) -> None:
     check_datasets(config, "train", "val")
     prepare_processes(config, parsed.launcher)
     Runner.from_cfg(config).train()
+    leave_processes()
 
 
 def _mix_precision(config: Config) -> None:

@@ -30,7 +30,7 @@ from downstream.tools import train as training
 from downstream.tools.arguments import parse_run, run_parser
 from downstream.tools.datasets import check_datasets, read_categories
 from downstream.tools.errors import InputError, exit_code_of
-from downstream.tools.processes import prepare_processes
+from downstream.tools.processes import leave_processes, prepare_processes
 from downstream.tools.settings import load_config, set_data_root
 from model.checkpoint import read_checkpoint
 
@@ -238,6 +238,11 @@ class TestCheckpoints:
         assert "is not on this machine: download it" in error
 
 
+def gloo_threads():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 class TestProcesses:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has synchronised batch norms")
     def test_synchronised_norms_become_plain_without_a_gpu(self, caplog):
@@ -251,6 +256,20 @@ class TestProcesses:
         assert [record.message for record in caplog.records] == [
             "no GPU, and synchronised batch norms have no CPU kernel: 2 made plain"
         ]
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="through gloo there is no GPU")
+    @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for the threads")
+    def test_no_thread_of_the_group_is_left_behind(self, monkeypatch, tmp_path):
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+            monkeypatch.setenv(name, str(value))
+        prepare_processes(Config({"model": {}}), "pytorch")
+        wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        wrapped.runner = [wrapped]  # as mmengine's runner, alive until garbage is collected
+        del wrapped
+        assert gloo_threads()
+        leave_processes()
+        assert not gloo_threads()
+        leave_processes()
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the lack of a GPU")
     def test_mixed_precision_needs_a_gpu(self, data, capsys):

@@ -29,6 +29,10 @@ def test_collectives(played):
         }
 
 
+def test_no_thread_of_the_group_is_left_behind(played):
+    assert played["threads"] == ([], [])
+
+
 @pytest.mark.parametrize(("kind", "value"), [("reduce", 2.0), ("broadcast", 1.0), ("", 1.0)])
 def test_statistics_are_made_equal(played, kind, value):
     for result in played["statistics"]:
