@@ -9,7 +9,7 @@ B batch, C channels, D inner channels of the scan, H height, W width; rows are t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,10 +72,18 @@ def runs_as_step(x: Tensor, *layers: tuple[nn.Module, tuple]) -> bool:
     if not serve_training(x) or torch_modules._has_any_global_hook():
         return False
     for layer, kinds in layers:
-        modules = list(layer.modules())
+        modules = list(_walk(layer))
         if not layer.training or len(modules) != len(kinds) or not all(map(_is_trainable, modules, kinds)):
             return False
     return True
+
+
+def _walk(module: nn.Module) -> Iterator[nn.Module]:
+    """Like `nn.Module.modules`, in a fraction of its time; a module in two places comes twice."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _walk(child)
 
 
 def _is_trainable(module: nn.Module, kind: type[nn.Module] | _Conv) -> bool:
@@ -106,7 +114,7 @@ def _does(conv: nn.Conv2d, kind: _Conv) -> bool:
     groups = conv.in_channels if kind.is_depthwise else 1
     if conv.groups != groups or (kind.is_depthwise and conv.out_channels != groups):
         return False
-    return kind.side in (0, side) and (conv.bias is not None) == kind.has_bias
+    return kind.side in (0, side) and (conv._parameters["bias"] is not None) == kind.has_bias
 
 
 class _Norm(NamedTuple):

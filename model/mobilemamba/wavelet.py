@@ -16,21 +16,27 @@ from ..lib_mamba import SS2D
 __all__ = ["ChannelScale", "WTEMamba", "band_taps", "band_weights", "haar_filters", "is_haar", "through_bands"]
 
 BANDS = 4
+# One level of Haar (db1) on 2 x 2 pixels: low-low, low-high, high-low, high-high.
+HAAR = [
+    [[0.5, 0.5], [0.5, 0.5]],
+    [[0.5, 0.5], [-0.5, -0.5]],
+    [[0.5, -0.5], [0.5, -0.5]],
+    [[0.5, -0.5], [-0.5, 0.5]],
+]
 
 
 def haar_filters(channels: int) -> Tensor:
-    """Return the one-level Haar (db1) filters, (4C, 1, 2, 2): per channel low-low, low-high, high-low, high-high.
+    """Return the filters of the Haar transform, (4C, 1, 2, 2): the four bands of each channel.
 
     The transform is orthogonal, so that the same filters take the bands back to pixels.
     """
-    low, high = torch.tensor([[0.5, 0.5], [0.5, -0.5]])
-    bands = [torch.outer(vertical, horizontal) * 2 for horizontal in (low, high) for vertical in (low, high)]
-    return torch.stack(bands).repeat(channels, 1, 1).unsqueeze(1)
+    return torch.tensor(HAAR).repeat(channels, 1, 1).unsqueeze(1)
 
 
 def is_haar(filters: Tensor) -> bool:
     """Return whether filters are those of `haar_filters`, as they are unless someone has changed them."""
-    return bool((filters.unflatten(0, (-1, BANDS)) == haar_filters(1).to(filters)).all())
+    bands = filters.reshape(-1, BANDS, 2, 2)
+    return bands[0].tolist() == HAAR and torch.equal(bands, bands[:1].expand_as(bands))
 
 
 def band_taps(weight: Tensor) -> Tensor:

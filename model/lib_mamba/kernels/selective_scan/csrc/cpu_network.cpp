@@ -10,6 +10,7 @@
 
 #include "cpu_dispatch.h"
 #include "cpu_maps.h"
+#include "cpu_share.h"
 
 namespace mobilemamba {
 namespace {
@@ -115,9 +116,9 @@ Tensor depthwise(
   }
   const Kernels& kernel = kernels();
   const int64_t blocks = kernel.num_blocks(C);
-  at::parallel_for(0, map.size(0) * height * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      kernel.depthwise(d, i / blocks / height, i / blocks % height, i % blocks);
+  share(map.size(0) * height, kForwards, [&](int64_t i) {
+    for (int64_t block = 0; block < blocks; ++block)
+      kernel.depthwise(d, i / height, i % height, block);
   });
   return out;
 }
@@ -303,10 +304,9 @@ Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
   const Wavelet w{map_of(map), map_of(below), map_of(out), side, weight.const_data_ptr<float>()};
   const Kernels& kernel = kernels();
   const int64_t pieces = (C + kernel.lanes - 1) / kernel.lanes;
-  at::parallel_for(0, map.size(0) * pieces, 1, [&](int64_t begin, int64_t end) {
-    const Tensor work = floats(kernel.wavelet_work_size(map.size(2), map.size(3), side));
-    for (int64_t i = begin; i < end; ++i)
-      kernel.wavelet(w, i / pieces, i % pieces * kernel.lanes, work.mutable_data_ptr<float>());
+  const int64_t work_size = kernel.wavelet_work_size(map.size(2), map.size(3), side);
+  share_with_scratch(map.size(0) * pieces, work_size, [&](int64_t i, float* work) {
+    kernel.wavelet(w, i / pieces, i % pieces * kernel.lanes, work);
   });
   return out;
 }

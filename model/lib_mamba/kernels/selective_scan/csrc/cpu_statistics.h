@@ -9,6 +9,7 @@
 
 #include "cpu_dispatch.h"
 #include "cpu_maps.h"
+#include "cpu_share.h"
 
 namespace mobilemamba {
 
@@ -39,21 +40,19 @@ struct Statistics {
   }
 };
 
-// Partial sums (groups, size) of groups of images, made by `body(first image, last image, unit, partial sum)`, added up
-// in an order that does not depend on the number of threads.
+// Partial sums (groups, size) of groups of images, made by `body(first image, last image, unit, partial sum, scratch)`,
+// added up in an order that does not depend on the number of threads.
 template <class Body>
-void sum_images(int64_t images, int64_t units, int64_t size, float* total, Body body) {
+void sum_images(int64_t images, int64_t units, int64_t size, float* total, int64_t scratch_size, Body body) {
   const int64_t groups = std::min(images, kGroups);
   const at::Tensor partial = floats(groups * size);
   float* sums = partial.mutable_data_ptr<float>();
   at::parallel_for(0, groups * size, 1 << 16, [&](int64_t begin, int64_t end) {
     std::fill(sums + begin, sums + end, 0.f);
   });
-  at::parallel_for(0, groups * units, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t group = i / units;
-      body(group * images / groups, (group + 1) * images / groups, i % units, sums + group * size);
-    }
+  share_with_scratch(groups * units, scratch_size, [&](int64_t i, float* scratch) {
+    const int64_t group = i / units;
+    body(group * images / groups, (group + 1) * images / groups, i % units, sums + group * size, scratch);
   });
   at::parallel_for(0, size, 1 << 12, [&](int64_t begin, int64_t end) {
     std::fill(total + begin, total + end, 0.f);

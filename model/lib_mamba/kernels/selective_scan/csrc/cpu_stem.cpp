@@ -1,6 +1,5 @@
 // The stem's convolutions in training: 3 x 3, stride 2, padding 1, over all channels, of a map that is normalised and
 // put through a ReLU on its way in. What is made of it stays in the cache: rows of pixels, with zeros around them.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
@@ -12,6 +11,7 @@
 
 #include "cpu_dispatch.h"
 #include "cpu_maps.h"
+#include "cpu_share.h"
 #include "cpu_statistics.h"
 
 namespace mobilemamba {
@@ -94,17 +94,13 @@ Tensor strided_conv(
                     matrix.const_data_ptr<float>(), bias.const_data_ptr<float>(), kNone, nullptr, 0,
                     out.mutable_data_ptr<float>(), columns};
   const int64_t strips = (height + kStrip - 1) / kStrip;
-  at::parallel_for(0, x.size(0) * strips, 1, [&](int64_t begin, int64_t end) {
-    const Tensor scratch = floats(input.strip_rows(kStrip) * input.row);
-    float* rows = scratch.mutable_data_ptr<float>();
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t image = i / strips, first = i % strips * kStrip, count = std::min(kStrip, height - first);
-      input.read_strip(image, first, count, rows);
-      for (int64_t y = 0; y < count; ++y) {
-        Dense d = whole;
-        d.out += (image * height + first + y) * width * columns;
-        kernels().dense(d, rows + y * kStride * input.row, kStride * C, width, 0, vectors);
-      }
+  share_with_scratch(x.size(0) * strips, input.strip_rows(kStrip) * input.row, [&](int64_t i, float* rows) {
+    const int64_t image = i / strips, first = i % strips * kStrip, count = std::min(kStrip, height - first);
+    input.read_strip(image, first, count, rows);
+    for (int64_t y = 0; y < count; ++y) {
+      Dense d = whole;
+      d.out += (image * height + first + y) * width * columns;
+      kernels().dense(d, rows + y * kStride * input.row, kStride * C, width, 0, vectors);
     }
   });
   return out;
@@ -160,9 +156,9 @@ Tensor weight_gradient(const Map& grad, const Input& input, int64_t images) {
   const int64_t C = input.x.channels, columns = padded(grad.channels), depth = kSide * C, line = grad.width * columns;
   const Tensor dweight = at::empty({kSide, kSide, C, columns}, at::TensorOptions(at::kFloat));
   sum_images(images, 1, dweight.numel(), dweight.mutable_data_ptr<float>(),
-             [&](int64_t first, int64_t last, int64_t, float* sums) {
-               const Tensor scratch = floats(input.strip_rows(kStrip) * input.row + kStrip * line);
-               float *g = scratch.mutable_data_ptr<float>(), *x = g + kStrip * line;
+             input.strip_rows(kStrip) * input.row + kStrip * line,
+             [&](int64_t first, int64_t last, int64_t, float* sums, float* g) {
+               float* x = g + kStrip * line;
                for (int64_t image = first; image < last; ++image)
                  for (int64_t top = 0; top < grad.height; top += kStrip) {
                    const int64_t lines = std::min(kStrip, grad.height - top);
@@ -195,12 +191,9 @@ std::tuple<Tensor, Tensor> strided_conv_backward(
   const Tensor dx = new_map(images, C, input.x.height, input.x.width);
   const Transpose transpose(g, map_of(dx), weight);
   const int64_t strips = (height + kStrip - 1) / kStrip;
-  at::parallel_for(0, images * strips, 1, [&](int64_t begin, int64_t end) {
-    const Tensor scratch = floats((kStrip + 1) * transpose.row);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % strips * kStrip;
-      transpose.strip(i / strips, first, std::min(first + kStrip, height), scratch.mutable_data_ptr<float>());
-    }
+  share_with_scratch(images * strips, (kStrip + 1) * transpose.row, [&](int64_t i, float* rows) {
+    const int64_t first = i % strips * kStrip;
+    transpose.strip(i / strips, first, std::min(first + kStrip, height), rows);
   });
   const Tensor dweight = weight_gradient(g, input, images);
   return {dx, dweight.narrow(3, 0, weight.size(0)).permute({3, 2, 0, 1})};

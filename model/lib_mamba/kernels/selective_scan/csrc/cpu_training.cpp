@@ -2,7 +2,6 @@
 // convolutions and of the wavelet branch. In float32; maps are channels-last.
 //
 // But for PyTorch's matrix products, sums are made in an order that does not depend on the number of threads.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -16,6 +15,7 @@
 
 #include "cpu_dispatch.h"
 #include "cpu_maps.h"
+#include "cpu_share.h"
 #include "cpu_statistics.h"
 
 namespace mobilemamba {
@@ -24,7 +24,8 @@ namespace {
 using at::Tensor;
 
 // Rows are cut into pieces of about this many floats, which stay in the cache from one pass to the next; and into a
-// number of pieces that most numbers of threads divide.
+// number of pieces that most numbers of threads divide. Threads go backwards over what was just written or read forwards,
+// and the other way round: then the end of it is still in the cache.
 constexpr int64_t kPiece = 1 << 15;
 constexpr int64_t kRound = 16;
 
@@ -37,18 +38,6 @@ struct Pieces {
   int64_t begin(int64_t i) const { return i * rows / count; }
   int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
 };
-
-// Calls `body(piece)` on all threads. A thread goes backwards over what was just written or read forwards, and the other
-// way round: then the end of it is still in the cache.
-enum Order { kForwards, kBackwards };
-
-template <class Body>
-void for_pieces(const Pieces& pieces, Order order, Body body) {
-  at::parallel_for(0, pieces.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k)
-      body(order == kForwards ? k : begin + end - 1 - k);
-  });
-}
 
 Matrix matrix_of(const Tensor& map) {
   return {const_cast<float*>(map.const_data_ptr<float>()), row_stride(map)};
@@ -65,7 +54,7 @@ std::tuple<Tensor, Tensor> moments(
   check_vector(running_var, C, "running_var");
   float *means = partial.mutable_data_ptr<float>(), *squares = means + pieces.count * C;
   const Kernels& kernel = kernels();
-  for_pieces(pieces, kBackwards, [&](int64_t i) {
+  share(pieces.count, kBackwards, [&](int64_t i) {
     kernel.moments(matrix_of(map).from(pieces.begin(i)), pieces.size(i), C, means + i * C, squares + i * C);
   });
   // Variances of the pieces and distances between their means add up without cancellation.
@@ -107,7 +96,7 @@ Tensor normalize(
   const Matrix from = matrix_of(map), to = matrix_of(out), below = residual ? matrix_of(added) : Matrix{};
   const Kernels& kernel = kernels();
   const Pieces pieces(num_rows(map), C);
-  for_pieces(pieces, kForwards, [&](int64_t i) {
+  share(pieces.count, kForwards, [&](int64_t i) {
     const int64_t row = pieces.begin(i);
     kernel.normalize(n, from.from(row), below.from(row), to.from(row), pieces.size(i));
   });
@@ -131,7 +120,7 @@ std::tuple<Tensor, Tensor> normalize_backward(
   const Normalization n = statistics.normalization(scale, activation_of(activation));
   const Matrix from = matrix_of(map), g = matrix_of(gradient), to = matrix_of(out);
   const Kernels& kernel = kernels();
-  for_pieces(pieces, kBackwards, [&](int64_t i) {
+  share(pieces.count, kBackwards, [&](int64_t i) {
     const int64_t row = pieces.begin(i);
     kernel.normalize_sums(n, g.from(row), from.from(row), pieces.size(i), sums + i * C, products + i * C);
   });
@@ -149,7 +138,7 @@ std::tuple<Tensor, Tensor> normalize_backward(
     offset[c] = static_cast<float>(-scale[c] * sum[c] / rows);
     slope[c] = static_cast<float>(-scale[c] * product[c] * rstd * rstd / rows);
   }
-  for_pieces(pieces, kForwards, [&](int64_t i) {
+  share(pieces.count, kForwards, [&](int64_t i) {
     const int64_t row = pieces.begin(i);
     kernel.normalize_backward(n, offset, slope, g.from(row), from.from(row), to.from(row), pieces.size(i));
   });
@@ -214,8 +203,8 @@ std::tuple<Tensor, Tensor> depthwise_backward(
   const DepthwiseGradient d{map_of(gradient), map_of(map), map_of(dx), base ? map_of(below) : Map{},
                             side, stride, padding, taps.const_data_ptr<float>()};
   const Kernels& kernel = kernels();
-  sum_images(B, kernel.num_blocks(C), dtaps.numel(), dtaps.mutable_data_ptr<float>(),
-             [&](int64_t first, int64_t last, int64_t block, float* sums) {
+  sum_images(B, kernel.num_blocks(C), dtaps.numel(), dtaps.mutable_data_ptr<float>(), 0,
+             [&](int64_t first, int64_t last, int64_t block, float* sums, float*) {
                for (int64_t image = first; image < last; ++image) {
                  for (int64_t row = 0; row < H; ++row)
                    kernel.depthwise_input(d, image, row, block);
@@ -233,10 +222,10 @@ Tensor wavelet_taps(const Tensor& grad, const Tensor& x, int64_t side) {
   const WaveletGradient w{map_of(gradient), map_of(map), side};
   const Kernels& kernel = kernels();
   sum_images(map.size(0), (C + kernel.lanes - 1) / kernel.lanes, dweight.numel(), dweight.mutable_data_ptr<float>(),
-             [&](int64_t first, int64_t last, int64_t unit, float* sums) {
-               const Tensor work = floats(kernel.wavelet_work_size(map.size(2), map.size(3), side));
+             kernel.wavelet_work_size(map.size(2), map.size(3), side),
+             [&](int64_t first, int64_t last, int64_t unit, float* sums, float* work) {
                for (int64_t image = first; image < last; ++image)
-                 kernel.wavelet_taps(w, image, unit * kernel.lanes, sums, work.mutable_data_ptr<float>());
+                 kernel.wavelet_taps(w, image, unit * kernel.lanes, sums, work);
              });
   return dweight;
 }

@@ -1,0 +1,54 @@
+// Work shared by PyTorch's threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "cpu_dispatch.h"
+
+namespace mobilemamba {
+
+enum Order { kForwards, kBackwards };
+
+// Calls `start()` on every thread, and what it returns once for every i in [0, count). Each thread has a run of its own,
+// whose neighbours it finds in its cache; done with it, it takes from the others' runs what they have not begun, as one
+// core is often faster than another.
+template <class Start>
+void share_started(int64_t count, Order order, Start start) {
+  struct alignas(64) Run {
+    int64_t begin, end;
+    std::atomic<int64_t> taken{0};
+  };
+  const int64_t threads = std::min(num_threads(), count);
+  std::vector<Run> runs(threads);
+  for (int64_t t = 0; t < threads; ++t)
+    runs[t].begin = t * count / threads, runs[t].end = (t + 1) * count / threads;
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const auto body = start();
+    for (int64_t t = first; t < last; ++t)
+      for (int64_t other = 0; other < threads; ++other) {
+        Run& run = runs[(t + other) % threads];
+        const int64_t size = run.end - run.begin;
+        for (int64_t i; (i = run.taken.fetch_add(1, std::memory_order_relaxed)) < size;)
+          body(order == kForwards ? run.begin + i : run.end - 1 - i);
+      }
+  });
+}
+
+template <class Body>
+void share(int64_t count, Order order, const Body& body) {
+  share_started(count, order, [&]() -> const Body& { return body; });
+}
+
+// Calls `body(i, scratch)`, every thread with `size` floats of its own.
+template <class Body>
+void share_with_scratch(int64_t count, int64_t size, const Body& body) {
+  share_started(count, kForwards, [&] {
+    return [&body, scratch = floats(size)](int64_t i) { body(i, scratch.mutable_data_ptr<float>()); };
+  });
+}
+
+}  // namespace mobilemamba
