@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu_dispatch.h"
+#include "cpu_layers.h"
 
 namespace mobilemamba {
 namespace {
@@ -298,6 +299,8 @@ Tensor selective_scan(
   return y;
 }
 
+}  // namespace
+
 Tensor gated_scan(
     const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
     const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
@@ -309,6 +312,8 @@ Tensor gated_scan(
   forward(call.p);
   return y.to(x.scalar_type());
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
     const Tensor& grad, const Tensor& x, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
@@ -329,6 +334,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backwa
       sums.total(sums.D_skip, 1, 1, D_skip.slice(0, 0, call.p.channels)).repeat({K}),
   };
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_scan_backward(
     const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight,
@@ -356,7 +363,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   };
 }
 
-}  // namespace
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {

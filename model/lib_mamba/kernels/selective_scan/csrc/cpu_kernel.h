@@ -100,7 +100,8 @@ struct Matrix {
 };
 
 // Gradient of the weight of a product: sums over all rows of x times those of grad. Rows lie in lines of `count` each, and
-// lines `x_line`, `grad_line` floats apart. Those of grad are whole vectors, zero where there are no columns.
+// lines `x_line`, `grad_line` floats apart. Those of grad are read in whole vectors: what lies behind its columns goes to
+// columns of the same number behind those of the result.
 struct DenseGradient {
   Matrix x, grad;
   int64_t count, lines, x_line, grad_line;

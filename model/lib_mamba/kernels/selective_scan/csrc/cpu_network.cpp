@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu_dispatch.h"
+#include "cpu_layers.h"
 #include "cpu_maps.h"
 #include "cpu_share.h"
 
@@ -101,6 +102,8 @@ Depthwise depthwise_of(
           bias.const_data_ptr<float>(), activation_of(activation), nullptr, nullptr};
 }
 
+}  // namespace
+
 Tensor depthwise(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
     const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation) {
@@ -122,6 +125,8 @@ Tensor depthwise(
   });
   return out;
 }
+
+namespace {
 
 // y + second(relu(first(y))), where y is a depthwise convolution of x, or x itself. Neither y nor the wide rows between
 // the two products leave the cache.
@@ -295,6 +300,8 @@ Tensor convs(
   return out;
 }
 
+}  // namespace
+
 Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
   const Tensor map = channels_last(x), below = channels_last(base);
   const int64_t C = map.size(1), side = weight.size(0);
@@ -311,7 +318,6 @@ Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
   return out;
 }
 
-}  // namespace
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {

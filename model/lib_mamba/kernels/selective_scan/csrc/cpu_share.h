@@ -1,4 +1,4 @@
-// Work shared by PyTorch's threads.
+// Work shared by PyTorch's threads, and sums over images that do not depend on their number.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -10,6 +10,8 @@
 #include "cpu_dispatch.h"
 
 namespace mobilemamba {
+
+constexpr int64_t kGroups = 16;  // partial sums of a weight's gradient, at most one for each image
 
 enum Order { kForwards, kBackwards };
 
@@ -48,6 +50,28 @@ template <class Body>
 void share_with_scratch(int64_t count, int64_t size, const Body& body) {
   share_started(count, kForwards, [&] {
     return [&body, scratch = floats(size)](int64_t i) { body(i, scratch.mutable_data_ptr<float>()); };
+  });
+}
+
+// Partial sums (groups, size) of groups of images, made by `body(first image, last image, unit, partial sum, scratch)`,
+// added up in an order that does not depend on the number of threads.
+template <class Body>
+void sum_images(int64_t images, int64_t units, int64_t size, float* total, int64_t scratch_size, Body body) {
+  const int64_t groups = std::min(images, kGroups);
+  const at::Tensor partial = floats(groups * size);
+  float* sums = partial.mutable_data_ptr<float>();
+  at::parallel_for(0, groups * size, 1 << 16, [&](int64_t begin, int64_t end) {
+    std::fill(sums + begin, sums + end, 0.f);
+  });
+  share_with_scratch(groups * units, scratch_size, [&](int64_t i, float* scratch) {
+    const int64_t group = i / units;
+    body(group * images / groups, (group + 1) * images / groups, i % units, sums + group * size, scratch);
+  });
+  at::parallel_for(0, size, 1 << 12, [&](int64_t begin, int64_t end) {
+    std::fill(total + begin, total + end, 0.f);
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t i = begin; i < end; ++i)
+        total[i] += sums[group * size + i];
   });
 }
 

@@ -4,15 +4,13 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
-#include <tuple>
 
 #include "cpu_dispatch.h"
+#include "cpu_layers.h"
 #include "cpu_maps.h"
 #include "cpu_share.h"
-#include "cpu_statistics.h"
 
 namespace mobilemamba {
 namespace {
@@ -33,11 +31,11 @@ struct Input {
   Normalization n;
   int64_t row;  // floats in a row between its zeros
 
-  Input(const Tensor& tensor, const Statistics& statistics)
+  Input(const Tensor& tensor, const Norm& norm)
       : map(channels_last(tensor)), scale(floats(map.size(1))), x(map_of(map)),
         row((x.width + 2 * kPadding) * x.channels) {
-    statistics.check(x.channels);
-    n = statistics.normalization(scale.mutable_data_ptr<float>(), kRelu);
+    norm.check(x.channels);
+    n = norm.normalization(scale.mutable_data_ptr<float>(), kRelu);
   }
 
   // Rows off the map are zeros.
@@ -79,10 +77,10 @@ Tensor pad_columns(const Tensor& weight) {
   return out;
 }
 
-Tensor strided_conv(
-    const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& scale, const Tensor& shift, double eps,
-    const Tensor& weight) {
-  const Input input(x, {mean, var, scale, shift, eps});
+}  // namespace
+
+Tensor strided_conv(const Tensor& x, const Norm& norm, const Tensor& weight) {
+  const Input input(x, norm);
   const int64_t C = input.x.channels, columns = weight.size(0);
   check_weight(weight, C);
   const int64_t height = convolved(input.x.height, kSide, kStride, kPadding);
@@ -105,6 +103,8 @@ Tensor strided_conv(
   });
   return out;
 }
+
+namespace {
 
 // A row of the gradient, `pixel` floats a pixel, with zeros in between and behind it.
 void read_row(const Map& grad, int64_t image, int64_t y, int64_t width, int64_t pixel, float* to) {
@@ -151,34 +151,34 @@ struct Transpose {
   }
 };
 
-// (3, 3, C, C' padded)
+// (3, C', 3 * C padded): for every row of the kernel, rows of the gradient times those of x under it.
 Tensor weight_gradient(const Map& grad, const Input& input, int64_t images) {
-  const int64_t C = input.x.channels, columns = padded(grad.channels), depth = kSide * C, line = grad.width * columns;
-  const Tensor dweight = at::empty({kSide, kSide, C, columns}, at::TensorOptions(at::kFloat));
-  sum_images(images, 1, dweight.numel(), dweight.mutable_data_ptr<float>(),
-             input.strip_rows(kStrip) * input.row + kStrip * line,
-             [&](int64_t first, int64_t last, int64_t, float* sums, float* g) {
-               float* x = g + kStrip * line;
+  const int64_t C = input.x.channels, depth = padded(kSide * C), block = grad.channels * depth;
+  const Tensor dweight = at::empty({kSide, grad.channels, depth}, at::TensorOptions(at::kFloat));
+  // Whole vectors are read behind the last pixel.
+  const int64_t size = input.strip_rows(kStrip) * input.row + depth;
+  sum_images(images, 1, dweight.numel(), dweight.mutable_data_ptr<float>(), size,
+             [&](int64_t first, int64_t last, int64_t, float* sums, float* x) {
+               std::fill_n(x + size - depth, depth, 0.f);
                for (int64_t image = first; image < last; ++image)
                  for (int64_t top = 0; top < grad.height; top += kStrip) {
                    const int64_t lines = std::min(kStrip, grad.height - top);
                    input.read_strip(image, top, lines, x);
-                   for (int64_t y = 0; y < lines; ++y)
-                     read_row(grad, image, top + y, grad.width, columns, g + y * line);
+                   const Matrix rows{grad.data + image * grad.image + top * grad.row, grad.pixel};
                    for (int64_t i = 0; i < kSide; ++i)
                      kernels().dense_weight(
-                         {{x + i * input.row, kStride * C}, {g, columns}, grad.width, lines, kStride * input.row, line,
-                          depth, columns / kernels().lanes},
-                         {sums + i * depth * columns, columns});
+                         {rows, {x + i * input.row, kStride * C}, grad.width, lines, grad.row, kStride * input.row,
+                          grad.channels, depth / kernels().lanes},
+                         {sums + i * block, depth});
                  }
              });
   return dweight;
 }
 
-std::tuple<Tensor, Tensor> strided_conv_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& scale,
-    const Tensor& shift, double eps, const Tensor& weight) {
-  const Input input(x, {mean, var, scale, shift, eps});
+}  // namespace
+
+Gradients strided_conv_backward(const Tensor& grad, const Tensor& x, const Norm& norm, const Tensor& weight) {
+  const Input input(x, norm);
   const Tensor gradient = channels_last(grad);
   const int64_t C = input.x.channels, images = x.size(0);
   check_weight(weight, C);
@@ -195,14 +195,8 @@ std::tuple<Tensor, Tensor> strided_conv_backward(
     const int64_t first = i % strips * kStrip;
     transpose.strip(i / strips, first, std::min(first + kStrip, height), rows);
   });
-  const Tensor dweight = weight_gradient(g, input, images);
-  return {dx, dweight.narrow(3, 0, weight.size(0)).permute({3, 2, 0, 1})};
+  const Tensor dweight = weight_gradient(g, input, images).narrow(2, 0, kSide * C).view({kSide, weight.size(0), kSide, C});
+  return {dx, dweight.permute({1, 3, 0, 2})};
 }
 
-}  // namespace
 }  // namespace mobilemamba
-
-TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
-  m.impl("strided_conv", mobilemamba::strided_conv);
-  m.impl("strided_conv_backward", mobilemamba::strided_conv_backward);
-}

@@ -1,22 +1,21 @@
 // What the layers are trained with on the CPU: batch normalisation, products, and the gradients of these, of depthwise
-// convolutions and of the wavelet branch. In float32; maps are channels-last.
+// convolutions and of the wavelet branch.
 //
 // But for PyTorch's matrix products, sums are made in an order that does not depend on the number of threads.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <torch/library.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <optional>
-#include <tuple>
+#include <cmath>
 #include <vector>
 
 #include "cpu_dispatch.h"
+#include "cpu_layers.h"
 #include "cpu_maps.h"
 #include "cpu_share.h"
-#include "cpu_statistics.h"
 
 namespace mobilemamba {
 namespace {
@@ -39,20 +38,51 @@ struct Pieces {
   int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
 };
 
+// Memory of this thread, kept from one norm to the next.
+float* partial_sums(int64_t count) {
+  static thread_local std::vector<float> kept;
+  if (static_cast<int64_t>(kept.size()) < count)
+    kept.resize(count);
+  return kept.data();
+}
+
 Matrix matrix_of(const Tensor& map) {
   return {const_cast<float*>(map.const_data_ptr<float>()), row_stride(map)};
 }
 
-// Mean and biased variance of every channel. The running ones move towards the mean and the unbiased variance.
-std::tuple<Tensor, Tensor> moments(
-    const Tensor& x, const Tensor& running_mean, const Tensor& running_var, double momentum) {
+void check_same(const Tensor& tensor, const Tensor& map, const char* name) {
+  TORCH_CHECK(tensor.sizes() == map.sizes(), name, " must be ", map.sizes(), ", got ", tensor.sizes());
+}
+
+}  // namespace
+
+void Norm::check(int64_t channels) const {
+  TORCH_CHECK(
+      statistics.dim() == 2 && statistics.size(1) == channels && statistics.stride(1) == 1, "statistics must be (2, ",
+      channels, "), got ", statistics.sizes());
+  check_vector(weight, channels, "a norm's weight");
+  check_vector(bias, channels, "a norm's bias");
+}
+
+Normalization Norm::normalization(float* scale, Activation activation) const {
+  const int64_t C = weight.numel();
+  const float *mean = statistics.const_data_ptr<float>(), *rstd = mean + statistics.stride(0);
+  const float* factor = weight.const_data_ptr<float>();
+  for (int64_t c = 0; c < C; ++c)
+    scale[c] = factor[c] * rstd[c];
+  return {C, mean, scale, bias.const_data_ptr<float>(), activation};
+}
+
+Norm Norm::measure(
+    const Tensor& x, const Tensor& running_mean, const Tensor& running_var, double momentum, const Tensor& weight,
+    const Tensor& bias, double eps) {
   const Tensor map = as_rows(x);
   const int64_t C = map.size(1), rows = num_rows(map);
   const Pieces pieces(rows, C);
-  const Tensor partial = floats(2 * pieces.count * C), mean = floats(C), var = floats(C);
+  const Tensor statistics = at::empty({2, C}, at::TensorOptions(at::kFloat));
   check_vector(running_mean, C, "running_mean");
   check_vector(running_var, C, "running_var");
-  float *means = partial.mutable_data_ptr<float>(), *squares = means + pieces.count * C;
+  float *means = partial_sums(2 * pieces.count * C), *squares = means + pieces.count * C;
   const Kernels& kernel = kernels();
   share(pieces.count, kBackwards, [&](int64_t i) {
     kernel.moments(matrix_of(map).from(pieces.begin(i)), pieces.size(i), C, means + i * C, squares + i * C);
@@ -67,58 +97,57 @@ std::tuple<Tensor, Tensor> moments(
       const double distance = means[i * C + c] - centre[c];
       spread[c] += squares[i * C + c] + distance * distance * pieces.size(i);
     }
-  float *to_mean = mean.mutable_data_ptr<float>(), *to_var = var.mutable_data_ptr<float>();
+  float *mean = statistics.mutable_data_ptr<float>(), *rstd = mean + C;
   float *old_mean = running_mean.mutable_data_ptr<float>(), *old_var = running_var.mutable_data_ptr<float>();
   for (int64_t c = 0; c < C; ++c) {
-    to_mean[c] = static_cast<float>(centre[c]);
-    to_var[c] = static_cast<float>(spread[c] / rows);
+    mean[c] = static_cast<float>(centre[c]);
+    rstd[c] = static_cast<float>(1 / std::sqrt(spread[c] / rows + eps));
     old_mean[c] += static_cast<float>(momentum * (centre[c] - old_mean[c]));
     old_var[c] += static_cast<float>(momentum * (spread[c] / (rows - 1) - old_var[c]));
   }
-  return {mean, var};
+  return {statistics, weight, bias};
 }
 
-void check_same(const Tensor& tensor, const Tensor& map, const char* name) {
-  TORCH_CHECK(tensor.sizes() == map.sizes(), name, " must be ", map.sizes(), ", got ", tensor.sizes());
-}
-
-Tensor normalize(
-    const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& bias, double eps,
-    int64_t activation, const std::optional<Tensor>& residual) {
-  const Tensor map = as_rows(x), added = residual ? as_rows(*residual) : Tensor();
+void Norm::write(const Tensor& x, Activation activation, const Tensor& residual, const Tensor& out) const {
+  const Tensor map = as_rows(x), added = residual.defined() ? as_rows(residual) : residual;
   const int64_t C = map.size(1);
-  const Statistics statistics{mean, var, weight, bias, eps};
-  statistics.check(C);
-  if (residual)
+  check(C);
+  check_same(out, map, "out");
+  TORCH_CHECK(as_rows(out).is_same(out), "out must be channels-last");
+  if (added.defined())
     check_same(added, map, "residual");
-  const Tensor out = new_map(map.size(0), C, map.size(2), map.size(3)), scale = floats(C);
-  const Normalization n = statistics.normalization(scale.mutable_data_ptr<float>(), activation_of(activation));
-  const Matrix from = matrix_of(map), to = matrix_of(out), below = residual ? matrix_of(added) : Matrix{};
+  std::vector<float> scale(C);
+  const Normalization n = normalization(scale.data(), activation);
+  const Matrix from = matrix_of(map), to = matrix_of(out), below = added.defined() ? matrix_of(added) : Matrix{};
   const Kernels& kernel = kernels();
   const Pieces pieces(num_rows(map), C);
   share(pieces.count, kForwards, [&](int64_t i) {
     const int64_t row = pieces.begin(i);
     kernel.normalize(n, from.from(row), below.from(row), to.from(row), pieces.size(i));
   });
+}
+
+Tensor Norm::operator()(const Tensor& x, Activation activation, const Tensor& residual) const {
+  const Tensor out = new_map(x.size(0), x.size(1), x.size(2), x.size(3));
+  write(x, activation, residual, out);
   return out;
 }
 
-std::tuple<Tensor, Tensor> normalize_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& weight,
-    const Tensor& bias, double eps, int64_t activation, const Tensor& out) {
+Norm::Gradients Norm::backward(
+    const Tensor& grad, const Tensor& x, Activation activation, const Tensor& out) const {
   const Tensor map = as_rows(x), gradient = as_rows(grad);
   const int64_t C = map.size(1), rows = num_rows(map);
+  const Tensor dx = out.defined() ? out : new_map(map.size(0), C, map.size(2), map.size(3));
   const Pieces pieces(rows, C);
-  const Statistics statistics{mean, var, weight, bias, eps};
-  statistics.check(C);
+  check(C);
   check_same(gradient, map, "grad");
-  check_same(out, map, "out");
-  TORCH_CHECK(as_rows(out).is_same(out), "out must be channels-last");
-  const Tensor partial = floats((2 * pieces.count + 3) * C), dweight = floats(C), dbias = floats(C);
-  float *scale = partial.mutable_data_ptr<float>(), *offset = scale + C, *slope = offset + C;
+  check_same(dx, map, "out");
+  TORCH_CHECK(as_rows(dx).is_same(dx), "out must be channels-last");
+  const Tensor dweight = floats(C), dbias = floats(C);
+  float *scale = partial_sums((2 * pieces.count + 3) * C), *offset = scale + C, *slope = offset + C;
   float *sums = slope + C, *products = sums + pieces.count * C;
-  const Normalization n = statistics.normalization(scale, activation_of(activation));
-  const Matrix from = matrix_of(map), g = matrix_of(gradient), to = matrix_of(out);
+  const Normalization n = normalization(scale, activation);
+  const Matrix from = matrix_of(map), g = matrix_of(gradient), to = matrix_of(dx);
   const Kernels& kernel = kernels();
   share(pieces.count, kBackwards, [&](int64_t i) {
     const int64_t row = pieces.begin(i);
@@ -130,20 +159,23 @@ std::tuple<Tensor, Tensor> normalize_backward(
       sum[c] += sums[i * C + c];
       product[c] += products[i * C + c];
     }
+  const float* rstd = statistics.const_data_ptr<float>() + statistics.stride(0);
   float *to_weight = dweight.mutable_data_ptr<float>(), *to_bias = dbias.mutable_data_ptr<float>();
   for (int64_t c = 0; c < C; ++c) {
-    const double rstd = statistics.rstd(c);
+    const double r = rstd[c];
     to_bias[c] = static_cast<float>(sum[c]);
-    to_weight[c] = static_cast<float>(product[c] * rstd);
+    to_weight[c] = static_cast<float>(product[c] * r);
     offset[c] = static_cast<float>(-scale[c] * sum[c] / rows);
-    slope[c] = static_cast<float>(-scale[c] * product[c] * rstd * rstd / rows);
+    slope[c] = static_cast<float>(-scale[c] * product[c] * r * r / rows);
   }
   share(pieces.count, kForwards, [&](int64_t i) {
     const int64_t row = pieces.begin(i);
     kernel.normalize_backward(n, offset, slope, g.from(row), from.from(row), to.from(row), pieces.size(i));
   });
-  return {dweight, dbias};
+  return {dx, dweight, dbias};
 }
+
+namespace {
 
 // Products with a weight (C', C, 1, 1) are PyTorch's own, of the pixels as rows.
 Tensor matrix_view(const Tensor& map) {
@@ -157,6 +189,8 @@ Tensor matrix_view(const Tensor& weight, int64_t channels) {
   return weight.reshape({weight.size(0), channels});
 }
 
+}  // namespace
+
 Tensor product(const Tensor& x, const Tensor& weight) {
   const Tensor map = as_rows(x), matrix = matrix_view(weight, map.size(1));
   const Tensor out = new_map(map.size(0), matrix.size(0), map.size(2), map.size(3));
@@ -165,14 +199,13 @@ Tensor product(const Tensor& x, const Tensor& weight) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> product_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& base) {
+Gradients product_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& base) {
   const Tensor map = as_rows(x), gradient = as_rows(grad), matrix = matrix_view(weight, map.size(1));
   const Tensor rows = matrix_view(gradient), dx = new_map(map.size(0), map.size(1), map.size(2), map.size(3));
   Tensor out = matrix_view(dx);
-  if (base) {
-    check_same(*base, map, "base");
-    at::addmm_out(out, matrix_view(as_rows(*base)), rows, matrix);
+  if (base.defined()) {
+    check_same(base, map, "base");
+    at::addmm_out(out, matrix_view(as_rows(base)), rows, matrix);
   } else {
     at::mm_out(out, rows, matrix);
   }
@@ -180,16 +213,23 @@ std::tuple<Tensor, Tensor> product_backward(
 }
 
 // A depthwise weight (C, 1, H, W) as the kernels read it, (H, W, C).
-Tensor taps_of(const Tensor& weight) {
+static Tensor taps_of(const Tensor& weight) {
   TORCH_CHECK(
       weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3),
       "a depthwise weight must be (C, 1, side, side), got ", weight.sizes());
   return weight.squeeze(1).permute({1, 2, 0}).contiguous();
 }
 
-std::tuple<Tensor, Tensor> depthwise_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t stride, const std::optional<Tensor>& base) {
-  const Tensor map = channels_last(x), gradient = channels_last(grad), below = base ? channels_last(*base) : Tensor();
+Tensor convolve(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t stride, Activation activation) {
+  const Tensor none = bias.defined() ? bias : at::zeros({x.size(1)}, at::TensorOptions(at::kFloat));
+  return depthwise(x, taps_of(weight), none, {}, {}, stride, weight.size(2) / 2, activation);
+}
+
+Gradients convolve_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t stride, const Tensor& base) {
+  const Tensor map = channels_last(x), gradient = channels_last(grad);
+  const Tensor below = base.defined() ? channels_last(base) : base;
   const Tensor taps = taps_of(weight);
   const int64_t B = map.size(0), C = map.size(1), H = map.size(2), side = taps.size(0), padding = side / 2;
   check_vector(taps, side * side * C, "weight");
@@ -197,10 +237,10 @@ std::tuple<Tensor, Tensor> depthwise_backward(
       gradient.size(0) == B && gradient.size(1) == C && gradient.size(2) == convolved(H, side, stride, padding) &&
           gradient.size(3) == convolved(map.size(3), side, stride, padding),
       "grad does not fit to x: ", gradient.sizes());
-  if (base)
+  if (below.defined())
     check_same(below, map, "base");
   const Tensor dx = new_map(B, C, H, map.size(3)), dtaps = at::empty({side, side, C}, at::TensorOptions(at::kFloat));
-  const DepthwiseGradient d{map_of(gradient), map_of(map), map_of(dx), base ? map_of(below) : Map{},
+  const DepthwiseGradient d{map_of(gradient), map_of(map), map_of(dx), below.defined() ? map_of(below) : Map{},
                             side, stride, padding, taps.const_data_ptr<float>()};
   const Kernels& kernel = kernels();
   sum_images(B, kernel.num_blocks(C), dtaps.numel(), dtaps.mutable_data_ptr<float>(), 0,
@@ -230,15 +270,4 @@ Tensor wavelet_taps(const Tensor& grad, const Tensor& x, int64_t side) {
   return dweight;
 }
 
-}  // namespace
 }  // namespace mobilemamba
-
-TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
-  m.impl("moments", mobilemamba::moments);
-  m.impl("normalize", mobilemamba::normalize);
-  m.impl("normalize_backward", mobilemamba::normalize_backward);
-  m.impl("product", mobilemamba::product);
-  m.impl("product_backward", mobilemamba::product_backward);
-  m.impl("depthwise_backward", mobilemamba::depthwise_backward);
-  m.impl("wavelet_taps", mobilemamba::wavelet_taps);
-}

@@ -1,6 +1,8 @@
 // The operators of the library; each device's implementation registers itself beside its code.
 #include <torch/library.h>
 
+#include <string>
+
 TORCH_LIBRARY(mobilemamba_kernels, m) {
   m.def(
       "selective_scan(Tensor x, Tensor projection, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D_skip, "
@@ -25,26 +27,17 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
       "depthwise(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int stride, int padding, "
       "int activation) -> Tensor");
   m.def("wavelet(Tensor x, Tensor weight, Tensor base) -> Tensor");
-  // What the layers are trained with.
-  m.def(
-      "moments(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum) "
-      "-> (Tensor mean, Tensor var)");
-  m.def(
-      "normalize(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, int activation, "
-      "Tensor? residual) -> Tensor");
-  m.def(
-      "normalize_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, "
-      "int activation, Tensor(a!) out) -> (Tensor dweight, Tensor dbias)");
-  m.def("product(Tensor x, Tensor weight) -> Tensor");
-  m.def("product_backward(Tensor grad, Tensor x, Tensor weight, Tensor? base) -> (Tensor dx, Tensor dweight)");
-  m.def(
-      "depthwise_backward(Tensor grad, Tensor x, Tensor weight, int stride, Tensor? base) "
-      "-> (Tensor dx, Tensor dweight)");
-  // Of act(norm(x)), with gradients of that.
-  m.def(
-      "strided_conv(Tensor x, Tensor mean, Tensor var, Tensor scale, Tensor shift, float eps, Tensor weight) -> Tensor");
-  m.def(
-      "strided_conv_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor scale, Tensor shift, float eps, "
-      "Tensor weight) -> (Tensor dx, Tensor dweight)");
-  m.def("wavelet_taps(Tensor grad, Tensor x, int side) -> Tensor");
+  // Groups of layers in training. `running` holds mean, variance and number of batches of each norm; the first tensors that
+  // come back are the output and the gradient of x, the others what to keep and the gradients of the parameters.
+  for (const std::string step : {"depthwise_ffn", "pointwise", "expand_and_stride", "stem", "mixer"}) {
+    const std::string more = step == "mixer" ? ", int[] split, int[] reverse, float norm_eps" : "";
+    const std::string forward =
+        "_step(Tensor x, Tensor[] parameters, Tensor(a!)[] running, float[] momenta, float[] eps" + more +
+        ") -> (Tensor, Tensor[])";
+    const std::string backward =
+        "_step_backward(Tensor grad, Tensor x, Tensor[] saved, Tensor[] parameters" + more +
+        ") -> Tensor[]";
+    m.def((step + forward).c_str());
+    m.def((step + backward).c_str());
+  }
 }
