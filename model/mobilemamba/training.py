@@ -165,13 +165,11 @@ def pointwise(layer: Any, x: Tensor) -> Tensor:
 
 
 def squeeze_excite(layer: Any, x: Tensor) -> Tensor:
-    """Run timm's squeeze-excite: (B, C, H, W) -> (B, C, H, W). On one pixel an image, a product beats a convolution."""
+    """Run timm's squeeze-excite: (B, C, H, W) -> (B, C, H, W)."""
     if not runs_as_step(x, (layer, _SQUEEZE_EXCITE)) or layer.add_maxpool:
         return layer(x)
-    reduce, expand = layer.fc1, layer.fc2
-    gate = F.relu(F.linear(x.mean((2, 3)), reduce.weight.flatten(1), reduce.bias))
-    gate = F.linear(gate, expand.weight.flatten(1), expand.bias).sigmoid()
-    return x * gate.view(*gate.shape, 1, 1)
+    parameters = [parameter for conv in (layer.fc1, layer.fc2) for parameter in (conv.weight, conv.bias)]
+    return _Step.apply(x, "squeeze_excite", (), (), *parameters)
 
 
 def expand_and_stride(expand: Any, stride: Any, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..lib_mamba import SS2D
 
-__all__ = ["ChannelScale", "WTEMamba", "band_taps", "band_weights", "haar_filters", "is_haar", "through_bands"]
+__all__ = ["ChannelScale", "WTEMamba", "band_taps", "haar_filters", "is_haar", "through_bands"]
 
 BANDS = 4
 # One level of Haar (db1) on 2 x 2 pixels: low-low, low-high, high-low, high-high.
@@ -42,11 +42,6 @@ def is_haar(filters: Tensor) -> bool:
 def band_taps(weight: Tensor) -> Tensor:
     """Return the bands' depthwise weight (4C, 1, H, W) as the compiled kernels read it, (H, W, 4C) band by band."""
     return weight.unflatten(0, (-1, BANDS)).squeeze(2).permute(2, 3, 1, 0).flatten(2).contiguous()
-
-
-def band_weights(taps: Tensor) -> Tensor:
-    """Return what `band_taps` was given."""
-    return taps.unflatten(2, (BANDS, -1)).permute(3, 2, 0, 1).flatten(0, 1).unsqueeze(1)
 
 
 class ChannelScale(nn.Module):

@@ -299,22 +299,6 @@ Tensor selective_scan(
   return y;
 }
 
-}  // namespace
-
-Tensor gated_scan(
-    const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
-    const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
-    at::IntArrayRef reverse) {
-  Call call(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse, element_type(x, z));
-  call.gate(z, norm_weight, norm_bias, eps);
-  const Tensor y = call.like_x(call.type);
-  call.p.y = y.mutable_data_ptr();
-  forward(call.p);
-  return y.to(x.scalar_type());
-}
-
-namespace {
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
     const Tensor& grad, const Tensor& x, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
     const Tensor& A_log, const Tensor& D_skip, at::IntArrayRef reverse) {
@@ -336,6 +320,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backwa
 }
 
 }  // namespace
+
+Tensor gated_scan(
+    const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
+    const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+    at::IntArrayRef reverse) {
+  Call call(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse, element_type(x, z));
+  call.gate(z, norm_weight, norm_bias, eps);
+  const Tensor y = call.like_x(call.type);
+  call.p.y = y.mutable_data_ptr();
+  forward(call.p);
+  return y.to(x.scalar_type());
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_scan_backward(
     const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight,

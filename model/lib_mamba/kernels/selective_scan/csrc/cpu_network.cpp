@@ -102,32 +102,6 @@ Depthwise depthwise_of(
           bias.const_data_ptr<float>(), activation_of(activation), nullptr, nullptr};
 }
 
-}  // namespace
-
-Tensor depthwise(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
-    const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation) {
-  const Tensor map = channels_last(x);
-  const int64_t C = map.size(1), height = convolved(map.size(2), weight.size(0), stride, padding);
-  const Tensor out = new_map(map.size(0), C, height, convolved(map.size(3), weight.size(0), stride, padding));
-  Depthwise d = depthwise_of(map, out, weight, bias, stride, padding, activation);
-  TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
-  if (scale) {
-    check_vector(*scale, C, "scale");
-    check_vector(*shift, C, "shift");
-    d.scale = scale->const_data_ptr<float>(), d.shift = shift->const_data_ptr<float>();
-  }
-  const Kernels& kernel = kernels();
-  const int64_t blocks = kernel.num_blocks(C);
-  share(map.size(0) * height, kForwards, [&](int64_t i) {
-    for (int64_t block = 0; block < blocks; ++block)
-      kernel.depthwise(d, i / height, i % height, block);
-  });
-  return out;
-}
-
-namespace {
-
 // y + second(relu(first(y))), where y is a depthwise convolution of x, or x itself. Neither y nor the wide rows between
 // the two products leave the cache.
 struct FeedForward {
@@ -301,6 +275,28 @@ Tensor convs(
 }
 
 }  // namespace
+
+Tensor depthwise(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation) {
+  const Tensor map = channels_last(x);
+  const int64_t C = map.size(1), height = convolved(map.size(2), weight.size(0), stride, padding);
+  const Tensor out = new_map(map.size(0), C, height, convolved(map.size(3), weight.size(0), stride, padding));
+  Depthwise d = depthwise_of(map, out, weight, bias, stride, padding, activation);
+  TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
+  if (scale) {
+    check_vector(*scale, C, "scale");
+    check_vector(*shift, C, "shift");
+    d.scale = scale->const_data_ptr<float>(), d.shift = shift->const_data_ptr<float>();
+  }
+  const Kernels& kernel = kernels();
+  const int64_t blocks = kernel.num_blocks(C);
+  share(map.size(0) * height, kForwards, [&](int64_t i) {
+    for (int64_t block = 0; block < blocks; ++block)
+      kernel.depthwise(d, i / height, i % height, block);
+  });
+  return out;
+}
 
 Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
   const Tensor map = channels_last(x), below = channels_last(base);

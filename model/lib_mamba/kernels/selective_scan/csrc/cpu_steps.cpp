@@ -24,11 +24,22 @@ using Doubles = at::ArrayRef<double>;
 // The output, and what the backward pass needs beside the input and the parameters.
 using Output = std::tuple<Tensor, Tensors>;
 
+void check_count(TensorList tensors, size_t count, const char* name) {
+  TORCH_CHECK(tensors.size() == count, tensors.size(), " ", name, " instead of ", count);
+}
+
 // The batch norms of a step, in the order of its layers.
 struct Norms {
   TensorList running;  // mean, variance and number of batches of each
   Doubles momenta;     // negative: the mean of all batches
   Doubles eps;
+
+  Norms(TensorList running_, Doubles momenta_, Doubles eps_, size_t count)
+      : running(running_), momenta(momenta_), eps(eps_) {
+    TORCH_CHECK(
+        running.size() == 3 * count && momenta.size() == count && eps.size() == count, running.size(),
+        " running tensors, ", momenta.size(), " momenta and ", eps.size(), " eps for ", count, " norms");
+  }
 
   // The norm number `i`, measured on a map.
   Norm measure(int64_t i, const Tensor& x, const Tensor& weight, const Tensor& bias) const {
@@ -42,7 +53,8 @@ struct Norms {
 
 Output depthwise_ffn(const Tensor& x, TensorList p, TensorList running, Doubles momenta, Doubles eps) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Norms norms{running, momenta, eps};
+  check_count(p, 9, "parameters");
+  const Norms norms(running, momenta, eps, 3);
   const Tensor u0 = convolve(x, p[0]);
   const Norm norm0 = norms.measure(0, u0, p[1], p[2]);
   const Tensor y = norm0(u0, kNone, x), u1 = product(y, p[3]);
@@ -54,6 +66,8 @@ Output depthwise_ffn(const Tensor& x, TensorList p, TensorList running, Doubles 
 
 Tensors depthwise_ffn_backward(const Tensor& grad, const Tensor& x, TensorList saved, TensorList p) {
   const at::AutoDispatchBelowADInplaceOrView guard;
+  check_count(p, 9, "parameters");
+  check_count(saved, 6, "saved tensors");
   const Tensor &u0 = saved[0], &u1 = saved[1], &u2 = saved[2];
   const Norm norm0{saved[3], p[1], p[2]}, norm1{saved[4], p[4], p[5]}, norm2{saved[5], p[7], p[8]};
   const auto du2 = norm2.backward(grad, u2);
@@ -67,13 +81,16 @@ Tensors depthwise_ffn_backward(const Tensor& grad, const Tensor& x, TensorList s
 
 Output pointwise(const Tensor& x, TensorList p, TensorList running, Doubles momenta, Doubles eps) {
   const at::AutoDispatchBelowADInplaceOrView guard;
+  check_count(p, 3, "parameters");
   const Tensor u = product(x, p[0]);
-  const Norm norm = Norms{running, momenta, eps}.measure(0, u, p[1], p[2]);
+  const Norm norm = Norms(running, momenta, eps, 1).measure(0, u, p[1], p[2]);
   return {norm(u), {u, norm.statistics}};
 }
 
 Tensors pointwise_backward(const Tensor& grad, const Tensor& x, TensorList saved, TensorList p) {
   const at::AutoDispatchBelowADInplaceOrView guard;
+  check_count(p, 3, "parameters");
+  check_count(saved, 2, "saved tensors");
   const auto du = Norm{saved[1], p[1], p[2]}.backward(grad, saved[0]);
   const auto dx = product_backward(du.x, x, p[0]);
   return {dx.x, dx.weight, du.weight, du.bias};
@@ -81,7 +98,8 @@ Tensors pointwise_backward(const Tensor& grad, const Tensor& x, TensorList saved
 
 Output expand_and_stride(const Tensor& x, TensorList p, TensorList running, Doubles momenta, Doubles eps) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Norms norms{running, momenta, eps};
+  check_count(p, 6, "parameters");
+  const Norms norms(running, momenta, eps, 2);
   const Tensor u0 = product(x, p[0]);
   const Norm norm0 = norms.measure(0, u0, p[1], p[2]);
   const Tensor u1 = convolve(norm0(u0, kRelu), p[3], {}, 2);
@@ -91,6 +109,8 @@ Output expand_and_stride(const Tensor& x, TensorList p, TensorList running, Doub
 
 Tensors expand_and_stride_backward(const Tensor& grad, const Tensor& x, TensorList saved, TensorList p) {
   const at::AutoDispatchBelowADInplaceOrView guard;
+  check_count(p, 6, "parameters");
+  check_count(saved, 4, "saved tensors");
   const Tensor &u0 = saved[0], &u1 = saved[1];
   const Norm norm0{saved[2], p[1], p[2]}, norm1{saved[3], p[4], p[5]};
   const auto du1 = norm1.backward(grad, u1, kRelu);
@@ -100,11 +120,42 @@ Tensors expand_and_stride_backward(const Tensor& grad, const Tensor& x, TensorLi
   return {dx.x, dx.weight, du0.weight, du0.bias, dh.weight, du1.weight, du1.bias};
 }
 
+Tensor as_factor(const Tensor& weight) {
+  return weight.unsqueeze(-1).unsqueeze(-1);
+}
+
+// On one pixel an image, a 1 x 1 convolution is a product.
+Output squeeze_excite(const Tensor& x, TensorList p, TensorList, Doubles, Doubles) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  check_count(p, 4, "parameters");
+  const Tensor mean = x.mean({2, 3}), h = at::addmm(p[1], mean, p[0].flatten(1).t()).relu_();
+  const Tensor gate = at::addmm(p[3], h, p[2].flatten(1).t()).sigmoid_();
+  return {x * as_factor(gate), {mean, h, gate}};
+}
+
+Tensors squeeze_excite_backward(const Tensor& grad, const Tensor& x, TensorList saved, TensorList p) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  check_count(p, 4, "parameters");
+  check_count(saved, 3, "saved tensors");
+  const Tensor &mean = saved[0], &h = saved[1], &gate = saved[2];
+  const Tensor dexpand = at::sigmoid_backward((grad * x).sum({2, 3}), gate);
+  const Tensor dreduce = at::threshold_backward(dexpand.mm(p[2].flatten(1)), h, 0);
+  const Tensor dmean = dreduce.mm(p[0].flatten(1)).div_(x.size(2) * x.size(3));
+  return {
+      at::addcmul(as_factor(dmean), grad, as_factor(gate)),
+      dreduce.t().mm(mean).view_as(p[0]),
+      dreduce.sum(0),
+      dexpand.t().mm(h).view_as(p[2]),
+      dexpand.sum(0),
+  };
+}
+
 // The maps before all norms, then their statistics.
 Output stem(const Tensor& x, TensorList p, TensorList running, Doubles momenta, Doubles eps) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Norms norms{running, momenta, eps};
+  const Norms norms(running, momenta, eps, eps.size());
   const size_t count = eps.size();
+  check_count(p, 3 * count, "parameters");
   Tensors saved{at::conv2d(x, p[0], {}, 2, 1)}, statistics;
   for (size_t i = 0;; ++i) {
     const Norm norm = norms.measure(i, saved[i], p[3 * i + 1], p[3 * i + 2]);
@@ -121,6 +172,7 @@ Output stem(const Tensor& x, TensorList p, TensorList running, Doubles momenta, 
 Tensors stem_backward(const Tensor& grad, const Tensor& x, TensorList saved, TensorList p) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const size_t count = p.size() / 3;
+  check_count(saved, 2 * count, "saved tensors");
   const auto norm = [&](size_t i) { return Norm{saved[count + i], p[3 * i + 1], p[3 * i + 2]}; };
   Tensors gradients(1 + 3 * count);
   auto du = norm(count - 1).backward(grad, saved[count - 1]);
@@ -152,10 +204,6 @@ Tensor map_like(const Tensor& sequence, const Tensor& map) {
 
 Tensor new_like(const Tensor& map) {
   return new_map(map.size(0), map.size(1), map.size(2), map.size(3));
-}
-
-Tensor as_factor(const Tensor& weight) {
-  return weight.view({1, -1, 1, 1});
 }
 
 // The weight of the bands (4C, 1, side, side) times their scale, as kernels read it: (side, side, 4C), band by band. The
@@ -204,9 +252,7 @@ struct MixerParameters {
         dt_weight(p[6]), dt_bias(p[7]), A_log(p[8]), D_skip(p[9]), norm_weight(p[10]), norm_bias(p[11]),
         out_weight(p[12]), out_scale(p[13]), out_shift(p[14]), base_scale(p[15]), band_weight(p[16]), band_scale(p[17]),
         local_weight(p[18]), local_scale(p[19]), local_shift(p[20]), factor(p[21]), factor_scale(p[22]),
-        factor_shift(p[23]), proj_weight(p[24]), proj_scale(p[25]), proj_shift(p[26]) {
-    TORCH_CHECK(p.size() == 27, "a mixer has 27 parameters, got ", p.size());
-  }
+        factor_shift(p[23]), proj_weight(p[24]), proj_scale(p[25]), proj_shift(p[26]) {}
 
   // (K * (R + 2N), D)
   Tensor projection() const { return x_weight.flatten(0, 1); }
@@ -227,7 +273,8 @@ Output mixer(
     const Tensor& x, TensorList parameters, TensorList running, Doubles momenta, Doubles eps, at::IntArrayRef sizes,
     at::IntArrayRef reverse, double norm_eps) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Norms norms{running, momenta, eps};
+  check_count(parameters, 27, "parameters");
+  const Norms norms(running, momenta, eps, 5);
   const MixerParameters p(parameters);
   const Split split(sizes);
   const Tensor x_global = split.of_global(x), x_local = split.of_local(x), y = new_like(x);
@@ -250,7 +297,7 @@ Output mixer(
 
   const Tensor u_local = convolve(x_local, p.local_weight);
   const Norm local_norm = norms.measure(2, u_local, p.local_scale, p.local_shift);
-  const Tensor h_local = local_norm(u_local, kRelu).mul_(as_factor(p.factor));
+  const Tensor h_local = local_norm(u_local, kRelu).mul_(as_factor(p.factor.flatten()));
   const Norm factor_norm = norms.measure(3, h_local, p.factor_scale, p.factor_shift);
   factor_norm.write(h_local, kRelu, {}, y_local);
   at::clamp_min_out(y_rest, split.of_rest(x), 0);
@@ -267,6 +314,8 @@ Tensors mixer_backward(
     const Tensor& grad, const Tensor& x, TensorList saved, TensorList parameters, at::IntArrayRef sizes,
     at::IntArrayRef reverse, double norm_eps) {
   const at::AutoDispatchBelowADInplaceOrView guard;
+  check_count(parameters, 27, "parameters");
+  check_count(saved, 12, "saved tensors");
   const MixerParameters p(parameters);
   const Split split(sizes);
   const Tensor &u_in = saved[0], &projection = saved[1], &y_scan = saved[2], &u_out = saved[3], &u_local = saved[4];
@@ -282,7 +331,7 @@ Tensors mixer_backward(
   const auto dproj = product_backward(du_proj.x, y, p.proj_weight);
   const Tensor dy = at::threshold_backward(dproj.x, y, 0), dy_global = split.of_global(dy);
 
-  const Tensor factor = as_factor(p.factor), h_local = local_norm(u_local, kRelu);
+  const Tensor factor = as_factor(p.factor.flatten()), h_local = local_norm(u_local, kRelu);
   const auto dfactor_norm = factor_norm.backward(split.of_local(dy), h_local * factor);
   const Tensor dfactor = (dfactor_norm.x * h_local).sum({0, 2, 3}).view_as(p.factor);
   const auto du_local = local_norm.backward(dfactor_norm.x.mul_(factor), u_local, kRelu, dfactor_norm.x);
@@ -361,6 +410,8 @@ TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
   m.impl("pointwise_step_backward", mobilemamba::pointwise_backward);
   m.impl("expand_and_stride_step", mobilemamba::expand_and_stride);
   m.impl("expand_and_stride_step_backward", mobilemamba::expand_and_stride_backward);
+  m.impl("squeeze_excite_step", mobilemamba::squeeze_excite);
+  m.impl("squeeze_excite_step_backward", mobilemamba::squeeze_excite_backward);
   m.impl("stem_step", mobilemamba::stem);
   m.impl("stem_step_backward", mobilemamba::stem_backward);
   m.impl("mixer_step", mobilemamba::mixer);

@@ -29,7 +29,7 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
   m.def("wavelet(Tensor x, Tensor weight, Tensor base) -> Tensor");
   // Groups of layers in training. `running` holds mean, variance and number of batches of each norm; the first tensors that
   // come back are the output and the gradient of x, the others what to keep and the gradients of the parameters.
-  for (const std::string step : {"depthwise_ffn", "pointwise", "expand_and_stride", "stem", "mixer"}) {
+  for (const std::string step : {"depthwise_ffn", "pointwise", "expand_and_stride", "squeeze_excite", "stem", "mixer"}) {
     const std::string more = step == "mixer" ? ", int[] split, int[] reverse, float norm_eps" : "";
     const std::string forward =
         "_step(Tensor x, Tensor[] parameters, Tensor(a!)[] running, float[] momenta, float[] eps" + more +
