@@ -11,7 +11,8 @@
 
 namespace mobilemamba {
 
-constexpr int64_t kGroups = 16;  // partial sums of a weight's gradient, at most one for each image
+// Partial sums of a weight's gradient: at most one for each image, and only so many as give threads enough to do.
+constexpr int64_t kGroups = 16, kShares = 64;
 
 enum Order { kForwards, kBackwards };
 
@@ -57,7 +58,7 @@ void share_with_scratch(int64_t count, int64_t size, const Body& body) {
 // added up in an order that does not depend on the number of threads.
 template <class Body>
 void sum_images(int64_t images, int64_t units, int64_t size, float* total, int64_t scratch_size, Body body) {
-  const int64_t groups = std::min(images, kGroups);
+  const int64_t groups = std::min({images, kGroups, (kShares + units - 1) / units});
   const at::Tensor partial = floats(groups * size);
   float* sums = partial.mutable_data_ptr<float>();
   at::parallel_for(0, groups * size, 1 << 16, [&](int64_t begin, int64_t end) {

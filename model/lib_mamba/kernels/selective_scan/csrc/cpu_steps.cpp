@@ -329,7 +329,9 @@ Tensors mixer_backward(
 
   const auto du_proj = proj_norm.backward(grad, u_proj);
   const auto dproj = product_backward(du_proj.x, y, p.proj_weight);
-  const Tensor dy = at::threshold_backward(dproj.x, y, 0), dy_global = split.of_global(dy);
+  Tensor dy = dproj.x;
+  at::threshold_backward_out(dy, dy, y, 0);
+  const Tensor dy_global = split.of_global(dy);
 
   const Tensor factor = as_factor(p.factor.flatten()), h_local = local_norm(u_local, kRelu);
   const auto dfactor_norm = factor_norm.backward(split.of_local(dy), h_local * factor);
