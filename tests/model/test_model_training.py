@@ -73,11 +73,13 @@ def errors(results, exact):
     named = [dict(zip(("y", "dx"), result[:2], strict=True)) | result[2] | result[3] for result in (results, exact)]
     # What comes before a batch norm may have hardly any gradient but for what is rounded.
     sizes = {name: max(value.abs().max().item(), 1e-2 * scale.item()) for name, value in named[1].items()}
-    return {name: (named[0][name].double() - value).abs().max().item() / sizes[name] for name, value in named[1].items()}
+    return {
+        name: (named[0][name].double() - value).abs().max().item() / sizes[name] for name, value in named[1].items()
+    }
 
 
 def assert_as_in_float64(module, x, *, steps, tolerance=5e-5):
-    """Or nearly as near to it as the layers one by one in float32: norms of a few alike pixels magnify what is rounded."""
+    """Or nearly as near as the layers one by one in float32: norms of a few like pixels magnify what is rounded."""
     exact = run(copy.deepcopy(module).double(), x.double())
     with use_backend("reference"):
         one_by_one = run(copy.deepcopy(module), x)
@@ -325,3 +327,11 @@ def test_schemas(kernels):
     y, saved = kernels.pointwise_step(*forward)
     backward = (torch.randn_like(y), x, saved, parameters)
     torch.library.opcheck(kernels.pointwise_step_backward.default, backward, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("band", [1, 9])
+def test_the_filters_are_recognised(band):
+    filters = haar_filters(7).contiguous(memory_format=torch.channels_last)
+    assert is_haar(filters)
+    filters[band, 0, 1, 0] += 1e-3
+    assert not is_haar(filters)
