@@ -4,7 +4,7 @@ PyTorch keeps both what a batch norm reads and what it gives. Here a group keeps
 backward pass normalises again: less to keep, and less to fetch. Where the kernels do not serve (`runs_as_step` says
 when), the same layers run one by one.
 
-B batch, C channels, D inner channels of the scan, H height, W width; rows are the B * H * W pixels.
+B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
