@@ -1,4 +1,4 @@
-// Work shared by PyTorch's threads, and sums over images that do not depend on their number.
+// Work shared by PyTorch's threads, and sums over images in an order that does not depend on their number.
 #pragma once
 
 #include <ATen/Parallel.h>
