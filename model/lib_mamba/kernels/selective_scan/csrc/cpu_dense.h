@@ -28,7 +28,7 @@ INLINE void finish_column(const Dense& d, const Vec (&sums)[ROWS], int64_t row, 
 }
 
 template <int ROWS, int NV>
-static void dense_tile(const Dense& d, const float* x, int64_t stride, int64_t row, int64_t column) {
+NOINLINE void dense_tile(const Dense& d, const float* x, int64_t stride, int64_t row, int64_t column) {
   // The processor does not foresee where the tile will be stored; there is time to fetch it while the sums are made.
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < NV; ++v) {
@@ -58,33 +58,48 @@ static void dense_tile(const Dense& d, const float* x, int64_t stride, int64_t r
   }
 }
 
-typedef void (*DenseTile)(const Dense&, const float*, int64_t, int64_t, int64_t);
-
-template <int NV>
-static DenseTile tile_of(int64_t rows) {
-#if LANES == 16
-  static constexpr DenseTile tiles[] = {
-      dense_tile<1, NV>, dense_tile<2, NV>, dense_tile<3, NV>, dense_tile<4, NV>,
-      dense_tile<5, NV>, dense_tile<6, NV>, dense_tile<7, NV>, dense_tile<8, NV>};
-#else
-  static constexpr DenseTile tiles[] = {dense_tile<1, NV>, dense_tile<2, NV>, dense_tile<3, NV>, dense_tile<4, NV>};
-#endif
-  return tiles[rows - 1];
-}
-
 // Threes, and twos where a single one would be left.
 static int panel(int64_t left) {
   return left == 1 ? 1 : left == 2 || left == 4 ? 2 : MOST_VECTORS;
 }
 
-static void dense(const Dense& d, const float* x, int64_t stride, int64_t rows, int64_t first, int64_t last) {
+template <int NV, class Body>
+INLINE void with_tile(int64_t rows, int64_t row, int64_t column, Body body) {
+  switch (rows) {
+    case 1: return body(Constant<1>(), Constant<NV>(), row, column);
+    case 2: return body(Constant<2>(), Constant<NV>(), row, column);
+    case 3: return body(Constant<3>(), Constant<NV>(), row, column);
+    case 4: return body(Constant<4>(), Constant<NV>(), row, column);
+#if LANES == 16
+    case 5: return body(Constant<5>(), Constant<NV>(), row, column);
+    case 6: return body(Constant<6>(), Constant<NV>(), row, column);
+    case 7: return body(Constant<7>(), Constant<NV>(), row, column);
+    case 8: return body(Constant<8>(), Constant<NV>(), row, column);
+#endif
+  }
+}
+
+// Calls `body(rows, vectors, row, column)` for the tiles of all rows and of vectors [first, last): their sizes, and where
+// they begin.
+template <class Body>
+INLINE void for_each_tile(int64_t rows, int64_t first, int64_t last, Body body) {
   const int64_t num_tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
-  for (int num_vectors; first < last; first += num_vectors) {
-    num_vectors = panel(last - first);
+  for (int vectors; first < last; first += vectors) {
+    vectors = panel(last - first);
     for (int64_t i = 0; i < num_tiles; ++i) {
-      const int64_t row = i * rows / num_tiles, count = (i + 1) * rows / num_tiles - row;
-      const DenseTile run = num_vectors == 3 ? tile_of<3>(count) : num_vectors == 2 ? tile_of<2>(count) : tile_of<1>(count);
-      run(d, x + row * stride, stride, row, first * LANES);
+      const int64_t row = i * rows / num_tiles, size = (i + 1) * rows / num_tiles - row;
+      if (vectors == 3)
+        with_tile<3>(size, row, first * LANES, body);
+      else if (vectors == 2)
+        with_tile<2>(size, row, first * LANES, body);
+      else
+        with_tile<1>(size, row, first * LANES, body);
     }
   }
+}
+
+static void dense(const Dense& d, const float* x, int64_t stride, int64_t rows, int64_t first, int64_t last) {
+  for_each_tile(rows, first, last, [&](auto size, auto vectors, int64_t row, int64_t column) {
+    dense_tile<size.value, vectors.value>(d, x + row * stride, stride, row, column);
+  });
 }

@@ -205,18 +205,13 @@ INLINE void for_each_vector(const Problem& p, float* sums, Body body) {
 }
 
 // Calls `body(channel, is_part)` for every vector of a row: is_part<true> for a last one that is not full.
-template <bool VALUE>
-struct Flag {
-  static constexpr bool value = VALUE;
-};
-
 template <class Body>
 INLINE void for_each_channel(int64_t channels, Body body) {
   int64_t c = 0;
   for (; c + LANES <= channels; c += LANES)
-    body(c, Flag<false>());
+    body(c, Constant<false>());
   if (c < channels)
-    body(c, Flag<true>());
+    body(c, Constant<true>());
 }
 
 // A few rows of the scratch image side by side, with their mean over the channels and 1 / their standard deviation.

@@ -3,19 +3,14 @@
 
 constexpr int GROUP = 4;  // rows that share a load and a store of a running sum
 
-// Calls `body(row, count)` for all rows: count<GROUP>, and count<1> for those left over.
-template <int VALUE>
-struct Count {
-  static constexpr int value = VALUE;
-};
-
+// Calls `body(row, count)` for all rows: GROUP of them, and those left over one by one.
 template <class Body>
 INLINE void for_each_group(int64_t rows, Body body) {
   int64_t row = 0;
   for (; row + GROUP <= rows; row += GROUP)
-    body(row, Count<GROUP>());
+    body(row, Constant<GROUP>());
   for (; row < rows; ++row)
-    body(row, Count<1>());
+    body(row, Constant<1>());
 }
 
 // Asks for what a pass over rows comes to soon: the processor itself looks ahead no further than the end of a page.
@@ -326,7 +321,7 @@ static void wavelet_taps(const WaveletGradient& w, int64_t image, int64_t channe
 
 // As in `dense_tile`: what is held in registers here are the sums of ROWS numbers of x by NV vectors of grad.
 template <int ROWS, int NV>
-static void dense_weight_tile(const DenseGradient& d, int64_t row, int64_t column, const Matrix& out) {
+NOINLINE void dense_weight_tile(const DenseGradient& d, int64_t row, int64_t column, const Matrix& out) {
   Vec sums[NV][ROWS];
   for (int v = 0; v < NV; ++v)
     for (int r = 0; r < ROWS; ++r)
@@ -348,30 +343,8 @@ static void dense_weight_tile(const DenseGradient& d, int64_t row, int64_t colum
       store(out.at(row + r) + column + v * LANES, sums[v][r]);
 }
 
-typedef void (*DenseWeightTile)(const DenseGradient&, int64_t, int64_t, const Matrix&);
-
-template <int NV>
-static DenseWeightTile weight_tile_of(int64_t rows) {
-#if LANES == 16
-  static constexpr DenseWeightTile tiles[] = {
-      dense_weight_tile<1, NV>, dense_weight_tile<2, NV>, dense_weight_tile<3, NV>, dense_weight_tile<4, NV>,
-      dense_weight_tile<5, NV>, dense_weight_tile<6, NV>, dense_weight_tile<7, NV>, dense_weight_tile<8, NV>};
-#else
-  static constexpr DenseWeightTile tiles[] = {
-      dense_weight_tile<1, NV>, dense_weight_tile<2, NV>, dense_weight_tile<3, NV>, dense_weight_tile<4, NV>};
-#endif
-  return tiles[rows - 1];
-}
-
 static void dense_weight(const DenseGradient& d, const Matrix& out) {
-  const int64_t num_tiles = (d.depth + MOST_ROWS - 1) / MOST_ROWS;
-  for (int64_t first = 0, count; first < d.vectors; first += count) {
-    count = panel(d.vectors - first);
-    for (int64_t i = 0; i < num_tiles; ++i) {
-      const int64_t row = i * d.depth / num_tiles, size = (i + 1) * d.depth / num_tiles - row;
-      const DenseWeightTile run =
-          count == 3 ? weight_tile_of<3>(size) : count == 2 ? weight_tile_of<2>(size) : weight_tile_of<1>(size);
-      run(d, row, first * LANES, out);
-    }
-  }
+  for_each_tile(d.depth, 0, d.vectors, [&](auto rows, auto vectors, int64_t row, int64_t column) {
+    dense_weight_tile<rows.value, vectors.value>(d, row, column, out);
+  });
 }

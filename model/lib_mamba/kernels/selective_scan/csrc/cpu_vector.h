@@ -7,6 +7,13 @@ typedef uint32_t BitVec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))
+
+// A number that is known when a generic lambda is compiled.
+template <auto VALUE>
+struct Constant {
+  static constexpr auto value = VALUE;
+};
 
 struct BFloat16 {
   uint16_t bits;
