@@ -32,6 +32,10 @@ Tensor new_map(int64_t batch, int64_t channels, int64_t height, int64_t width) {
       {batch, channels, height, width}, at::TensorOptions(at::kFloat), at::MemoryFormat::ChannelsLast);
 }
 
+Tensor new_like(const Tensor& map) {
+  return new_map(map.size(0), map.size(1), map.size(2), map.size(3));
+}
+
 Map map_of(const Tensor& x) {
   return {x.size(2), x.size(3), x.size(1), x.stride(0), x.stride(2), x.stride(3),
           const_cast<float*>(x.const_data_ptr<float>())};

@@ -21,6 +21,9 @@ int64_t num_rows(const at::Tensor& map);
 
 at::Tensor new_map(int64_t batch, int64_t channels, int64_t height, int64_t width);
 
+// A new map with the sizes of another.
+at::Tensor new_like(const at::Tensor& map);
+
 Map map_of(const at::Tensor& x);
 
 Activation activation_of(int64_t number);

@@ -147,7 +147,7 @@ Tensor ffn(
     const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias) {
   const Tensor map = as_rows(x);
   const int64_t C = map.size(1), hidden = first_bias.numel(), rows = num_rows(map);
-  const Tensor out = new_map(map.size(0), C, map.size(2), map.size(3));
+  const Tensor out = new_like(map);
   FeedForward f;
   f.x = map_of(map);
   f.x.pixel = row_stride(map);
@@ -303,7 +303,7 @@ Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
   const int64_t C = map.size(1), side = weight.size(0);
   check_vector(weight, side * side * 4 * C, "weight");
   TORCH_CHECK(below.sizes() == map.sizes(), "base must be ", map.sizes(), ", got ", below.sizes());
-  const Tensor out = new_map(map.size(0), C, map.size(2), map.size(3));
+  const Tensor out = new_like(map);
   const Wavelet w{map_of(map), map_of(below), map_of(out), side, weight.const_data_ptr<float>()};
   const Kernels& kernel = kernels();
   const int64_t pieces = (C + kernel.lanes - 1) / kernel.lanes;

@@ -106,14 +106,13 @@ Tensor strided_conv(const Tensor& x, const Norm& norm, const Tensor& weight) {
 
 namespace {
 
-// A row of the gradient, `pixel` floats a pixel, with zeros in between and behind it.
-void read_row(const Map& grad, int64_t image, int64_t y, int64_t width, int64_t pixel, float* to) {
-  std::fill_n(to, width * pixel, 0.f);
-  if (y >= grad.height)
-    return;
+// A row of the gradient, a zero pixel behind it; one off the map is zeros.
+void read_row(const Map& grad, int64_t image, int64_t y, float* to) {
   const float* from = grad.data + image * grad.image + y * grad.row;
-  for (int64_t x = 0; x < grad.width; ++x)
-    std::copy_n(from + x * grad.pixel, grad.channels, to + x * pixel);
+  const int64_t count = y < grad.height ? grad.width : 0;
+  for (int64_t x = 0; x < count; ++x)
+    to = std::copy_n(from + x * grad.pixel, grad.channels, to);
+  std::fill_n(to, (grad.width + 1 - count) * grad.channels, 0.f);
 }
 
 // The transpose of the convolution. A pixel in an even row was seen by the kernel's middle row alone; one in the odd row
@@ -144,7 +143,7 @@ struct Transpose {
   // The rows of dx that belong to rows [first, last) of the gradient.
   void strip(int64_t image, int64_t first, int64_t last, float* rows) const {
     for (int64_t y = first; y <= last; ++y)
-      read_row(grad, image, y, grad.width + 1, grad.channels, rows + (y - first) * row);
+      read_row(grad, image, y, rows + (y - first) * row);
     for (int64_t y = kStride * first; y < std::min(kStride * last, dx.height); ++y)
       for (const bool is_odd : {false, true})
         pixels(rows + (y / kStride - first) * row, image, y, is_odd);

@@ -202,10 +202,6 @@ Tensor map_like(const Tensor& sequence, const Tensor& map) {
   return sequence.reshape({map.size(0), map.size(2), map.size(3), -1}).permute({0, 3, 1, 2});
 }
 
-Tensor new_like(const Tensor& map) {
-  return new_map(map.size(0), map.size(1), map.size(2), map.size(3));
-}
-
 // The weight of the bands (4C, 1, side, side) times their scale, as kernels read it: (side, side, 4C), band by band. The
 // transpose of the branch has its places in the opposite order.
 Tensor scaled_bands(const Tensor& weight, const Tensor& scale, bool is_transposed) {
@@ -281,7 +277,8 @@ Output mixer(
 
   const Tensor u_in = product(x_global, p.in_weight);
   const Norm in_norm = norms.measure(0, u_in, p.in_scale, p.in_shift);
-  const Tensor h_in = in_norm(u_in), x_in = h_in.chunk(2, 1)[0], z = h_in.chunk(2, 1)[1];
+  const Tensors h_in = in_norm(u_in).chunk(2, 1);
+  const Tensor &x_in = h_in[0], &z = h_in[1];
   const Tensor x_scan = convolve(x_in, p.conv_weight, p.conv_bias, 1, kSilu);
   const Tensor projection = at::mm(rows_of(x_scan), p.projection().t());
   const Tensor y_scan = map_like(
@@ -344,7 +341,8 @@ Tensors mixer_backward(
   const Tensor dbase = (du_out.weight * p.out_scale + du_out.bias * p.out_shift).view_as(p.base_scale);
   const auto dout = product_backward(du_out.x, y_scan, p.out_weight);
 
-  const Tensor h_in = in_norm(u_in), x_in = h_in.chunk(2, 1)[0], z = h_in.chunk(2, 1)[1];
+  const Tensors h_in = in_norm(u_in).chunk(2, 1);
+  const Tensor &x_in = h_in[0], &z = h_in[1];
   const Tensor x_conv = convolve(x_in, p.conv_weight, p.conv_bias), x_scan = at::silu(x_conv);
   const auto [dx_scan, dz, dprojection, ddt_weight, ddt_bias, dA_log, dD_skip, dnorm_weight, dnorm_bias] =
       gated_scan_backward(

@@ -54,6 +54,11 @@ void check_same(const Tensor& tensor, const Tensor& map, const char* name) {
   TORCH_CHECK(tensor.sizes() == map.sizes(), name, " must be ", map.sizes(), ", got ", tensor.sizes());
 }
 
+void check_out(const Tensor& out, const Tensor& map) {
+  check_same(out, map, "out");
+  TORCH_CHECK(as_rows(out).is_same(out), "out must be channels-last");
+}
+
 }  // namespace
 
 void Norm::check(int64_t channels) const {
@@ -112,8 +117,7 @@ void Norm::write(const Tensor& x, Activation activation, const Tensor& residual,
   const Tensor map = as_rows(x), added = residual.defined() ? as_rows(residual) : residual;
   const int64_t C = map.size(1);
   check(C);
-  check_same(out, map, "out");
-  TORCH_CHECK(as_rows(out).is_same(out), "out must be channels-last");
+  check_out(out, map);
   if (added.defined())
     check_same(added, map, "residual");
   std::vector<float> scale(C);
@@ -128,7 +132,7 @@ void Norm::write(const Tensor& x, Activation activation, const Tensor& residual,
 }
 
 Tensor Norm::operator()(const Tensor& x, Activation activation, const Tensor& residual) const {
-  const Tensor out = new_map(x.size(0), x.size(1), x.size(2), x.size(3));
+  const Tensor out = new_like(x);
   write(x, activation, residual, out);
   return out;
 }
@@ -137,12 +141,11 @@ Norm::Gradients Norm::backward(
     const Tensor& grad, const Tensor& x, Activation activation, const Tensor& out) const {
   const Tensor map = as_rows(x), gradient = as_rows(grad);
   const int64_t C = map.size(1), rows = num_rows(map);
-  const Tensor dx = out.defined() ? out : new_map(map.size(0), C, map.size(2), map.size(3));
+  const Tensor dx = out.defined() ? out : new_like(map);
   const Pieces pieces(rows, C);
   check(C);
   check_same(gradient, map, "grad");
-  check_same(dx, map, "out");
-  TORCH_CHECK(as_rows(dx).is_same(dx), "out must be channels-last");
+  check_out(dx, map);
   const Tensor dweight = floats(C), dbias = floats(C);
   float *scale = partial_sums((2 * pieces.count + 3) * C), *offset = scale + C, *slope = offset + C;
   float *sums = slope + C, *products = sums + pieces.count * C;
@@ -201,7 +204,7 @@ Tensor product(const Tensor& x, const Tensor& weight) {
 
 Gradients product_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& base) {
   const Tensor map = as_rows(x), gradient = as_rows(grad), matrix = matrix_view(weight, map.size(1));
-  const Tensor rows = matrix_view(gradient), dx = new_map(map.size(0), map.size(1), map.size(2), map.size(3));
+  const Tensor rows = matrix_view(gradient), dx = new_like(map);
   Tensor out = matrix_view(dx);
   if (base.defined()) {
     check_same(base, map, "base");
@@ -222,8 +225,8 @@ static Tensor taps_of(const Tensor& weight) {
 
 Tensor convolve(
     const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t stride, Activation activation) {
-  const Tensor none = bias.defined() ? bias : at::zeros({x.size(1)}, at::TensorOptions(at::kFloat));
-  return depthwise(x, taps_of(weight), none, {}, {}, stride, weight.size(2) / 2, activation);
+  const Tensor added = bias.defined() ? bias : at::zeros({x.size(1)}, at::TensorOptions(at::kFloat));
+  return depthwise(x, taps_of(weight), added, {}, {}, stride, weight.size(2) / 2, activation);
 }
 
 Gradients convolve_backward(
@@ -239,7 +242,7 @@ Gradients convolve_backward(
       "grad does not fit to x: ", gradient.sizes());
   if (below.defined())
     check_same(below, map, "base");
-  const Tensor dx = new_map(B, C, H, map.size(3)), dtaps = at::empty({side, side, C}, at::TensorOptions(at::kFloat));
+  const Tensor dx = new_like(map), dtaps = at::empty({side, side, C}, at::TensorOptions(at::kFloat));
   const DepthwiseGradient d{map_of(gradient), map_of(map), map_of(dx), below.defined() ? map_of(below) : Map{},
                             side, stride, padding, taps.const_data_ptr<float>()};
   const Kernels& kernel = kernels();
