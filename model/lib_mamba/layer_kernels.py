@@ -1,11 +1,16 @@
 """The compiled kernels for layers on a CPU: when they run, and what they give a tracer.
 
 They come with the compiled scan (`mobilemamba_kernels`), and run where it does: on a CPU, in float32; for a folded
-network without gradients, for one in training within steps of autograd. Everything else is PyTorch's.
+network without gradients, for one in training within steps of autograd. Where the processor multiplies bfloat16 more
+slowly than float32, they run in float32 what would be bfloat16. Everything else is PyTorch's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,18 +19,74 @@ from torch import Tensor
 
 from . import backends
 
-__all__ = ["depthwise_taps", "layer_kernels", "pad_columns", "register_fakes", "serve_training"]
+__all__ = [
+    "depthwise_taps",
+    "is_for_float32",
+    "layer_kernels",
+    "pad_columns",
+    "register_fakes",
+    "serve_training",
+    "without_autocast",
+]
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = 16  # what the kernels want the rows of a weight padded to
 
 
 def layer_kernels(x: Tensor) -> Any | None:
     """Return the namespace of the operators if they are to run on ``x``, else None."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or not is_for_float32(x):
         return None
     if (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_exporting() or not _is_chosen():
         return None
-    return torch.ops.mobilemamba_kernels
+    return torch.ops.mobilemamba_kernels if x.dtype == torch.float32 else _Widened()
+
+
+def is_for_float32(x: Tensor) -> bool:
+    """Return whether a CPU is to compute in float32: it is asked to, or for bfloat16, at which this one is slow."""
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    asked = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return asked == torch.float32 or (asked == torch.bfloat16 and _is_slow_in_bfloat16())
+
+
+def without_autocast() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which nothing is cast on a CPU."""
+    if torch.is_autocast_enabled("cpu"):
+        return torch.autocast("cpu", enabled=False)
+    return contextlib.nullcontext()
+
+
+@torch.compiler.assume_constant_result
+def _is_slow_in_bfloat16() -> bool:
+    return _lacks_matrix_unit()
+
+
+@functools.cache
+def _lacks_matrix_unit() -> bool:
+    """Return whether this is an x86 processor without AMX: its bfloat16 products are no faster than float32's."""
+    is_lacking = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_amx_tile_supported()
+    if is_lacking:
+        logger.info("bfloat16 on this CPU: compiled layers compute in float32, which is faster without AMX")
+    return is_lacking
+
+
+class _Widened:
+    """The operators on maps, and weights, in bfloat16: they compute in float32."""
+
+    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+        return functools.partial(_run_widened, getattr(torch.ops.mobilemamba_kernels, name))
+
+
+def _run_widened(operator: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
+    return operator(_widen(x), *map(_widen, arguments)).to(x.dtype)
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float()
+    return [item.float() for item in value] if isinstance(value, list) else value
 
 
 def serve_training(x: Tensor) -> bool:
@@ -38,7 +99,7 @@ def serve_training(x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
+    if torch._C._are_functorch_transforms_active() or not is_for_float32(x):
         return False
     return _is_chosen()
 

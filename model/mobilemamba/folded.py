@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers import Activation
 from ..lib_mamba import SS2D
-from ..lib_mamba.layer_kernels import depthwise_taps, layer_kernels, pad_columns
+from ..lib_mamba.layer_kernels import depthwise_taps, layer_kernels, pad_columns, without_autocast
 from .wavelet import band_taps, is_haar, through_bands
 
 __all__ = [
@@ -163,11 +163,11 @@ class FoldedWTEMamba(nn.Module):
         self.has_haar_filters = is_haar(wt_filter) and is_haar(iwt_filter)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.global_atten(x)
         kernels = layer_kernels(x)
-        if kernels is not None and self.has_haar_filters:
-            return kernels.wavelet(x, self.taps, y)
-        return y + through_bands(x, self.wt_filter, self.iwt_filter, self.bands)
+        if kernels is None or not self.has_haar_filters:
+            return self.global_atten(x) + through_bands(x, self.wt_filter, self.iwt_filter, self.bands)
+        with without_autocast():
+            return kernels.wavelet(x, self.taps, self.global_atten(x))
 
 
 class FoldedMixer(nn.Module):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import create_model
+from model.lib_mamba import layer_kernels as layer_kernels_module
 from model.lib_mamba import use_backend
 from model.lib_mamba.layer_kernels import layer_kernels
 from model.mobilemamba.folded import Activation, FoldedConvs, FoldedDepthwise, FoldedFFN, FoldedPointwise
@@ -150,15 +151,76 @@ def test_results_do_not_depend_on_the_threads(kernels, threads):
 def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
     x = torch.zeros(1, 2, 3, 3)
     assert layer_kernels(x) is not None
-    assert layer_kernels(x.bfloat16()) is None
+    assert layer_kernels(x.half()) is None
     assert layer_kernels(x.to("meta")) is None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.float16):
         assert layer_kernels(x) is None
     with torch.inference_mode(False), torch.enable_grad():
         assert layer_kernels(torch.zeros(1, 2, 3, 3, requires_grad=True)) is None
         assert layer_kernels(torch.zeros(1, 2, 3, 3)) is not None
     with use_backend("reference"):
         assert layer_kernels(x) is None
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_bfloat16_is_left_to_processors_that_are_fast_at_it(kernels, monkeypatch, is_slow):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: not is_slow)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    uncached = layer_kernels_module._lacks_matrix_unit.__wrapped__
+    monkeypatch.setattr(layer_kernels_module, "_lacks_matrix_unit", uncached)
+    x = torch.zeros(1, 2, 3, 3)
+    assert (layer_kernels(x.bfloat16()) is not None) == is_slow
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (layer_kernels(x) is not None) == (layer_kernels(x.bfloat16()) is not None) == is_slow
+    assert layer_kernels(x) is not None
+
+
+@pytest.fixture
+def slow_in_bfloat16(kernels, monkeypatch):
+    monkeypatch.setattr(layer_kernels_module, "_is_slow_in_bfloat16", lambda: True)
+
+
+def folded_layers(channels):
+    """One of each kind, and the map that it takes."""
+    conv, affine = (nn.Conv2d(channels, channels, side, padding=side // 2, groups=channels) for side in (3, 1))
+    depthwise = FoldedDepthwise(conv, Activation.RELU, affine=affine)
+    widen = FoldedPointwise(nn.Conv2d(channels, 2 * channels, 1), Activation.RELU)
+    ffn = FoldedFFN(FoldedDepthwise(conv), widen, FoldedPointwise(nn.Conv2d(2 * channels, channels, 1)))
+    convs = FoldedConvs([nn.Conv2d(channels, 8, 3, 2, 1), nn.Conv2d(8, 24, 3, 2, 1)])
+    return [widen, depthwise, ffn, convs]
+
+
+@pytest.mark.usefixtures("slow_in_bfloat16")
+def test_layers_in_bfloat16_round_their_result_alone():
+    for layer in folded_layers(21):
+        x = feature_map(3, 9, 8, 21).bfloat16()
+        actual, expected = layer.bfloat16()(x), exactly(layer, x)
+        assert actual.dtype == torch.bfloat16
+        rounding = 2**-8 * expected.abs()
+        assert ((actual.double() - expected).abs() <= rounding + TOLERANCE * expected.abs().max()).all()
+
+
+@pytest.mark.usefixtures("slow_in_bfloat16")
+def test_features_under_autocast_are_those_in_float32():
+    network = create_model("MobileMamba_T2", num_classes=3).fuse()
+    images = torch.randn(2, 3, 64, 96)
+    expected = network.forward_features(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = network.forward_features(images)
+        assert torch.is_autocast_enabled("cpu")
+        assert network(images).dtype == torch.bfloat16
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.usefixtures("slow_in_bfloat16")
+@pytest.mark.parametrize("what", ["autocast", "bfloat16"])
+def test_bfloat16_compiles_without_graph_breaks(what):
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, what == "autocast"):
+        dtype = torch.float32 if what == "autocast" else torch.bfloat16
+        network = create_model("MobileMamba_T2", num_classes=3).fuse().to(dtype)
+        images = torch.randn(2, 3, 64, 64, dtype=dtype)
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), network(images))
 
 
 def test_gradients_of_the_image_flow_through_a_folded_network(kernels):

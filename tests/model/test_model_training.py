@@ -17,6 +17,7 @@ from model.mobilemamba.fuse import fuse
 from model.mobilemamba.training import mix, runs_as_step
 from model.mobilemamba.wavelet import haar_filters, is_haar
 
+STEPS = {"depthwise_ffn", "pointwise", "expand_and_stride", "squeeze_excite", "stem", "mixer"}
 # Sides odd and even, a row of pixels, images that do and do not divide among the threads.
 MAPS = [(9, 1, 1), (1, 3, 3), (2, 5, 7), (5, 8, 8), (3, 17, 1), (17, 4, 6)]
 
@@ -262,7 +263,7 @@ def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
     assert not runs_as_step(x.to("meta"))
     assert not runs_as_step(nn.Parameter(x))
     assert not runs_as_step(torch.fx.Proxy(torch.fx.Node(torch.fx.Graph(), "x", "placeholder", "x", (), {})))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.float16):
         assert not runs_as_step(x)
     with use_backend("reference"):
         assert not runs_as_step(x)
@@ -276,6 +277,22 @@ def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
 
     torch.func.grad(watched)(x)
     assert seen == [False]
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_under_bfloat16_autocast_steps_compute_in_float32_or_are_left_to_pytorch(kernels, monkeypatch, is_slow):
+    monkeypatch.setattr("model.lib_mamba.layer_kernels._is_slow_in_bfloat16", lambda: is_slow)
+    modules = [block(), with_random_parameters(PatchMerging(38, 21)), with_random_parameters(patch_embed(3, 24))]
+    for module, width in zip(modules, (38, 38, 3), strict=True):
+        x = feature_map(3, 32, 32, width)
+        expected = run(copy.deepcopy(module), x)
+        steps = STEPS & steps_of(expected[0])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = run(module, x)
+        assert steps
+        assert STEPS & steps_of(actual[0]) == (steps if is_slow else set())
+        if is_slow:
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_a_changed_filter_is_used_in_a_folded_network_too(kernels):
