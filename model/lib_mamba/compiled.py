@@ -22,7 +22,7 @@ __all__ = ["CompiledBackend", "build_info", "cpu", "cuda", "load"]
 PACKAGE = "mobilemamba_kernels"
 BUILD = f"pip install {Path(__file__).resolve().parent / 'kernels' / 'selective_scan'}"
 # Raised whenever the operators' schemas change, here and in setup.py: a library of another number is not used.
-SCHEMA = 4
+SCHEMA = 5
 
 
 @functools.cache

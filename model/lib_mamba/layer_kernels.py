@@ -23,7 +23,7 @@ __all__ = [
     "depthwise_taps",
     "is_for_float32",
     "layer_kernels",
-    "pad_columns",
+    "pack_columns",
     "register_fakes",
     "serve_training",
     "without_autocast",
@@ -31,7 +31,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = 16  # what the kernels want the rows of a weight padded to
+COLUMNS = 16  # of whole vectors of any processor
 
 
 def layer_kernels(x: Tensor) -> Any | None:
@@ -109,9 +109,18 @@ def _is_chosen() -> bool:
     return backends.choose("cpu").name == "cpu"
 
 
-def pad_columns(weight: Tensor) -> Tensor:
-    """Return a matrix (K, N) with its rows padded by zeros to whole vectors of any processor."""
-    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % COLUMNS)).contiguous()
+def pack_columns(weight: Tensor) -> Tensor:
+    """Return a matrix (K, N) as the kernels read it (`Weight` in csrc/cpu_kernel.h).
+
+    The columns, padded by zeros to N' in whole vectors, lie in panels one behind the other: (K, 48) each, the last ones
+    (K, 32) or (K, 16). Together they are (K * N',).
+    """
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % COLUMNS))
+    sizes, left = [], padded.shape[1] // COLUMNS
+    while left:
+        sizes.append(1 if left == 1 else 2 if left in (2, 4) else 3)
+        left -= sizes[-1]
+    return torch.cat([panel.flatten() for panel in padded.split([size * COLUMNS for size in sizes], dim=1)])
 
 
 def depthwise_taps(weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers import Activation
 from ..lib_mamba import SS2D
-from ..lib_mamba.layer_kernels import depthwise_taps, layer_kernels, pad_columns, without_autocast
+from ..lib_mamba.layer_kernels import depthwise_taps, layer_kernels, pack_columns, without_autocast
 from .wavelet import band_taps, is_haar, through_bands
 
 __all__ = [
@@ -44,14 +44,15 @@ class FoldedPointwise(nn.Module):
     def __init__(self, conv: nn.Conv2d, activation: Activation = Activation.NONE) -> None:
         super().__init__()
         self.activation = activation
-        self.weight = _frozen(pad_columns(conv.weight.flatten(1).t()))  # (C, C' padded)
+        self.weight = _frozen(conv.weight.flatten(1))
         self.bias = _frozen(conv.bias)
+        self.register_buffer("panels", pack_columns(self.weight.t()))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         kernels = layer_kernels(x)
         if kernels is not None:
-            return kernels.pointwise(x, self.weight, self.bias, residual, int(self.activation))
-        y = F.linear(x.permute(0, 2, 3, 1), self.weight[:, : len(self.bias)].t(), self.bias).permute(0, 3, 1, 2)
+            return kernels.pointwise(x, self.panels, self.bias, residual, int(self.activation))
+        y = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
         y = self.activation.apply(y)
         return y if residual is None else y + residual
 
@@ -103,7 +104,7 @@ class FoldedFFN(nn.Module):
         kernels = layer_kernels(x)
         if kernels is not None:
             before = (None, None) if self.depthwise is None else (self.depthwise.taps, self.depthwise.bias)
-            products = (self.widen.weight, self.widen.bias, self.narrow.weight, self.narrow.bias)
+            products = (self.widen.panels, self.widen.bias, self.narrow.panels, self.narrow.bias)
             return kernels.ffn(x, *before, *products)
         if self.depthwise is not None:
             x = self.depthwise(x)
@@ -123,14 +124,14 @@ class FoldedConvs(nn.Module):
         self.shape = (first.kernel_size[0], first.stride[0], first.padding[0])
         self.weights = nn.ParameterList(_frozen(conv.weight) for conv in convs)
         self.biases = nn.ParameterList(_frozen(conv.bias) for conv in convs)
-        self.columns = nn.ParameterList(  # (H C W of the kernel, C' padded)
-            _frozen(pad_columns(conv.weight.permute(2, 3, 1, 0).flatten(0, 2))) for conv in convs
+        self.panels = nn.ParameterList(  # of (height * width * C of a kernel, C')
+            _frozen(pack_columns(conv.weight.permute(2, 3, 1, 0).flatten(0, 2))) for conv in convs
         )
 
     def forward(self, x: Tensor) -> Tensor:
         kernels = layer_kernels(x)
         if kernels is not None:
-            return kernels.convs(x, list(self.columns), list(self.biases), *self.shape)
+            return kernels.convs(x, list(self.panels), list(self.biases), *self.shape)
         _, stride, padding = self.shape
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = F.conv2d(F.relu(x, inplace=True) if index else x, weight, bias, stride, padding)

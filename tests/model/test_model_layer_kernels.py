@@ -53,7 +53,7 @@ def exactly(module, *inputs):
 
 
 @pytest.mark.parametrize("shape", MAPS, ids=str)
-@pytest.mark.parametrize(("channels", "out"), [(5, 3), (37, 16), (64, 49), (72, 130)])
+@pytest.mark.parametrize(("channels", "out"), [(5, 3), (37, 16), (64, 49), (72, 130), (9, 66), (8, 96)])
 @pytest.mark.parametrize("activation", Activation)
 def test_pointwise(kernels, shape, channels, out, activation):
     layer = FoldedPointwise(nn.Conv2d(channels, out, 1), activation)
@@ -236,20 +236,20 @@ def test_gradients_of_the_image_flow_through_a_folded_network(kernels):
 @pytest.mark.parametrize(
     ("operator", "arguments"),
     [
-        ("pointwise", (torch.randn(2, 5, 3, 4), torch.zeros(5, 16), torch.randn(7), torch.randn(2, 7, 3, 4), 1)),
+        ("pointwise", (torch.randn(2, 5, 3, 4), torch.zeros(5 * 16), torch.randn(7), torch.randn(2, 7, 3, 4), 1)),
         (
             "ffn",
             (
                 torch.randn(2, 5, 3, 4),
                 torch.randn(3, 3, 5),
                 torch.randn(5),
-                torch.zeros(5, 16),
+                torch.zeros(5 * 16),
                 torch.randn(10),
-                torch.zeros(10, 16),
+                torch.zeros(10 * 16),
                 torch.randn(5),
             ),
         ),
-        ("convs", (torch.randn(2, 3, 9, 8), [torch.zeros(27, 16)], [torch.randn(4)], 3, 2, 1)),
+        ("convs", (torch.randn(2, 3, 9, 8), [torch.zeros(27 * 16)], [torch.randn(4)], 3, 2, 1)),
         ("depthwise", (torch.randn(2, 5, 4, 4), torch.randn(3, 3, 5), torch.randn(5), None, None, 2, 1, 2)),
         ("wavelet", (torch.randn(2, 5, 4, 3), torch.randn(3, 3, 20), torch.randn(2, 5, 4, 3))),
     ],
@@ -271,8 +271,8 @@ def test_compiles_without_graph_breaks(kernels):
 
 def test_misshapen_arguments_are_refused(kernels):
     x = feature_map(1, 4, 4, 5)
-    with pytest.raises(RuntimeError, match="a weight must be"):
-        kernels.pointwise(x, torch.zeros(5, 7), torch.zeros(7), None, 0)
+    with pytest.raises(RuntimeError, match="weight, in panels, must be 80 floats"):
+        kernels.pointwise(x, torch.zeros(5 * 7), torch.zeros(7), None, 0)
     with pytest.raises(RuntimeError, match="weight must be"):
         kernels.depthwise(x, torch.zeros(3, 3, 4), torch.zeros(5), None, None, 1, 1, 0)
     with pytest.raises(RuntimeError, match="base must be"):

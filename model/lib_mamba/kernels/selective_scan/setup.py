@@ -25,7 +25,7 @@ except ImportError as error:
 
 NAME = "mobilemamba_kernels._C"
 VERSION = "1.0.0"
-SCHEMA = 4  # as in model/lib_mamba/compiled.py
+SCHEMA = 5  # as in model/lib_mamba/compiled.py
 FOLDER = Path(__file__).resolve().parent
 FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
 # Threads are PyTorch's, and so is the OpenMP library: compiled for it, but not linked to one of its own.

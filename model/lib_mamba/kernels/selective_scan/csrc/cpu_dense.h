@@ -8,7 +8,6 @@ constexpr int MOST_ROWS = 8;  // with three vectors: 24 sums, 3 weights, 1 numbe
 #else
 constexpr int MOST_ROWS = 4;  // 12 sums, 3 weights, 1 number in 16 registers
 #endif
-constexpr int MOST_VECTORS = 3;
 
 INLINE Vec activate(Vec value, Activation activation) {
   if (activation == kRelu)
@@ -16,51 +15,87 @@ INLINE Vec activate(Vec value, Activation activation) {
   return activation == kSilu ? value * sigmoid(value) : value;
 }
 
-template <bool IS_PART, int ROWS>
-INLINE void finish_column(const Dense& d, const Vec (&sums)[ROWS], int64_t row, int64_t column, int64_t count) {
-  const Vec bias = load<IS_PART>(d.bias + column, count);
-  for (int r = 0; r < ROWS; ++r) {
-    Vec value = activate(sums[r] + bias, d.activation);
-    if (d.residual)
-      value += load<IS_PART>(d.residual + (row + r) * d.residual_row + column, count);
-    store<IS_PART>(d.out + (row + r) * d.out_row + column, value, count);
-  }
+// Calls `body(v, r)` for the vectors and rows of a tile, each in code of its own: registers have no addresses.
+template <int ROWS, int NV, class Body>
+INLINE void for_each_sum(Body body) {
+#pragma GCC unroll 3
+  for (int v = 0; v < NV; ++v)
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+      body(v, r);
 }
 
-template <int ROWS, int NV>
-NOINLINE void dense_tile(const Dense& d, const float* x, int64_t stride, int64_t row, int64_t column) {
-  // The processor does not foresee where the tile will be stored; there is time to fetch it while the sums are made.
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < NV; ++v) {
-      __builtin_prefetch(d.out + (row + r) * d.out_row + column + v * LANES, 1);
+// What follows a product, in place, where it takes more registers than there are beside the sums.
+NOINLINE void finish_rows(const Dense& d, int64_t row, int64_t rows, int64_t column, int64_t count) {
+  for (int64_t end = row + rows; row < end; ++row)
+    for (int64_t i = 0; i < count; i += LANES) {
+      float* out = d.out + row * d.out_row + column + i;
+      const int64_t left = count - i < LANES ? count - i : LANES;
+      Vec value = activate(load_part(out, left), d.activation);
       if (d.residual)
-        __builtin_prefetch(d.residual + (row + r) * d.residual_row + column + v * LANES);
+        value += load_part(d.residual + row * d.residual_row + column + i, left);
+      store_part(out, value, left);
     }
-  Vec sums[NV][ROWS] = {};
-  for (int64_t piece = 0; piece < d.pieces; ++piece, x += d.piece_stride) {
-    const float* weight = d.weight + piece * d.weight_stride + column;
-    for (int64_t k = 0; k < d.depth; ++k, weight += d.width) {
+}
+
+// IS_PART: the last vector has but `count` columns.
+template <int ROWS, int NV, bool IS_PART>
+INLINE void finish_tile(const Dense& d, Vec (&sums)[NV][ROWS], int64_t row, int64_t column, int64_t count) {
+  float* out = d.out + row * d.out_row + column;
+  const bool is_simple = d.activation != kSilu;
+  if (d.activation == kRelu)
+    for_each_sum<ROWS, NV>([&](int v, int r) { sums[v][r] = at_least(sums[v][r], 0.f); });
+  if (d.residual && is_simple) {
+    const float* residual = d.residual + row * d.residual_row + column;
+    for_each_sum<ROWS, NV>([&](int v, int r) {
+      const float* from = residual + r * d.residual_row + v * LANES;
+      sums[v][r] += IS_PART && v + 1 == NV ? load_part(from, count) : load(from);
+    });
+  }
+  for_each_sum<ROWS, NV>([&](int v, int r) {
+    float* to = out + r * d.out_row + v * LANES;
+    if (IS_PART && v + 1 == NV)
+      store_part(to, sums[v][r], count);
+    else
+      store(to, sums[v][r]);
+  });
+  if (!is_simple)
+    finish_rows(d, row, ROWS, column, (NV - 1) * LANES + count);
+}
+
+// `weight` is the first row's, in a panel of `width` columns.
+template <int ROWS, int NV>
+NOINLINE void dense_tile(
+    const Dense& d, const float* weight, int64_t width, const float* x, int64_t stride, int64_t row, int64_t column) {
+  // The processor does not foresee where the tile will be stored; there is time to fetch it while the sums are made.
+  const float* out = d.out + row * d.out_row + column;
+  for_each_sum<ROWS, NV>([&](int v, int r) { __builtin_prefetch(out + r * d.out_row + v * LANES, 1); });
+  if (d.residual) {
+    const float* residual = d.residual + row * d.residual_row + column;
+    for_each_sum<ROWS, NV>([&](int v, int r) { __builtin_prefetch(residual + r * d.residual_row + v * LANES); });
+  }
+  const int64_t left = d.columns - column - (NV - 1) * LANES;
+  Vec sums[NV][ROWS];
+  for_each_sum<ROWS, NV>([&](int v, int r) {
+    const float* bias = d.bias + column + v * LANES;
+    sums[v][r] = r ? sums[v][0] : v + 1 < NV || left >= LANES ? load(bias) : load_part(bias, left);
+  });
+  for (int64_t piece = 0; piece < d.pieces; ++piece, x += d.piece_stride, weight += d.piece_rows * width) {
+    const float* from = weight;
+    for (int64_t k = 0; k < d.depth; ++k, from += width) {
       Vec w[NV];
       for (int v = 0; v < NV; ++v)
-        w[v] = load(weight + v * LANES);
+        w[v] = load(from + v * LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < NV; ++v)
           sums[v][r] += w[v] * x[r * stride + k];
     }
   }
-  for (int v = 0; v < NV; ++v, column += LANES) {
-    const int64_t count = d.columns - column;
-    if (count >= LANES)
-      finish_column<false>(d, sums[v], row, column, LANES);
-    else
-      finish_column<true>(d, sums[v], row, column, count);
-  }
-}
-
-// Threes, and twos where a single one would be left.
-static int panel(int64_t left) {
-  return left == 1 ? 1 : left == 2 || left == 4 ? 2 : MOST_VECTORS;
+  if (left >= LANES)
+    finish_tile<ROWS, NV, false>(d, sums, row, column, LANES);
+  else
+    finish_tile<ROWS, NV, true>(d, sums, row, column, left);
 }
 
 template <int NV, class Body>
@@ -84,8 +119,8 @@ INLINE void with_tile(int64_t rows, int64_t row, int64_t column, Body body) {
 template <class Body>
 INLINE void for_each_tile(int64_t rows, int64_t first, int64_t last, Body body) {
   const int64_t num_tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
-  for (int vectors; first < last; first += vectors) {
-    vectors = panel(last - first);
+  for (int64_t vectors; first < last; first += vectors) {
+    vectors = panel_size(last - first);
     for (int64_t i = 0; i < num_tiles; ++i) {
       const int64_t row = i * rows / num_tiles, size = (i + 1) * rows / num_tiles - row;
       if (vectors == 3)
@@ -99,7 +134,16 @@ INLINE void for_each_tile(int64_t rows, int64_t first, int64_t last, Body body) 
 }
 
 static void dense(const Dense& d, const float* x, int64_t stride, int64_t rows, int64_t first, int64_t last) {
-  for_each_tile(rows, first, last, [&](auto size, auto vectors, int64_t row, int64_t column) {
-    dense_tile<size.value, vectors.value>(d, x + row * stride, stride, row, column);
-  });
+  int64_t width;
+  for (int64_t start = 0; start < d.weight.width && start / LANES < last; start += width) {
+    width = Weight::panel_columns(d.weight.width - start);
+    const float* panel = d.weight.data + start * d.weight.rows + d.first_row * width;
+    const int64_t begin = start / LANES, end = (start + width) / LANES;
+    for_each_tile(
+        rows, begin > first ? begin : first, end < last ? end : last,
+        [&](auto size, auto vectors, int64_t row, int64_t column) {
+          const float* weight = panel + column - start;
+          dense_tile<size.value, vectors.value>(d, weight, width, x + row * stride, stride, row, column);
+        });
+  }
 }

@@ -7,8 +7,6 @@
 
 namespace mobilemamba {
 
-constexpr int64_t kColumns = 16;  // what the rows of a weight are padded to: whole vectors of any instruction set
-
 // The fastest kernels that PyTorch's own choice of instruction set (ATEN_CPU_CAPABILITY) allows.
 const Kernels& kernels();
 

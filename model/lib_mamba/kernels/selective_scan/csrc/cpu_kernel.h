@@ -44,14 +44,30 @@ struct ParameterSums {
 
 enum Activation : int64_t { kNone = 0, kRelu = 1, kSilu = 2 };
 
+constexpr int64_t kColumns = 16;  // of a vector of any instruction set, or of several
+
+// How many of the vectors that are left are multiplied at once: three, and two where a single one would be left.
+inline int64_t panel_size(int64_t left) {
+  return left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
+}
+
+// The weight of a product, columns padded with zeros to `width`. They lie in panels of up to three times kColumns, one
+// behind the other, each with all rows: what is read at once lies side by side.
+struct Weight {
+  int64_t rows, width;
+  const float* data;
+
+  static int64_t panel_columns(int64_t left) { return panel_size(left / kColumns) * kColumns; }
+};
+
 // A product of rows of numbers with a matrix, and what follows it: out = act(row . weight + bias) + residual. A row may
 // lie in several pieces, as the pixels under a convolution's kernel do.
 struct Dense {
-  int64_t depth, columns, width;  // the weight's rows are `width` apart: `columns` padded with zeros
+  int64_t depth, columns;
   int64_t pieces, piece_stride;   // `depth` numbers each,
-  int64_t weight_stride;          // and their rows of the weight, so far apart from piece to piece
-  const float* weight;            // (pieces, depth, width)
-  const float* bias;              // (columns)
+  int64_t first_row, piece_rows;  // and their rows of the weight: where they begin, and how far apart they lie
+  Weight weight;
+  const float* bias;  // (columns)
   Activation activation;
   const float* residual;  // as out, rows residual_row apart; null for none
   int64_t residual_row;

@@ -52,6 +52,10 @@ void check_vector(const Tensor& tensor, int64_t size, const char* name) {
       " floats side by side, got ", tensor.sizes());
 }
 
+int64_t padded(int64_t columns) {
+  return (columns + kColumns - 1) / kColumns * kColumns;
+}
+
 int64_t convolved(int64_t size, int64_t side, int64_t stride, int64_t padding) {
   return (size + 2 * padding - side) / stride + 1;
 }

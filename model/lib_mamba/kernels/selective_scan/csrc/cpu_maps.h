@@ -30,6 +30,9 @@ Activation activation_of(int64_t number);
 
 void check_vector(const at::Tensor& tensor, int64_t size, const char* name);
 
+// So many columns with those that fill their last vector.
+int64_t padded(int64_t columns);
+
 // A side of the output of a convolution.
 int64_t convolved(int64_t size, int64_t side, int64_t stride, int64_t padding);
 

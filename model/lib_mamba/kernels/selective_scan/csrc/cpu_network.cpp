@@ -21,13 +21,11 @@ using at::Tensor;
 constexpr int64_t kRows = 64;  // of a product, as one piece of work: what is made of them stays in the cache
 
 Dense dense_of(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t activation) {
-  TORCH_CHECK(
-      weight.dim() == 2 && weight.scalar_type() == at::kFloat && weight.is_contiguous() && weight.size(0) == depth &&
-          weight.size(1) % kColumns == 0 && bias.numel() <= weight.size(1),
-      "a weight must be (", depth, ", columns padded to a multiple of ", kColumns, "), got ", weight.sizes());
-  check_vector(bias, bias.numel(), "bias");
-  return {depth, bias.numel(), weight.size(1), 1, 0, 0, weight.const_data_ptr<float>(), bias.const_data_ptr<float>(),
-          activation_of(activation), nullptr, 0, nullptr, bias.numel()};
+  const int64_t columns = bias.numel(), width = padded(columns);
+  check_vector(weight, depth * width, "weight, in panels,");
+  check_vector(bias, columns, "bias");
+  return {depth, columns, 1, 0, 0, 0, {depth, width, weight.const_data_ptr<float>()}, bias.const_data_ptr<float>(),
+          activation_of(activation), nullptr, 0, nullptr, columns};
 }
 
 int64_t num_vectors(const Dense& d) {
@@ -41,10 +39,7 @@ void for_pieces(int64_t count, int64_t size, Body body) {
   int64_t pieces = (count + size - 1) / size;
   if (pieces < 4 * threads)
     pieces = std::min(count, (pieces + threads - 1) / threads * threads);
-  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      body(i * count / pieces, (i + 1) * count / pieces);
-  });
+  share(pieces, kForwards, [&](int64_t i) { body(i * count / pieces, (i + 1) * count / pieces); });
 }
 
 // Few rows are not worth a copy of the weights in every core's cache: there, threads take columns.
@@ -199,8 +194,8 @@ struct Convolution {
     d.pieces = vertical.last - vertical.first;
     d.piece_stride = x.row;
     d.depth = (horizontal.last - horizontal.first) * x.channels;
-    d.weight += (vertical.first * side + horizontal.first) * x.channels * d.width;
-    d.weight_stride = side * x.channels * d.width;
+    d.first_row = (vertical.first * side + horizontal.first) * x.channels;
+    d.piece_rows = side * x.channels;
     kernel.dense(d, from, stride * x.pixel, last - first, 0, num_vectors(d));
   }
 

@@ -20,10 +20,6 @@ using at::Tensor;
 constexpr int64_t kSide = 3, kStride = 2, kPadding = 1;
 constexpr int64_t kStrip = 8;  // rows of the output, as one piece of work
 
-int64_t padded(int64_t channels) {
-  return (channels + kColumns - 1) / kColumns * kColumns;
-}
-
 // The input of a convolution, row by row.
 struct Input {
   Tensor map, scale;
@@ -69,13 +65,28 @@ void check_weight(const Tensor& weight, int64_t channels) {
       "weight must be (C', ", channels, ", 3, 3) in float32, got ", weight.sizes());
 }
 
-// (.., columns) with the columns padded by zeros.
-Tensor pad_columns(const Tensor& weight) {
-  const auto sizes = weight.sizes();
-  const Tensor out = at::zeros({sizes[0], sizes[1], sizes[2], padded(sizes[3])}, weight.options());
-  out.narrow(3, 0, sizes[3]).copy_(weight);
-  return out;
-}
+// A weight (.., columns) in panels.
+struct Panels {
+  int64_t rows, width;
+  Tensor data;
+
+  explicit Panels(const Tensor& weight)
+      : rows(weight.numel() / weight.size(-1)), width(padded(weight.size(-1))),
+        data(at::zeros({rows * width}, weight.options())) {
+    const Tensor matrix = weight.reshape({rows, -1});
+    int64_t columns;
+    for (int64_t start = 0; start < width; start += columns) {
+      columns = Weight::panel_columns(width - start);
+      const int64_t count = std::min(columns, matrix.size(1) - start);
+      const Tensor panel = data.narrow(0, start * rows, columns * rows).view({rows, columns});
+      panel.narrow(1, 0, count).copy_(matrix.narrow(1, start, count));
+    }
+  }
+
+  Weight weight() const {
+    return {rows, width, data.const_data_ptr<float>()};
+  }
+};
 
 }  // namespace
 
@@ -85,12 +96,12 @@ Tensor strided_conv(const Tensor& x, const Norm& norm, const Tensor& weight) {
   check_weight(weight, C);
   const int64_t height = convolved(input.x.height, kSide, kStride, kPadding);
   const int64_t width = convolved(input.x.width, kSide, kStride, kPadding);
-  const Tensor out = new_map(x.size(0), columns, height, width), matrix = pad_columns(weight.permute({2, 3, 1, 0}));
+  const Tensor out = new_map(x.size(0), columns, height, width);
+  const Panels panels(weight.permute({2, 3, 1, 0}));
   const Tensor bias = at::zeros({columns}, at::TensorOptions(at::kFloat));
   const int64_t depth = kSide * C, vectors = (columns + kernels().lanes - 1) / kernels().lanes;
-  const Dense whole{depth, columns, matrix.size(3), kSide, input.row, depth * matrix.size(3),
-                    matrix.const_data_ptr<float>(), bias.const_data_ptr<float>(), kNone, nullptr, 0,
-                    out.mutable_data_ptr<float>(), columns};
+  const Dense whole{depth, columns, kSide, input.row, 0, depth, panels.weight(), bias.const_data_ptr<float>(), kNone,
+                    nullptr, 0, out.mutable_data_ptr<float>(), columns};
   const int64_t strips = (height + kStrip - 1) / kStrip;
   share_with_scratch(x.size(0) * strips, input.strip_rows(kStrip) * input.row, [&](int64_t i, float* rows) {
     const int64_t image = i / strips, first = i % strips * kStrip, count = std::min(kStrip, height - first);
@@ -120,22 +131,25 @@ void read_row(const Map& grad, int64_t image, int64_t y, float* to) {
 // order middle, last, first, each of the four kinds of pixels is a product with weights that lie side by side.
 struct Transpose {
   Map grad, dx;
-  Tensor matrix, bias;  // (3, 3, C', C padded), (C)
-  int64_t row;          // floats in a row of the gradient, a zero pixel behind it
+  Tensor bias;     // (C)
+  int64_t row;     // floats in a row of the gradient, a zero pixel behind it
+  Panels weights;  // (3, 3, C', C)
 
   Transpose(const Map& grad_, const Map& dx_, const Tensor& weight)
       : grad(grad_), dx(dx_), bias(at::zeros({dx_.channels}, at::TensorOptions(at::kFloat))),
-        row((grad_.width + 1) * grad_.channels) {
+        row((grad_.width + 1) * grad_.channels), weights(in_order(weight)) {}
+
+  static Tensor in_order(const Tensor& weight) {
     const Tensor order = at::tensor({1, 2, 0}, at::kLong);
-    matrix = pad_columns(weight.permute({2, 3, 0, 1}).index_select(0, order).index_select(1, order));
+    return weight.permute({2, 3, 0, 1}).index_select(0, order).index_select(1, order);
   }
 
   // Pixels of one kind in row y, from rows of the gradient.
   void pixels(const float* rows, int64_t image, int64_t y, bool is_odd) const {
-    const int64_t is_odd_row = y % kStride, places = 1 + is_odd, width = matrix.size(3), block = grad.channels * width;
-    const Dense d{places * grad.channels, dx.channels, width, 1 + is_odd_row, row, kSide * block,
-                  matrix.const_data_ptr<float>() + (is_odd_row * kSide + is_odd) * block, bias.const_data_ptr<float>(),
-                  kNone, nullptr, 0, dx.data + image * dx.image + y * dx.row + is_odd * dx.pixel, kStride * dx.pixel};
+    const int64_t is_odd_row = y % kStride, C = grad.channels;
+    const Dense d{(1 + is_odd) * C, dx.channels, 1 + is_odd_row, row, (is_odd_row * kSide + is_odd) * C, kSide * C,
+                  weights.weight(), bias.const_data_ptr<float>(), kNone, nullptr, 0,
+                  dx.data + image * dx.image + y * dx.row + is_odd * dx.pixel, kStride * dx.pixel};
     const int64_t count = (dx.width + 1 - is_odd) / kStride;
     kernels().dense(d, rows, grad.channels, count, 0, (dx.channels + kernels().lanes - 1) / kernels().lanes);
   }
