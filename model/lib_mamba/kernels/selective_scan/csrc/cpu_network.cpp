@@ -32,15 +32,19 @@ int64_t num_vectors(const Dense& d) {
   return (d.columns + kernels().lanes - 1) / kernels().lanes;
 }
 
-// Calls `body(first, last)` for pieces of about `size`, on all threads; as many pieces each where they are few.
-template <class Body>
-void for_pieces(int64_t count, int64_t size, Body body) {
-  const int64_t threads = num_threads();
-  int64_t pieces = (count + size - 1) / size;
-  if (pieces < 4 * threads)
-    pieces = std::min(count, (pieces + threads - 1) / threads * threads);
-  share(pieces, kForwards, [&](int64_t i) { body(i * count / pieces, (i + 1) * count / pieces); });
-}
+// `count` things in pieces of about `size`; as many for each thread where they are few.
+struct Pieces {
+  int64_t count, number;
+
+  Pieces(int64_t count_, int64_t size) : count(count_), number((count + size - 1) / size) {
+    const int64_t threads = num_threads();
+    if (number < 4 * threads)
+      number = std::min(count, (number + threads - 1) / threads * threads);
+  }
+
+  int64_t begin(int64_t i) const { return i * count / number; }
+  int64_t largest() const { return number ? (count + number - 1) / number : 0; }
+};
 
 // Few rows are not worth a copy of the weights in every core's cache: there, threads take columns.
 bool has_rows_for_threads(int64_t rows) {
@@ -58,8 +62,10 @@ Dense from_row(const Dense& d, int64_t row) {
 void multiply(const Dense& d, const float* x, int64_t stride, int64_t rows) {
   const Kernels& kernel = kernels();
   if (has_rows_for_threads(rows)) {
-    for_pieces(rows, kRows, [&](int64_t first, int64_t last) {
-      kernel.dense(from_row(d, first), x + first * stride, stride, last - first, 0, num_vectors(d));
+    const Pieces pieces(rows, kRows);
+    share(pieces.number, kForwards, [&](int64_t i) {
+      const int64_t first = pieces.begin(i), count = pieces.begin(i + 1) - first;
+      kernel.dense(from_row(d, first), x + first * stride, stride, count, 0, num_vectors(d));
     });
     return;
   }
@@ -105,11 +111,14 @@ struct FeedForward {
   Depthwise before{};  // without weight: nothing comes before
   Map x{};
 
+  // Of scratch.
+  int64_t floats_per_pixel() const {
+    return widen.columns + (before.weight ? x.channels : 0);
+  }
+
   // Pixels of whole rows [first, last) of the batch, a map's rows counted through.
-  void rows(int64_t first, int64_t last) const {
+  void rows(int64_t first, int64_t last, float* between) const {
     const int64_t width = x.width, count = (last - first) * width;
-    const Tensor scratch = floats(count * ((before.weight ? x.channels : 0) + widen.columns));
-    float* between = scratch.mutable_data_ptr<float>();
     const float* from = x.data + first * width * x.pixel;
     Dense wide = widen, back = from_row(narrow, first * width);
     if (before.weight) {
@@ -155,8 +164,11 @@ Tensor ffn(
   if (taps)
     f.before = depthwise_of(map, out, *taps, *taps_bias, 1, taps->size(0) / 2, kNone);
   if (has_rows_for_threads(rows)) {
-    const int64_t width = std::max<int64_t>(f.x.width, 1), lines = rows / width;
-    for_pieces(lines, std::max<int64_t>(1, kRows / width), [&](int64_t first, int64_t last) { f.rows(first, last); });
+    const int64_t width = std::max<int64_t>(f.x.width, 1);
+    const Pieces lines(rows / width, std::max<int64_t>(1, kRows / width));
+    share_with_scratch(lines.number, lines.largest() * width * f.floats_per_pixel(), [&](int64_t i, float* scratch) {
+      f.rows(lines.begin(i), lines.begin(i + 1), scratch);
+    });
     return out;
   }
   const Tensor y = taps ? depthwise(map, *taps, *taps_bias, {}, {}, 1, taps->size(0) / 2, kNone) : map;
