@@ -32,19 +32,11 @@ int64_t num_vectors(const Dense& d) {
   return (d.columns + kernels().lanes - 1) / kernels().lanes;
 }
 
-// `count` things in pieces of about `size`; as many for each thread where they are few.
-struct Pieces {
-  int64_t count, number;
-
-  Pieces(int64_t count_, int64_t size) : count(count_), number((count + size - 1) / size) {
-    const int64_t threads = num_threads();
-    if (number < 4 * threads)
-      number = std::min(count, (number + threads - 1) / threads * threads);
-  }
-
-  int64_t begin(int64_t i) const { return i * count / number; }
-  int64_t largest() const { return number ? (count + number - 1) / number : 0; }
-};
+// Pieces of about `size`; as many for each thread where they are few.
+Pieces pieces_of(int64_t total, int64_t size) {
+  const int64_t threads = num_threads(), count = (total + size - 1) / size;
+  return {total, count < 4 * threads ? std::min(total, (count + threads - 1) / threads * threads) : count};
+}
 
 // Few rows are not worth a copy of the weights in every core's cache: there, threads take columns.
 bool has_rows_for_threads(int64_t rows) {
@@ -62,10 +54,10 @@ Dense from_row(const Dense& d, int64_t row) {
 void multiply(const Dense& d, const float* x, int64_t stride, int64_t rows) {
   const Kernels& kernel = kernels();
   if (has_rows_for_threads(rows)) {
-    const Pieces pieces(rows, kRows);
-    share(pieces.number, kForwards, [&](int64_t i) {
-      const int64_t first = pieces.begin(i), count = pieces.begin(i + 1) - first;
-      kernel.dense(from_row(d, first), x + first * stride, stride, count, 0, num_vectors(d));
+    const Pieces pieces = pieces_of(rows, kRows);
+    share(pieces.count, kForwards, [&](int64_t i) {
+      const int64_t first = pieces.begin(i);
+      kernel.dense(from_row(d, first), x + first * stride, stride, pieces.size(i), 0, num_vectors(d));
     });
     return;
   }
@@ -165,8 +157,8 @@ Tensor ffn(
     f.before = depthwise_of(map, out, *taps, *taps_bias, 1, taps->size(0) / 2, kNone);
   if (has_rows_for_threads(rows)) {
     const int64_t width = std::max<int64_t>(f.x.width, 1);
-    const Pieces lines(rows / width, std::max<int64_t>(1, kRows / width));
-    share_with_scratch(lines.number, lines.largest() * width * f.floats_per_pixel(), [&](int64_t i, float* scratch) {
+    const Pieces lines = pieces_of(rows / width, std::max<int64_t>(1, kRows / width));
+    share_with_scratch(lines.count, lines.largest() * width * f.floats_per_pixel(), [&](int64_t i, float* scratch) {
       f.rows(lines.begin(i), lines.begin(i + 1), scratch);
     });
     return out;

@@ -14,6 +14,15 @@ namespace mobilemamba {
 // Partial sums of a weight's gradient: at most one for each image, and only so many as give threads enough to do.
 constexpr int64_t kGroups = 16, kShares = 64;
 
+// `total` things in pieces of nearly the same size.
+struct Pieces {
+  int64_t total, count;
+
+  int64_t begin(int64_t i) const { return i * total / count; }
+  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
+  int64_t largest() const { return count ? (total + count - 1) / count : 0; }
+};
+
 enum Order { kForwards, kBackwards };
 
 // Calls `start()` on every thread, and what it returns once for every i in [0, count). Each thread has a run of its own,

@@ -28,15 +28,9 @@ using at::Tensor;
 constexpr int64_t kPiece = 1 << 15;
 constexpr int64_t kRound = 16;
 
-struct Pieces {
-  int64_t rows, count;
-
-  Pieces(int64_t rows_, int64_t channels)
-      : rows(rows_), count(std::max<int64_t>(1, std::min(rows, (rows * channels / kPiece / kRound + 1) * kRound))) {}
-
-  int64_t begin(int64_t i) const { return i * rows / count; }
-  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
-};
+Pieces pieces_of(int64_t rows, int64_t channels) {
+  return {rows, std::max<int64_t>(1, std::min(rows, (rows * channels / kPiece / kRound + 1) * kRound))};
+}
 
 // Memory of this thread, kept from one norm to the next.
 float* partial_sums(int64_t count) {
@@ -83,7 +77,7 @@ Norm Norm::measure(
     const Tensor& bias, double eps) {
   const Tensor map = as_rows(x);
   const int64_t C = map.size(1), rows = num_rows(map);
-  const Pieces pieces(rows, C);
+  const Pieces pieces = pieces_of(rows, C);
   const Tensor statistics = at::empty({2, C}, at::TensorOptions(at::kFloat));
   check_vector(running_mean, C, "running_mean");
   check_vector(running_var, C, "running_var");
@@ -124,7 +118,7 @@ void Norm::write(const Tensor& x, Activation activation, const Tensor& residual,
   const Normalization n = normalization(scale.data(), activation);
   const Matrix from = matrix_of(map), to = matrix_of(out), below = added.defined() ? matrix_of(added) : Matrix{};
   const Kernels& kernel = kernels();
-  const Pieces pieces(num_rows(map), C);
+  const Pieces pieces = pieces_of(num_rows(map), C);
   share(pieces.count, kForwards, [&](int64_t i) {
     const int64_t row = pieces.begin(i);
     kernel.normalize(n, from.from(row), below.from(row), to.from(row), pieces.size(i));
@@ -142,7 +136,7 @@ Norm::Gradients Norm::backward(
   const Tensor map = as_rows(x), gradient = as_rows(grad);
   const int64_t C = map.size(1), rows = num_rows(map);
   const Tensor dx = out.defined() ? out : new_like(map);
-  const Pieces pieces(rows, C);
+  const Pieces pieces = pieces_of(rows, C);
   check(C);
   check_same(gradient, map, "grad");
   check_out(dx, map);
