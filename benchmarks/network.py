@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from util.memory import keep_freed_memory
+
 from .common import (
     PRECISIONS,
     Plan,
@@ -301,8 +303,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         The content of the result file.
+
+    Raises:
+        RuntimeError: If freed memory is to be kept and cannot be.
     """
     plan = set_up(arguments)
+    if arguments.keep_memory and not keep_freed_memory():
+        raise RuntimeError("--keep-memory needs glibc, which alone can be told to: leave it out")
     machine = describe_machine(arguments.device)
     print(summary_line(machine))
     candidates = [build(name) for name in arguments.networks]
@@ -335,6 +342,7 @@ def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     parser.add_argument("--cuda-graph", action="store_true", help="measure CUDA graphs too")
+    parser.add_argument("--keep-memory", action="store_true", help="keep freed memory in the process, as training does")
     arguments = parser.parse_args(command_line)
     if arguments.cuda_graph and arguments.device != "cuda":
         parser.error("--cuda-graph needs --device cuda")

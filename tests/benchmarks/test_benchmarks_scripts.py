@@ -65,6 +65,17 @@ def test_a_network_that_fails_is_listed(run, monkeypatch):
     assert {case["precision"] for case in result["cases"]} == {"fp32"}
 
 
+def test_memory_is_kept_or_the_run_refused(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(network, "keep_freed_memory", lambda: not asked.append(True))
+    options = ("--batches", "1", "--networks", "MobileMamba_T2", "--keep-memory")
+    assert run(network, *options)["settings"]["keep_memory"] is True
+    assert asked == [True]
+    monkeypatch.setattr(network, "keep_freed_memory", lambda: False)
+    with pytest.raises(RuntimeError, match="--keep-memory needs glibc"):
+        run(network, *options)
+
+
 def test_cuda_graphs_need_cuda():
     with pytest.raises(SystemExit):
         network.parse(["--device", "cpu", "--cuda-graph"])
