@@ -41,6 +41,7 @@ __all__ = [
     "serves",
     "set_backend",
     "use_backend",
+    "without_autocast",
 ]
 
 logger = logging.getLogger(__name__)
@@ -265,3 +266,10 @@ def gated_scan_backward(grad: Tensor, x: Tensor, *arguments: Any) -> Any:
             grad, x, *arguments, scan=selective_scan, scan_backward=selective_scan_backward
         )
     return result
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which autocast casts nothing on a device: for what computes in float32 on purpose."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

@@ -33,7 +33,7 @@ def _gated(
     reverse: Sequence[int],
 ) -> Tensor:
     # Autocast would reach into the implementation and take the state out of fp32.
-    with torch.autocast(x.device.type, enabled=False):
+    with backends.without_autocast(x.device.type):
         return backends.gated_scan(
             x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, reverse
         )
@@ -71,7 +71,7 @@ def _gated_backward(
     eps: float,
     reverse: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with backends.without_autocast(x.device.type):
         return backends.gated_scan_backward(
             grad, x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, reverse
         )

@@ -7,7 +7,6 @@ slowly than float32, they run in float32 what would be bfloat16. Everything else
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import platform
@@ -26,7 +25,6 @@ __all__ = [
     "pack_columns",
     "register_fakes",
     "serve_training",
-    "without_autocast",
 ]
 
 logger = logging.getLogger(__name__)
@@ -49,13 +47,6 @@ def is_for_float32(x: Tensor) -> bool:
         return False
     asked = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return asked == torch.float32 or (asked == torch.bfloat16 and _is_slow_in_bfloat16())
-
-
-def without_autocast() -> contextlib.AbstractContextManager[None]:
-    """Return a context in which nothing is cast on a CPU."""
-    if torch.is_autocast_enabled("cpu"):
-        return torch.autocast("cpu", enabled=False)
-    return contextlib.nullcontext()
 
 
 @torch.compiler.assume_constant_result

@@ -29,7 +29,7 @@ def _scan(
     reverse: Sequence[int],
 ) -> Tensor:
     # Autocast would reach into the implementation and take the state out of fp32.
-    with torch.autocast(x.device.type, enabled=False):
+    with backends.without_autocast(x.device.type):
         return backends.selective_scan(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
 
 
@@ -57,7 +57,7 @@ def _scan_backward(
     D_skip: Tensor,
     reverse: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with backends.without_autocast(x.device.type):
         return backends.selective_scan_backward(grad, x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
 
 
@@ -103,17 +103,17 @@ def check_shapes(
     num_directions, channels, rank = dt_weight.shape
     num_states = A_log.shape[-1]
     expected = {
-        "x": (tuple(x.shape), (*x.shape[:2], channels)),
-        "projection": (tuple(projection.shape), (*x.shape[:2], num_directions * (rank + 2 * num_states))),
-        "dt_bias": (tuple(dt_bias.shape), (num_directions, channels)),
-        "A_log": (tuple(A_log.shape), (num_directions * channels, num_states)),
-        "D_skip": (tuple(D_skip.shape), (num_directions * channels,)),
+        "x": (x.shape, (*x.shape[:2], channels)),
+        "projection": (projection.shape, (*x.shape[:2], num_directions * (rank + 2 * num_states))),
+        "dt_bias": (dt_bias.shape, (num_directions, channels)),
+        "A_log": (A_log.shape, (num_directions * channels, num_states)),
+        "D_skip": (D_skip.shape, (num_directions * channels,)),
         "reverse": ((len(reverse),), (num_directions,)),
     }
     for name, (actual, wanted) in expected.items():
         if actual != wanted:
             raise ValueError(
-                f"{name} must have the shape {wanted} beside dt_weight {tuple(dt_weight.shape)}, got {actual}"
+                f"{name} must have the shape {wanted} beside dt_weight {tuple(dt_weight.shape)}, got {tuple(actual)}"
             )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..layers import Activation
 from ..lib_mamba import SS2D
-from ..lib_mamba.layer_kernels import depthwise_taps, layer_kernels, pack_columns, without_autocast
+from ..lib_mamba.backends import without_autocast
+from ..lib_mamba.layer_kernels import depthwise_taps, layer_kernels, pack_columns
 from .wavelet import band_taps, is_haar, through_bands
 
 __all__ = [
@@ -167,7 +168,7 @@ class FoldedWTEMamba(nn.Module):
         kernels = layer_kernels(x)
         if kernels is None or not self.has_haar_filters:
             return self.global_atten(x) + through_bands(x, self.wt_filter, self.iwt_filter, self.bands)
-        with without_autocast():
+        with without_autocast("cpu"):
             return kernels.wavelet(x, self.taps, self.global_atten(x))
 
 

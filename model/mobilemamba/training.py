@@ -21,7 +21,8 @@ from torch.nn.modules import module as torch_modules
 
 from ..layers import FFN, ConvBN, Residual
 from ..lib_mamba import SCANS, SS2D
-from ..lib_mamba.layer_kernels import serve_training, without_autocast
+from ..lib_mamba.backends import without_autocast
+from ..lib_mamba.layer_kernels import serve_training
 from .mixer import MRFFI, Mixer, MKDeConv
 from .wavelet import ChannelScale, WTEMamba, is_haar
 
@@ -128,7 +129,7 @@ class _Step(torch.autograd.Function):
         running = [kept[key] for kept in buffers for key in ("running_mean", "running_var", "num_batches_tracked")]
         momenta = [-1.0 if norm.momentum is None else norm.momentum for norm in norms]
         operator = getattr(ops, f"{name}_step")
-        with without_autocast():
+        with without_autocast("cpu"):
             y, saved = operator(x, parameters, running, momenta, [norm.eps for norm in norms], *more)
         ctx.step, ctx.more, ctx.num_parameters = name, more, len(parameters)
         ctx.save_for_backward(x, *parameters, *saved)
@@ -140,7 +141,7 @@ class _Step(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         parameters, saved = tensors[: ctx.num_parameters], tensors[ctx.num_parameters :]
         operator = getattr(ops, f"{ctx.step}_step_backward")
-        with without_autocast():
+        with without_autocast("cpu"):
             dx, *gradients = operator(grad, x, saved, parameters, *ctx.more)
         return dx, None, None, None, *gradients
 
