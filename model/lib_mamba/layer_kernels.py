@@ -1,8 +1,8 @@
 """The compiled kernels for layers on a CPU: when they run, and what they give a tracer.
 
 They come with the compiled scan (`mobilemamba_kernels`), and run where it does: on a CPU, in float32; for a folded
-network without gradients, for one in training within steps of autograd. Where the processor multiplies bfloat16 more
-slowly than float32, they run in float32 what would be bfloat16. Everything else is PyTorch's.
+network without gradients, for one in training within steps of autograd. On x86 processors without AMX, which are slow
+in bfloat16, they run in float32 what would be bfloat16. Everything else is PyTorch's.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def _is_slow_in_bfloat16() -> bool:
 
 @functools.cache
 def _lacks_matrix_unit() -> bool:
-    """Return whether this is an x86 processor without AMX: its bfloat16 products are no faster than float32's."""
+    """Return whether this is an x86 processor without AMX, whose bfloat16 products bring PyTorch's layers no gain."""
     is_lacking = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_amx_tile_supported()
     if is_lacking:
-        logger.info("bfloat16 on this CPU: compiled layers compute in float32, which is faster without AMX")
+        logger.info("bfloat16 on this CPU, which has no AMX: compiled layers compute in float32")
     return is_lacking
 
 

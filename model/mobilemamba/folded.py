@@ -6,7 +6,7 @@ B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,31 @@ def _frozen(tensor: Tensor | None) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-class FoldedPointwise(nn.Module):
+class _Packed(nn.Module):
+    """A layer with its weights as the kernels read them beside those that PyTorch reads.
+
+    The copies follow the weights wherever these go, and are no part of the state dict or of what is exported.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_pack_again)
+
+    def pack(self) -> None:
+        """Make the copies, on a CPU; on other devices nothing reads them."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
+        super()._apply(fn, recurse)
+        self.pack()
+        return self
+
+
+def _pack_again(layer: _Packed, _incompatible_keys: object) -> None:
+    layer.pack()
+
+
+class FoldedPointwise(_Packed):
     """1 x 1 convolution as a product of matrices: (B, C, H, W) -> (B, C', H, W), plus a residual if one is given.
 
     Args:
@@ -47,7 +71,10 @@ class FoldedPointwise(nn.Module):
         self.activation = activation
         self.weight = _frozen(conv.weight.flatten(1))
         self.bias = _frozen(conv.bias)
-        self.register_buffer("panels", pack_columns(self.weight.t()))
+        self.pack()
+
+    def pack(self) -> None:
+        self.panels = pack_columns(self.weight.t()) if self.weight.is_cpu else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         kernels = layer_kernels(x)
@@ -58,7 +85,7 @@ class FoldedPointwise(nn.Module):
         return y if residual is None else y + residual
 
 
-class FoldedDepthwise(nn.Module):
+class FoldedDepthwise(_Packed):
     """Depthwise convolution: (B, C, H, W) -> (B, C, H', W'), then scaled and shifted if so asked.
 
     Args:
@@ -75,9 +102,12 @@ class FoldedDepthwise(nn.Module):
         self.stride, self.padding = conv.stride[0], conv.padding[0]
         self.weight = _frozen(conv.weight)
         self.bias = _frozen(conv.bias)
-        self.register_buffer("taps", depthwise_taps(conv.weight))
         self.scale = None if affine is None else _frozen(affine.weight.flatten())
         self.shift = None if affine is None else _frozen(affine.bias)
+        self.pack()
+
+    def pack(self) -> None:
+        self.taps = depthwise_taps(self.weight) if self.weight.is_cpu else None
 
     def forward(self, x: Tensor) -> Tensor:
         kernels = layer_kernels(x)
@@ -112,7 +142,7 @@ class FoldedFFN(nn.Module):
         return self.narrow(self.widen(x), x)
 
 
-class FoldedConvs(nn.Module):
+class FoldedConvs(_Packed):
     """Convolutions over all channels, one after the other, a ReLU between them: (B, C, H, W) -> (B, C', H', W').
 
     Args:
@@ -125,14 +155,18 @@ class FoldedConvs(nn.Module):
         self.shape = (first.kernel_size[0], first.stride[0], first.padding[0])
         self.weights = nn.ParameterList(_frozen(conv.weight) for conv in convs)
         self.biases = nn.ParameterList(_frozen(conv.bias) for conv in convs)
-        self.panels = nn.ParameterList(  # of (height * width * C of a kernel, C')
-            _frozen(pack_columns(conv.weight.permute(2, 3, 1, 0).flatten(0, 2))) for conv in convs
-        )
+        self.pack()
+
+    def pack(self) -> None:
+        # As matrices (height * width * C, C').
+        self.panels = [
+            pack_columns(weight.permute(2, 3, 1, 0).flatten(0, 2)) for weight in self.weights if weight.is_cpu
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         kernels = layer_kernels(x)
         if kernels is not None:
-            return kernels.convs(x, list(self.panels), list(self.biases), *self.shape)
+            return kernels.convs(x, self.panels, list(self.biases), *self.shape)
         _, stride, padding = self.shape
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = F.conv2d(F.relu(x, inplace=True) if index else x, weight, bias, stride, padding)
@@ -152,7 +186,7 @@ class FoldedSqueezeExcite(nn.Module):
         return x * gate.sigmoid()
 
 
-class FoldedWTEMamba(nn.Module):
+class FoldedWTEMamba(_Packed):
     """Scan plus the wavelet branch, with their scales folded: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, scan: SS2D, wt_filter: Tensor, iwt_filter: Tensor, bands: nn.Conv2d) -> None:
@@ -161,8 +195,11 @@ class FoldedWTEMamba(nn.Module):
         self.wt_filter = _frozen(wt_filter)
         self.iwt_filter = _frozen(iwt_filter)
         self.bands = bands
-        self.register_buffer("taps", band_taps(bands.weight))
         self.has_haar_filters = is_haar(wt_filter) and is_haar(iwt_filter)
+        self.pack()
+
+    def pack(self) -> None:
+        self.taps = band_taps(self.bands.weight) if self.bands.weight.is_cpu else None
 
     def forward(self, x: Tensor) -> Tensor:
         kernels = layer_kernels(x)

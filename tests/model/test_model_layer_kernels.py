@@ -286,3 +286,18 @@ def test_saved_and_loaded_folded_network_agrees(kernels):
     other.load_state_dict(network.state_dict())
     images = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(other(images), network(images), rtol=0, atol=0)
+
+
+def test_weights_for_the_kernels_follow_and_are_no_second_state(kernels):
+    """Loaded, cast there and back, copied; the state dict holds weights alone."""
+    torch.manual_seed(2)
+    network, other = (create_model("MobileMamba_T2", num_classes=3).fuse() for _ in range(2))
+    images = torch.randn(2, 3, 64, 64)
+    other.load_state_dict(network.state_dict())
+    for copied in (other, copy.deepcopy(network), network.double().float()):
+        expected = copy.deepcopy(copied).double()(images.double())
+        assert (copied(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    state = network.state_dict()
+    unfolded = create_model("MobileMamba_T2", num_classes=3).state_dict()
+    assert sum(value.numel() for value in state.values()) < sum(value.numel() for value in unfolded.values())
+    assert network.to("meta").patch_embed.panels == []
