@@ -23,7 +23,9 @@ from downstream.data.made_up import write_ade20k, write_coco
 pytest.importorskip("mmdet", reason="needs OpenMMLab: make downstream")
 pytest.importorskip("mmseg", reason="needs OpenMMLab: make downstream")
 
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
+from mmseg.visualization import SegLocalVisualizer
 
 from downstream.tools import test as testing
 from downstream.tools import train as training
@@ -38,6 +40,13 @@ RETINANET = str(DOWNSTREAM / "det/configs/retinanet/retinanet_mobilemamba_b1_fpn
 MASK_RCNN = str(DOWNSTREAM / "det/configs/mask_rcnn/mask-rcnn_mobilemamba_b1_fpn_1x_coco.py")
 SSDLITE = str(DOWNSTREAM / "det/configs/ssd/ssdlite_mobilemamba_b1_8gpu_2lr_coco.py")
 SEMANTIC_FPN = str(DOWNSTREAM / "seg/configs/sem_fpn/fpn_mobilemamba_b4-160k_ade20k-512x512.py")
+
+
+@pytest.fixture(autouse=True)
+def own_visualizers(monkeypatch):
+    """One process is one run, but here: a run's visualiser would write into the folder of the run before."""
+    for kind in (DetLocalVisualizer, SegLocalVisualizer):
+        monkeypatch.setattr(kind, "_instance_dict", {})
 
 
 @pytest.fixture(scope="module")
