@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook, LoggerHook
 
 from .errors import InputError
 
-__all__ = ["leave_processes", "prepare_processes"]
+__all__ = ["leave_processes", "log_once", "prepare_processes"]
 
 SYNCHRONISED = ("SyncBN", "MMSyncBN")
 TIMEOUT_SECONDS = 1800
@@ -63,6 +65,15 @@ def prepare_processes(config: Config, launcher: str) -> None:
         find_unused_parameters=config.get("find_unused_parameters", False),
     )
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+
+
+def log_once(hooks: list[Hook]) -> None:
+    """Take mmengine's logger out of a runner's hooks, in all processes but the first.
+
+    Each would write the figures of a test to the same file, all at once.
+    """
+    if not is_main_process():
+        hooks[:] = [hook for hook in hooks if not isinstance(hook, LoggerHook)]
 
 
 def leave_processes() -> None:

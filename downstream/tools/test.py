@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from .arguments import parse_run, run_parser
 from .datasets import check_datasets
 from .errors import InputError, exit_code_of
-from .processes import leave_processes, prepare_processes
+from .processes import leave_processes, log_once, prepare_processes
 from .settings import check_local, load_config
 
 __all__ = ["main"]
@@ -49,8 +49,14 @@ def test(parsed: argparse.Namespace) -> None:
     if parsed.out:
         _keep(config, parsed.out)
     prepare_processes(config, parsed.launcher)
-    Runner.from_cfg(config).test()
+    _run(config)
     leave_processes()
+
+
+def _run(config: Config) -> None:
+    runner = Runner.from_cfg(config)
+    log_once(runner.hooks)
+    runner.test()
 
 
 def _augment(config: Config) -> None:

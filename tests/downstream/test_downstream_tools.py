@@ -25,6 +25,7 @@ pytest.importorskip("mmseg", reason="needs OpenMMLab: make downstream")
 
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
+from mmengine.hooks import IterTimerHook, LoggerHook
 from mmseg.visualization import SegLocalVisualizer
 
 from downstream.tools import test as testing
@@ -32,7 +33,7 @@ from downstream.tools import train as training
 from downstream.tools.arguments import parse_run, run_parser
 from downstream.tools.datasets import check_datasets, read_categories
 from downstream.tools.errors import InputError, exit_code_of
-from downstream.tools.processes import leave_processes, prepare_processes
+from downstream.tools.processes import leave_processes, log_once, prepare_processes
 from downstream.tools.settings import load_config, set_data_root
 from model.checkpoint import read_checkpoint
 
@@ -279,6 +280,14 @@ class TestProcesses:
         leave_processes()
         assert not gloo_threads()
         leave_processes()
+
+    @pytest.mark.parametrize("is_main", [True, False])
+    def test_one_process_writes_the_figures(self, monkeypatch, is_main):
+        monkeypatch.setattr("downstream.tools.processes.is_main_process", lambda: is_main)
+        logger, timer = LoggerHook(), IterTimerHook()
+        hooks = [timer, logger]
+        log_once(hooks)
+        assert hooks == ([timer, logger] if is_main else [timer])
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the lack of a GPU")
     def test_mixed_precision_needs_a_gpu(self, data, capsys):
