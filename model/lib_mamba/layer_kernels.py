@@ -20,7 +20,6 @@ from . import backends
 
 __all__ = [
     "depthwise_taps",
-    "is_for_float32",
     "layer_kernels",
     "pack_columns",
     "register_fakes",
@@ -34,14 +33,14 @@ COLUMNS = 16  # of whole vectors of any processor
 
 def layer_kernels(x: Tensor) -> Any | None:
     """Return the namespace of the operators if they are to run on ``x``, else None."""
-    if x.device.type != "cpu" or not is_for_float32(x):
+    if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_exporting():
         return None
-    if (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_exporting() or not _is_chosen():
+    if not _is_chosen() or not _is_for_float32(x):
         return None
     return torch.ops.mobilemamba_kernels if x.dtype == torch.float32 else _Widened()
 
 
-def is_for_float32(x: Tensor) -> bool:
+def _is_for_float32(x: Tensor) -> bool:
     """Return whether a CPU is to compute in float32: it is asked to, or for bfloat16, at which this one is slow."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -51,6 +50,7 @@ def is_for_float32(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _is_slow_in_bfloat16() -> bool:
+    # Apart from what is kept, as torch.compile looks through functools.cache into the function.
     return _lacks_matrix_unit()
 
 
@@ -90,9 +90,9 @@ def serve_training(x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._are_functorch_transforms_active() or not is_for_float32(x):
+    if torch._C._are_functorch_transforms_active():
         return False
-    return _is_chosen()
+    return _is_chosen() and _is_for_float32(x)
 
 
 @torch.compiler.assume_constant_result

@@ -162,17 +162,33 @@ def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
         assert layer_kernels(x) is None
 
 
-@pytest.mark.parametrize("is_slow", [False, True])
-def test_bfloat16_is_left_to_processors_that_are_fast_at_it(kernels, monkeypatch, is_slow):
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: not is_slow)
+def pretend_amx(monkeypatch, is_there):
+    """Make this an x86 processor with AMX, or without; nothing of it is kept."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: is_there)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     uncached = layer_kernels_module._lacks_matrix_unit.__wrapped__
     monkeypatch.setattr(layer_kernels_module, "_lacks_matrix_unit", uncached)
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_bfloat16_is_left_to_processors_that_are_fast_at_it(kernels, monkeypatch, is_slow):
+    pretend_amx(monkeypatch, not is_slow)
     x = torch.zeros(1, 2, 3, 3)
     assert (layer_kernels(x.bfloat16()) is not None) == is_slow
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (layer_kernels(x) is not None) == (layer_kernels(x.bfloat16()) is not None) == is_slow
     assert layer_kernels(x) is not None
+
+
+def test_nothing_is_said_of_kernels_that_are_not_chosen(kernels, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    pretend_amx(monkeypatch, False)
+    x = torch.zeros(1, 2, 3, 3).bfloat16()
+    with use_backend("reference"):
+        assert layer_kernels(x) is None
+        assert "compiled layers" not in caplog.text
+    assert layer_kernels(x) is not None
+    assert "compiled layers compute in float32" in caplog.text
 
 
 @pytest.fixture
