@@ -54,6 +54,7 @@ def test(parsed: argparse.Namespace) -> None:
 
 
 def _run(config: Config) -> None:
+    # By itself: `leave_processes` needs the runner to be let go.
     runner = Runner.from_cfg(config)
     log_once(runner.hooks)
     runner.test()

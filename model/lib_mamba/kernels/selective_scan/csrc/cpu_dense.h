@@ -42,10 +42,10 @@ NOINLINE void finish_rows(const Dense& d, int64_t row, int64_t rows, int64_t col
 template <int ROWS, int NV, bool IS_PART>
 INLINE void finish_tile(const Dense& d, Vec (&sums)[NV][ROWS], int64_t row, int64_t column, int64_t count) {
   float* out = d.out + row * d.out_row + column;
-  const bool is_simple = d.activation != kSilu;
+  const bool is_silu = d.activation == kSilu;
   if (d.activation == kRelu)
     for_each_sum<ROWS, NV>([&](int v, int r) { sums[v][r] = at_least(sums[v][r], 0.f); });
-  if (d.residual && is_simple) {
+  if (d.residual && !is_silu) {
     const float* residual = d.residual + row * d.residual_row + column;
     for_each_sum<ROWS, NV>([&](int v, int r) {
       const float* from = residual + r * d.residual_row + v * LANES;
@@ -59,7 +59,7 @@ INLINE void finish_tile(const Dense& d, Vec (&sums)[NV][ROWS], int64_t row, int6
     else
       store(to, sums[v][r]);
   });
-  if (!is_simple)
+  if (is_silu)
     finish_rows(d, row, ROWS, column, (NV - 1) * LANES + count);
 }
 

@@ -323,9 +323,7 @@ static void wavelet_taps(const WaveletGradient& w, int64_t image, int64_t channe
 template <int ROWS, int NV>
 NOINLINE void dense_weight_tile(const DenseGradient& d, int64_t row, int64_t column, const Matrix& out) {
   Vec sums[NV][ROWS];
-  for (int v = 0; v < NV; ++v)
-    for (int r = 0; r < ROWS; ++r)
-      sums[v][r] = load(out.at(row + r) + column + v * LANES);
+  for_each_sum<ROWS, NV>([&](int v, int r) { sums[v][r] = load(out.at(row + r) + column + v * LANES); });
   for (int64_t line = 0; line < d.lines; ++line) {
     const float *x = d.x.data + line * d.x_line + row, *grad = d.grad.data + line * d.grad_line + column;
     for (int64_t k = 0; k < d.count; ++k, x += d.x.stride, grad += d.grad.stride) {
@@ -338,9 +336,7 @@ NOINLINE void dense_weight_tile(const DenseGradient& d, int64_t row, int64_t col
           sums[v][r] += g[v] * x[r];
     }
   }
-  for (int v = 0; v < NV; ++v)
-    for (int r = 0; r < ROWS; ++r)
-      store(out.at(row + r) + column + v * LANES, sums[v][r]);
+  for_each_sum<ROWS, NV>([&](int v, int r) { store(out.at(row + r) + column + v * LANES, sums[v][r]); });
 }
 
 static void dense_weight(const DenseGradient& d, const Matrix& out) {
