@@ -8,7 +8,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 SUBPACKAGES = ("mobilemamba", "lib_mamba", "lib_mamba.kernels", "lib_teacher", "zoo")
 # The sources of the compiled scans, which are built against the installed PyTorch, by a pip install of their own.
-KERNELS = ("*.md", "*.py", "*.toml", "csrc/*", "mobilemamba_kernels/*.py")
+KERNELS = ("*.md", "*.py", "*.toml", "csrc/**/*", "mobilemamba_kernels/*.py")
 
 TRAIN = ["torchvision", "PyYAML", "lmdb", "tensorboardX", "fvcore", "tqdm", "pillow", "scikit-learn"]
 EXTRAS = {

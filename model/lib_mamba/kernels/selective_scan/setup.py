@@ -27,6 +27,7 @@ NAME = "mobilemamba_kernels._C"
 VERSION = "1.0.0"
 SCHEMA = 5  # as in model/lib_mamba/compiled.py
 FOLDER = Path(__file__).resolve().parent
+CSRC = FOLDER / "csrc"
 FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
 # Threads are PyTorch's, and so is the OpenMP library: compiled for it, but not linked to one of its own.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
@@ -46,7 +47,7 @@ CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 def sources(*patterns: str) -> list[str]:
     """Return source files, relative to this one."""
-    return sorted(str(path.relative_to(FOLDER)) for pattern in patterns for path in FOLDER.glob(f"csrc/{pattern}"))
+    return sorted(str(path.relative_to(FOLDER)) for pattern in patterns for path in CSRC.rglob(pattern))
 
 
 def cuda_problem() -> str:
@@ -140,7 +141,7 @@ class Build(BuildExtension):
 
 def cpu_extension() -> Extension:
     """Return the library for the CPU alone."""
-    return CppExtension(NAME, sources("*.cpp"), extra_compile_args={"cxx": CXX_FLAGS})
+    return CppExtension(NAME, sources("*.cpp"), include_dirs=[str(CSRC)], extra_compile_args={"cxx": CXX_FLAGS})
 
 
 def cuda_extension() -> Extension:
@@ -151,6 +152,7 @@ def cuda_extension() -> Extension:
     extension = CUDAExtension(
         NAME,
         sources("*.cpp", "*.cu"),
+        include_dirs=[str(CSRC)],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         library_dirs=runtime.get("library_dirs", []),
     )

@@ -1,0 +1,20 @@
+// The kernels of this processor, and what all operators need: threads, scratch memory.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cpu/kernels.h"
+
+namespace mobilemamba {
+
+// The fastest kernels that PyTorch's own choice of instruction set (ATEN_CPU_CAPABILITY) allows.
+const Kernels& kernels();
+
+at::Tensor floats(int64_t count);
+
+int64_t num_threads();
+
+// Whether threads get whole units of work each; else the units are split.
+bool is_balanced(int64_t units);
+
+}  // namespace mobilemamba

@@ -1,0 +1,88 @@
+// Work shared by PyTorch's threads, and sums over images in an order that does not depend on their number.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace mobilemamba {
+
+// Partial sums of a weight's gradient: at most one for each image, and only so many as give threads enough to do.
+constexpr int64_t kGroups = 16, kShares = 64;
+
+// `total` things in pieces of nearly the same size.
+struct Pieces {
+  int64_t total, count;
+
+  int64_t begin(int64_t i) const { return i * total / count; }
+  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
+  int64_t largest() const { return count ? (total + count - 1) / count : 0; }
+};
+
+enum Order { kForwards, kBackwards };
+
+// Calls `start()` on every thread, and what it returns once for every i in [0, count). Each thread has a run of its own,
+// whose neighbours it finds in its cache; done with it, it takes from the others' runs what they have not begun, as one
+// core is often faster than another.
+template <class Start>
+void share_started(int64_t count, Order order, Start start) {
+  struct alignas(64) Run {
+    int64_t begin, end;
+    std::atomic<int64_t> taken{0};
+  };
+  const int64_t threads = std::min(num_threads(), count);
+  std::vector<Run> runs(threads);
+  for (int64_t t = 0; t < threads; ++t)
+    runs[t].begin = t * count / threads, runs[t].end = (t + 1) * count / threads;
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const auto body = start();
+    for (int64_t t = first; t < last; ++t)
+      for (int64_t other = 0; other < threads; ++other) {
+        Run& run = runs[(t + other) % threads];
+        const int64_t size = run.end - run.begin;
+        for (int64_t i; (i = run.taken.fetch_add(1, std::memory_order_relaxed)) < size;)
+          body(order == kForwards ? run.begin + i : run.end - 1 - i);
+      }
+  });
+}
+
+template <class Body>
+void share(int64_t count, Order order, const Body& body) {
+  share_started(count, order, [&]() -> const Body& { return body; });
+}
+
+// Calls `body(i, scratch)`, every thread with `size` floats of its own.
+template <class Body>
+void share_with_scratch(int64_t count, int64_t size, const Body& body) {
+  share_started(count, kForwards, [&] {
+    return [&body, scratch = floats(size)](int64_t i) { body(i, scratch.mutable_data_ptr<float>()); };
+  });
+}
+
+// Partial sums (groups, size) of groups of images, made by `body(first image, last image, unit, partial sum, scratch)`,
+// added up in an order that does not depend on the number of threads.
+template <class Body>
+void sum_images(int64_t images, int64_t units, int64_t size, float* total, int64_t scratch_size, Body body) {
+  const int64_t groups = std::min({images, kGroups, (kShares + units - 1) / units});
+  const at::Tensor partial = floats(groups * size);
+  float* sums = partial.mutable_data_ptr<float>();
+  at::parallel_for(0, groups * size, 1 << 16, [&](int64_t begin, int64_t end) {
+    std::fill(sums + begin, sums + end, 0.f);
+  });
+  share_with_scratch(groups * units, scratch_size, [&](int64_t i, float* scratch) {
+    const int64_t group = i / units;
+    body(group * images / groups, (group + 1) * images / groups, i % units, sums + group * size, scratch);
+  });
+  at::parallel_for(0, size, 1 << 12, [&](int64_t begin, int64_t end) {
+    std::fill(total + begin, total + end, 0.f);
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t i = begin; i < end; ++i)
+        total[i] += sums[group * size + i];
+  });
+}
+
+}  // namespace mobilemamba

@@ -1,0 +1,324 @@
+// The layers of a folded network on the CPU: products with what follows them, depthwise convolutions, wavelet branch.
+// For inference in float32; maps are channels-last.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "layers/layers.h"
+#include "layers/maps.h"
+#include "cpu/share.h"
+
+namespace mobilemamba {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kRows = 64;  // of a product, as one piece of work: what is made of them stays in the cache
+
+Dense dense_of(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t activation) {
+  const int64_t columns = bias.numel(), width = padded(columns);
+  check_vector(weight, depth * width, "weight, in panels,");
+  check_vector(bias, columns, "bias");
+  return {depth, columns, 1, 0, 0, 0, {depth, width, weight.const_data_ptr<float>()}, bias.const_data_ptr<float>(),
+          activation_of(activation), nullptr, 0, nullptr, columns};
+}
+
+int64_t num_vectors(const Dense& d) {
+  return (d.columns + kernels().lanes - 1) / kernels().lanes;
+}
+
+// Pieces of about `size`; as many for each thread where they are few.
+Pieces pieces_of(int64_t total, int64_t size) {
+  const int64_t threads = num_threads(), count = (total + size - 1) / size;
+  return {total, count < 4 * threads ? std::min(total, (count + threads - 1) / threads * threads) : count};
+}
+
+// Few rows are not worth a copy of the weights in every core's cache: there, threads take columns.
+bool has_rows_for_threads(int64_t rows) {
+  return rows >= kRows / 2 * num_threads();
+}
+
+Dense from_row(const Dense& d, int64_t row) {
+  Dense rest = d;
+  rest.out += row * d.out_row;
+  if (d.residual)
+    rest.residual += row * d.residual_row;
+  return rest;
+}
+
+void multiply(const Dense& d, const float* x, int64_t stride, int64_t rows) {
+  const Kernels& kernel = kernels();
+  if (has_rows_for_threads(rows)) {
+    const Pieces pieces = pieces_of(rows, kRows);
+    share(pieces.count, kForwards, [&](int64_t i) {
+      const int64_t first = pieces.begin(i);
+      kernel.dense(from_row(d, first), x + first * stride, stride, pieces.size(i), 0, num_vectors(d));
+    });
+    return;
+  }
+  at::parallel_for(0, num_vectors(d), 1, [&](int64_t begin, int64_t end) { kernel.dense(d, x, stride, rows, begin, end); });
+}
+
+void add_residual(Dense& d, const Tensor& residual) {
+  d.residual = residual.const_data_ptr<float>();
+  d.residual_row = row_stride(residual);
+}
+
+Tensor pointwise(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
+    int64_t activation) {
+  const Tensor rows = as_rows(x);
+  Dense d = dense_of(weight, bias, rows.size(1), activation);
+  const Tensor out = new_map(x.size(0), d.columns, x.size(2), x.size(3));
+  d.out = out.mutable_data_ptr<float>();
+  const Tensor added = residual ? as_rows(*residual) : Tensor();
+  if (residual) {
+    TORCH_CHECK(added.sizes() == out.sizes(), "residual must be ", out.sizes(), ", got ", added.sizes());
+    add_residual(d, added);
+  }
+  multiply(d, rows.const_data_ptr<float>(), row_stride(rows), num_rows(rows));
+  return out;
+}
+
+Depthwise depthwise_of(
+    const Tensor& map, const Tensor& out, const Tensor& weight, const Tensor& bias, int64_t stride, int64_t padding,
+    int64_t activation) {
+  const int64_t C = map.size(1), side = weight.size(0);
+  check_vector(weight, side * side * C, "weight");
+  check_vector(bias, C, "bias");
+  return {map_of(map), map_of(out), side, stride, padding, weight.const_data_ptr<float>(),
+          bias.const_data_ptr<float>(), activation_of(activation), nullptr, nullptr};
+}
+
+// y + second(relu(first(y))), where y is a depthwise convolution of x, or x itself. Neither y nor the wide rows between
+// the two products leave the cache.
+struct FeedForward {
+  const Kernels& kernel = kernels();
+  Dense widen{}, narrow{};
+  Depthwise before{};  // without weight: nothing comes before
+  Map x{};
+
+  // Of scratch.
+  int64_t floats_per_pixel() const {
+    return widen.columns + (before.weight ? x.channels : 0);
+  }
+
+  // Pixels of whole rows [first, last) of the batch, a map's rows counted through.
+  void rows(int64_t first, int64_t last, float* between) const {
+    const int64_t width = x.width, count = (last - first) * width;
+    const float* from = x.data + first * width * x.pixel;
+    Dense wide = widen, back = from_row(narrow, first * width);
+    if (before.weight) {
+      float* y = between + count * widen.columns;
+      from = back.residual = y;
+      for (int64_t i = first; i < last; ++i)
+        convolve(y + (i - first) * width * x.channels, i / x.height, i % x.height);
+    } else {
+      back.residual = from;
+    }
+    const int64_t stride = before.weight ? x.channels : x.pixel;
+    back.residual_row = stride;
+    wide.out = between;
+    kernel.dense(wide, from, stride, count, 0, num_vectors(wide));
+    kernel.dense(back, between, widen.columns, count, 0, num_vectors(back));
+  }
+
+  // A row of the depthwise convolution, to where the first pixel of it belongs.
+  void convolve(float* to, int64_t image, int64_t row) const {
+    Depthwise d = before;
+    d.x.data += image * d.x.image;
+    d.out.data = to - row * d.out.row;
+    for (int64_t block = 0; block < kernel.num_blocks(x.channels); ++block)
+      kernel.depthwise(d, 0, row, block);
+  }
+};
+
+Tensor ffn(
+    const Tensor& x, const std::optional<Tensor>& taps, const std::optional<Tensor>& taps_bias,
+    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias) {
+  const Tensor map = as_rows(x);
+  const int64_t C = map.size(1), hidden = first_bias.numel(), rows = num_rows(map);
+  const Tensor out = new_like(map);
+  FeedForward f;
+  f.x = map_of(map);
+  f.x.pixel = row_stride(map);
+  f.widen = dense_of(first_weight, first_bias, C, kRelu);
+  f.narrow = dense_of(second_weight, second_bias, hidden, kNone);
+  TORCH_CHECK(f.narrow.columns == C, "the second product must lead back to ", C, " channels, got ", f.narrow.columns);
+  f.narrow.out = out.mutable_data_ptr<float>();
+  f.narrow.residual = f.x.data;
+  TORCH_CHECK(taps.has_value() == taps_bias.has_value(), "taps and their bias go together");
+  if (taps)
+    f.before = depthwise_of(map, out, *taps, *taps_bias, 1, taps->size(0) / 2, kNone);
+  if (has_rows_for_threads(rows)) {
+    const int64_t width = std::max<int64_t>(f.x.width, 1);
+    const Pieces lines = pieces_of(rows / width, std::max<int64_t>(1, kRows / width));
+    share_with_scratch(lines.count, lines.largest() * width * f.floats_per_pixel(), [&](int64_t i, float* scratch) {
+      f.rows(lines.begin(i), lines.begin(i + 1), scratch);
+    });
+    return out;
+  }
+  const Tensor y = taps ? depthwise(map, *taps, *taps_bias, {}, {}, 1, taps->size(0) / 2, kNone) : map;
+  const Tensor between = floats(rows * hidden);
+  f.widen.out = between.mutable_data_ptr<float>();
+  f.narrow.residual = y.const_data_ptr<float>();
+  f.narrow.residual_row = row_stride(y);
+  multiply(f.widen, f.narrow.residual, row_stride(y), rows);
+  multiply(f.narrow, f.widen.out, hidden, rows);
+  return out;
+}
+
+struct Range {
+  int64_t first, last;
+};
+
+// Which taps of a kernel that begins at `start` lie on a side of `size` pixels.
+Range inside(int64_t start, int64_t side, int64_t size) {
+  return {std::max<int64_t>(0, -start), std::min(side, size - start)};
+}
+
+// A dense convolution of one image: each row of pixels under the kernel is a piece of a row of the product. Pieces off the map fall
+// away; where the kernel is cut at the left or right, the piece is shorter.
+struct Convolution {
+  Dense whole;
+  Map x{};
+  int64_t side, stride, padding, height, width;
+
+  void columns(int64_t row, Range vertical, int64_t first, int64_t last) const {
+    const Kernels& kernel = kernels();
+    const int64_t top = row * stride - padding, left = first * stride - padding;
+    const Range horizontal = inside(left, side, x.width);
+    Dense d = from_row(whole, row * width + first);
+    const float* from = x.data + (top + vertical.first) * x.row + (left + horizontal.first) * x.pixel;
+    d.pieces = vertical.last - vertical.first;
+    d.piece_stride = x.row;
+    d.depth = (horizontal.last - horizontal.first) * x.channels;
+    d.first_row = (vertical.first * side + horizontal.first) * x.channels;
+    d.piece_rows = side * x.channels;
+    kernel.dense(d, from, stride * x.pixel, last - first, 0, num_vectors(d));
+  }
+
+  void row(int64_t row) const {
+    const Range vertical = inside(row * stride - padding, side, x.height);
+    const int64_t first = std::min(width, (padding + stride - 1) / stride);
+    const int64_t last = std::max(first, std::min(width, (x.width - side + padding) / stride + 1));
+    for (int64_t column = 0; column < first; ++column)
+      columns(row, vertical, column, column + 1);
+    if (first < last)
+      columns(row, vertical, first, last);
+    for (int64_t column = last; column < width; ++column)
+      columns(row, vertical, column, column + 1);
+  }
+};
+
+Convolution convolution_of(
+    const Map& map, const Tensor& weight, const Tensor& bias, int64_t side, int64_t stride, int64_t padding,
+    Activation activation) {
+  return {dense_of(weight, bias, side * side * map.channels, activation), map, side, stride, padding,
+          convolved(map.height, side, stride, padding), convolved(map.width, side, stride, padding)};
+}
+
+Map compact(int64_t channels, int64_t height, int64_t width, float* data) {
+  return {height, width, channels, height * width * channels, width * channels, channels, data};
+}
+
+// Convolutions one after the other, a ReLU between them, image by image: what is between them stays in the cache.
+Tensor convs(
+    const Tensor& x, at::TensorList weights, at::TensorList biases, int64_t side, int64_t stride, int64_t padding) {
+  TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "there must be as many biases as weights");
+  const Tensor pixels = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const Map map = map_of(pixels);
+  std::vector<Convolution> layers;
+  int64_t largest = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const bool is_last = i + 1 == weights.size();
+    const Map from = i == 0 ? map : compact(layers[i - 1].whole.columns, layers[i - 1].height, layers[i - 1].width, nullptr);
+    layers.push_back(convolution_of(from, weights[i], biases[i], side, stride, padding, is_last ? kNone : kRelu));
+    if (!is_last)
+      largest = std::max(largest, layers[i].height * layers[i].width * layers[i].whole.columns);
+  }
+  const Convolution& last = layers.back();
+  const Tensor out = new_map(x.size(0), last.whole.columns, last.height, last.width);
+  float* to = out.mutable_data_ptr<float>();
+  const auto run = [&](int64_t image, float* scratch, const auto& for_lines) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      Convolution c = layers[i];
+      c.x.data = i == 0 ? map.data + image * map.image : scratch + (i + 1) % 2 * largest;
+      c.whole.out = scratch + i % 2 * largest;
+      if (i + 1 == layers.size())
+        c.whole.out = to + image * c.height * c.width * c.whole.columns;
+      for_lines(c.height, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+          c.row(row);
+      });
+    }
+  };
+  if (is_balanced(x.size(0))) {
+    at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+      const Tensor scratch = floats(2 * largest);
+      for (int64_t image = begin; image < end; ++image)
+        run(image, scratch.mutable_data_ptr<float>(), [](int64_t rows, const auto& body) { body(0, rows); });
+    });
+    return out;
+  }
+  const Tensor scratch = floats(2 * largest);
+  for (int64_t image = 0; image < x.size(0); ++image)
+    run(image, scratch.mutable_data_ptr<float>(),
+        [](int64_t rows, const auto& body) { at::parallel_for(0, rows, 1, body); });
+  return out;
+}
+
+}  // namespace
+
+Tensor depthwise(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation) {
+  const Tensor map = channels_last(x);
+  const int64_t C = map.size(1), height = convolved(map.size(2), weight.size(0), stride, padding);
+  const Tensor out = new_map(map.size(0), C, height, convolved(map.size(3), weight.size(0), stride, padding));
+  Depthwise d = depthwise_of(map, out, weight, bias, stride, padding, activation);
+  TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
+  if (scale) {
+    check_vector(*scale, C, "scale");
+    check_vector(*shift, C, "shift");
+    d.scale = scale->const_data_ptr<float>(), d.shift = shift->const_data_ptr<float>();
+  }
+  const Kernels& kernel = kernels();
+  const int64_t blocks = kernel.num_blocks(C);
+  share(map.size(0) * height, kForwards, [&](int64_t i) {
+    for (int64_t block = 0; block < blocks; ++block)
+      kernel.depthwise(d, i / height, i % height, block);
+  });
+  return out;
+}
+
+Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
+  const Tensor map = channels_last(x), below = channels_last(base);
+  const int64_t C = map.size(1), side = weight.size(0);
+  check_vector(weight, side * side * 4 * C, "weight");
+  TORCH_CHECK(below.sizes() == map.sizes(), "base must be ", map.sizes(), ", got ", below.sizes());
+  const Tensor out = new_like(map);
+  const Wavelet w{map_of(map), map_of(below), map_of(out), side, weight.const_data_ptr<float>()};
+  const Kernels& kernel = kernels();
+  const int64_t pieces = (C + kernel.lanes - 1) / kernel.lanes;
+  const int64_t work_size = kernel.wavelet_work_size(map.size(2), map.size(3), side);
+  share_with_scratch(map.size(0) * pieces, work_size, [&](int64_t i, float* work) {
+    kernel.wavelet(w, i / pieces, i % pieces * kernel.lanes, work);
+  });
+  return out;
+}
+
+}  // namespace mobilemamba
+
+TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
+  m.impl("pointwise", mobilemamba::pointwise);
+  m.impl("ffn", mobilemamba::ffn);
+  m.impl("convs", mobilemamba::convs);
+  m.impl("depthwise", mobilemamba::depthwise);
+  m.impl("wavelet", mobilemamba::wavelet);
+}

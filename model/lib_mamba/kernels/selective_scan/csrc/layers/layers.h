@@ -1,0 +1,90 @@
+// What the steps of training are made of: layers and their gradients, on channels-last maps in float32.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cpu/kernels.h"
+
+namespace mobilemamba {
+
+// Gradients of a layer's input and of its weight.
+struct Gradients {
+  at::Tensor x, weight;
+};
+
+// A batch norm on one batch.
+struct Norm {
+  at::Tensor statistics;    // (2, C): means, and what the distances from them are multiplied by, 1 / sqrt(var + eps)
+  at::Tensor weight, bias;  // (C)
+
+  struct Gradients {
+    at::Tensor x, weight, bias;
+  };
+
+  // Measure a map. The running statistics move towards its means and unbiased variances.
+  static Norm measure(
+      const at::Tensor& x, const at::Tensor& running_mean, const at::Tensor& running_var, double momentum,
+      const at::Tensor& weight, const at::Tensor& bias, double eps);
+
+  // act(norm(x)) + residual
+  at::Tensor operator()(
+      const at::Tensor& x, Activation activation = kNone, const at::Tensor& residual = {}) const;
+  void write(const at::Tensor& x, Activation activation, const at::Tensor& residual, const at::Tensor& out) const;
+
+  // The gradient of x is written to `out`, which may be `grad`, or where there is none to a new map.
+  Gradients backward(
+      const at::Tensor& grad, const at::Tensor& x, Activation activation = kNone, const at::Tensor& out = {}) const;
+
+  // That of some channels.
+  Norm slice(int64_t first, int64_t count) const {
+    return {statistics.narrow(1, first, count), weight.narrow(0, first, count), bias.narrow(0, first, count)};
+  }
+
+  void check(int64_t channels) const;
+
+  // Fills `scale`, which has as many floats as there are channels.
+  Normalization normalization(float* scale, Activation activation) const;
+};
+
+// Products with a weight (C', C, 1, 1). Gradients of x are added to `base`, where there is one.
+at::Tensor product(const at::Tensor& x, const at::Tensor& weight);
+Gradients product_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& base = {});
+
+// A depthwise convolution with a weight (C, 1, side, side), padded by half a side.
+at::Tensor convolve(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {}, int64_t stride = 1,
+    Activation activation = kNone);
+Gradients convolve_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, int64_t stride = 1,
+    const at::Tensor& base = {});
+
+// A convolution (C', C, 3, 3) of stride 2 of relu(norm(x)), and gradients of that.
+at::Tensor strided_conv(const at::Tensor& x, const Norm& norm, const at::Tensor& weight);
+Gradients strided_conv_backward(
+    const at::Tensor& grad, const at::Tensor& x, const Norm& norm, const at::Tensor& weight);
+
+// The wavelet branch by its weight as kernels read it, (side, side, 4C).
+at::Tensor wavelet(const at::Tensor& x, const at::Tensor& taps, const at::Tensor& base);
+at::Tensor wavelet_taps(const at::Tensor& grad, const at::Tensor& x, int64_t side);
+
+at::Tensor depthwise(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift, int64_t stride, int64_t padding, int64_t activation);
+
+at::Tensor gated_scan(
+    const at::Tensor& x, const at::Tensor& z, const at::Tensor& projection, const at::Tensor& dt_weight,
+    const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip, const at::Tensor& norm_weight,
+    const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
+
+std::tuple<
+    at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+gated_scan_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& z, const at::Tensor& projection,
+    const at::Tensor& dt_weight, const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip,
+    const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
+
+}  // namespace mobilemamba

@@ -1,0 +1,39 @@
+// Feature maps as the CPU operators take them: channels-last, in float32.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cpu/kernels.h"
+
+namespace mobilemamba {
+
+// As it is where channels lie side by side, channel slices of a larger map included.
+at::Tensor channels_last(const at::Tensor& x);
+
+// Pixels at equal distances from the first to the last, so that a map is a matrix.
+at::Tensor as_rows(const at::Tensor& x);
+
+// The distance between neighbours in the sequence of all pixels; strides of sides of one pixel mean nothing.
+int64_t row_stride(const at::Tensor& map);
+
+// How many pixels all images have together.
+int64_t num_rows(const at::Tensor& map);
+
+at::Tensor new_map(int64_t batch, int64_t channels, int64_t height, int64_t width);
+
+// A new map with the sizes of another.
+at::Tensor new_like(const at::Tensor& map);
+
+Map map_of(const at::Tensor& x);
+
+Activation activation_of(int64_t number);
+
+void check_vector(const at::Tensor& tensor, int64_t size, const char* name);
+
+// So many columns with those that fill their last vector.
+int64_t padded(int64_t columns);
+
+// A side of the output of a convolution.
+int64_t convolved(int64_t size, int64_t side, int64_t stride, int64_t padding);
+
+}  // namespace mobilemamba

@@ -1,0 +1,69 @@
+// What the kernels of the scan in both directions with one state component are given.
+#pragma once
+
+#include "scan/cuda/tile.cuh"
+
+namespace mobilemamba {
+
+// B batch, L length, D channels, R rank of the time step. Sequences are (B * L) rows of D, strides in elements.
+template <typename T>
+struct ScanInputs {
+  const T* x;
+  int x_row;
+  const T* projection;     // (B, L, 2 * (R + 2))
+  const float* dt_weight;  // (2, D, R)
+  const float* dt_bias;    // (2, D)
+  const float* A_log;      // (2, D)
+  const float* D_skip;     // (2, D)
+  int batch, length, channels, rank;
+
+  __host__ __device__ int chunks() const { return (length + kChunk - 1) / kChunk; }
+  __host__ __device__ int width() const { return 2 * (rank + 2); }
+  __device__ const T* staged_from(int64_t image, int chunk, int direction) const {
+    return projection + (image * length + chunk * kChunk) * width() + direction * (rank + 2);
+  }
+  __device__ int valid(int chunk) const { return min(kChunk, length - chunk * kChunk); }
+  __device__ float skip(int channel) const {
+    return channel < channels ? D_skip[channel] + D_skip[channels + channel] : 0.f;
+  }
+  // Where the state that enters a chunk is kept, for the backward pass: (B, 2, chunks, D).
+  __device__ int64_t checkpoint(int64_t image, int direction, int chunk, int channel) const {
+    return ((image * 2 + direction) * chunks() + chunk) * channels + channel;
+  }
+};
+
+// dt_weight * log2(e) of one direction and `count` channels to shared memory as SharedWeights takes it, by the block.
+template <int NR, typename T>
+__device__ __forceinline__ void
+put_weights(const ScanInputs<T>& p, int direction, int first_channel, int count, float* weights) {
+  __syncthreads();
+  for (int item = threadIdx.x; item < count * 8 * NR; item += blockDim.x) {
+    const int d = item / (8 * NR), r = item % (8 * NR);
+    const bool is_weight = first_channel + d < p.channels && r < p.rank;
+    const int64_t index = (static_cast<int64_t>(direction) * p.channels + first_channel + d) * p.rank + r;
+    weights[d * rank_row(NR) + r] = is_weight ? kLog2e * p.dt_weight[index] : 0.f;
+  }
+  __syncthreads();
+}
+
+// A chunk's staged projection by a warp for itself.
+template <int NR, typename T>
+__device__ __forceinline__ void
+put_own_stage(const ScanInputs<T>& p, int64_t image, int chunk, int direction, float* stage) {
+  const T* from = p.staged_from(image, chunk, direction);
+  __syncwarp();
+  for (int item = lane_index(); item < kChunk * (8 * NR + 2); item += kLanes)
+    staged<NR>(stage, item) = staged_value<NR>(from, p.width(), p.rank, p.valid(chunk), item);
+  __syncwarp();
+}
+
+template <typename T>
+struct NormInputs {
+  const T* z;
+  int z_row;
+  const float* weight;  // (D)
+  const float* bias;    // (D)
+  float eps;
+};
+
+}  // namespace mobilemamba

@@ -1,0 +1,11 @@
+// Registers the CUDA implementations of the operators that ops.cpp declares.
+#include <torch/library.h>
+
+#include "scan/cuda/launch.cuh"
+
+TORCH_LIBRARY_IMPL(mobilemamba_kernels, CUDA, m) {
+  m.impl("selective_scan", &mobilemamba::selective_scan_cuda);
+  m.impl("selective_scan_backward", &mobilemamba::selective_scan_backward_cuda);
+  m.impl("gated_scan", &mobilemamba::gated_scan_cuda);
+  m.impl("gated_scan_backward", &mobilemamba::gated_scan_backward_cuda);
+}

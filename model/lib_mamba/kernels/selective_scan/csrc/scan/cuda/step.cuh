@@ -1,0 +1,86 @@
+// The mathematics of one step of the scan, for one channel and one state component.
+//
+// Time steps are in units of ln 2: with w = log2(e) * (dt_weight . dt + dt_bias), s = log2(1 + 2^w), delta = s * ln 2
+// and the decay is 2^(s * A), A = -exp(A_log). Three special functions then make a step. B comes multiplied by ln 2.
+// kExact is for float32: nothing is lost. Else a few bits of float32 are, far fewer than 16-bit inputs have lost.
+#pragma once
+
+#include "scan/cuda/device.cuh"
+
+namespace mobilemamba {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// log2(1 + 2^w), relatively accurate for any w, infinite and NaN where w is.
+template <bool kExact>
+__device__ __forceinline__ float softplus2(float w) {
+  const float u = fast_exp2(w);
+  float s;
+  if (kExact) {
+    s = kLog2e * log1pf(u);
+  } else {
+    // Near 1 the logarithm has an absolute error, which would be a relative one of s: a series for small u.
+    const float series = u * (kLog2e - u * (kLog2e / 2.f - u * (kLog2e / 3.f - u * (kLog2e / 4.f))));
+    s = u < 0.03125f ? series : fast_log2(1.f + u);
+  }
+  return w > 24.f ? w : s;
+}
+
+// Derivative of the softplus, 1 - 2^-s, relatively accurate likewise.
+template <bool kExact>
+__device__ __forceinline__ float softplus2_slope(float s) {
+  const float delta = s * kLn2;
+  if (kExact)
+    return -expm1f(-delta);
+  const float series = delta * (1.f - delta * (0.5f - delta * (0.16666667f - delta * 0.041666668f)));
+  return s < 0.0625f ? series : 1.f - fast_exp2(-s);
+}
+
+__device__ __forceinline__ float decay_of(float s, float A) {
+  return fast_exp2(s * A);
+}
+
+__device__ __forceinline__ float next_state(float state, float s, float decay, float B, float x) {
+  return fmaf(decay, state, s * B * x);
+}
+
+__device__ __forceinline__ float sigmoid(float value) {
+  return fast_reciprocal(1.f + fast_exp2(-kLog2e * value));
+}
+
+// What one step hands back, given the gradient of its state and of its output y = C * state.
+struct StepGradient {
+  float x;         // without the skip term
+  float B;         // of B itself
+  float raw;       // of dt_weight . dt + dt_bias
+  float A_log;     // to be multiplied by A * ln 2 after summing
+  float previous;  // of the state before
+};
+
+template <bool kExact>
+__device__ __forceinline__ StepGradient
+step_gradient(float dstate, float previous, float s, float decay, float A, float B, float x) {
+  StepGradient gradient;
+  const float sB = s * B;
+  const float ddecay = dstate * previous * decay;  // times the decay: of its logarithm
+  gradient.x = dstate * sB;
+  gradient.B = dstate * x * s * kLn2;
+  gradient.raw = fmaf(dstate * x, B * kLog2e, ddecay * A) * softplus2_slope<kExact>(s);
+  gradient.A_log = ddecay * s;
+  gradient.previous = decay * dstate;
+  return gradient;
+}
+
+// Gradients of out = normed * z * sigmoid(z).
+struct GateGradient {
+  float gate;    // of z
+  float normed;  // of the normalised value, scaled and shifted
+};
+
+__device__ __forceinline__ GateGradient gate_gradient(float grad, float z, float normed) {
+  const float opening = sigmoid(z);
+  return {grad * normed * opening * (1.f + z * (1.f - opening)), grad * z * opening};
+}
+
+}  // namespace mobilemamba

@@ -1,0 +1,44 @@
+// csrc/scan/cuda/device.cuh, whose instructions a CPU does not have; included ahead of it, under its include guard.
+#ifndef MOBILEMAMBA_DEVICE_CUH
+#define MOBILEMAMBA_DEVICE_CUH
+
+#include <cuda_runtime.h>
+
+namespace mobilemamba {
+
+// The approximations are good to about 2 units in the last place, as these are; numbers below the normal ones are zero.
+inline float flush(float value) {
+  return std::fabs(value) < 1.17549435e-38f ? std::copysign(0.f, value) : value;
+}
+inline float fast_exp2(float value) {
+  return flush(std::exp2(flush(value)));
+}
+inline float fast_log2(float value) {
+  return std::log2(flush(value));
+}
+inline float fast_reciprocal(float value) {
+  return flush(1.f / flush(value));
+}
+
+// To the nearest number with 10 fraction bits, ties away from zero.
+inline float round_tf32(float value) {
+  if (!std::isfinite(value))
+    return value;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = (bits + 0x1000u) & 0xffffe000u;
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
+inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  cuda_on_cpu::multiply_tf32(c, a, b);
+}
+
+inline float* shared_memory() {
+  return cuda_on_cpu::shared_memory();
+}
+
+}  // namespace mobilemamba
+
+#endif
