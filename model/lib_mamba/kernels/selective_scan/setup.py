@@ -25,7 +25,7 @@ except ImportError as error:
 
 NAME = "mobilemamba_kernels._C"
 VERSION = "1.0.0"
-SCHEMA = 5  # as in model/lib_mamba/compiled.py
+SCHEMA = 6  # as in model/lib_mamba/library.py
 FOLDER = Path(__file__).resolve().parent
 CSRC = FOLDER / "csrc"
 FORCE_CUDA = os.environ.get("FORCE_CUDA", "")

@@ -5,7 +5,7 @@
 #include <unistd.h>
 
 #include "fibers.h"
-#include "scan/cuda/launch.cuh"
+#include "scan/scan.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// The operators of the library; each device's implementation registers itself beside its code.
+// The operators of the library. Implementations are registered where they are defined, in scan/ and layers/.
 #include <torch/library.h>
 
 #include <string>
@@ -27,8 +27,12 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
       "depthwise(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int stride, int padding, "
       "int activation) -> Tensor");
   m.def("wavelet(Tensor x, Tensor weight, Tensor base) -> Tensor");
-  // Groups of layers in training. `running` holds mean, variance and number of batches of each norm; the first tensors that
-  // come back are the output and the gradient of x, the others what to keep and the gradients of the parameters.
+  // Weights in the layouts that the layers read (layers/weights.h).
+  m.def("pack_columns(Tensor weight) -> Tensor");
+  m.def("pack_depthwise(Tensor weight) -> Tensor");
+  m.def("pack_bands(Tensor weight) -> Tensor");
+  // Groups of layers in training (layers/steps.h). `running` holds mean, variance and number of batches of each norm. They
+  // return the output and the tensors to keep; backward, the gradients of x and of the parameters.
   for (const std::string step : {"depthwise_ffn", "pointwise", "expand_and_stride", "squeeze_excite", "stem", "mixer"}) {
     const std::string more = step == "mixer" ? ", int[] split, int[] reverse, float norm_eps" : "";
     const std::string forward =

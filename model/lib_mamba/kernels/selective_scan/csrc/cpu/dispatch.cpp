@@ -23,6 +23,10 @@ const Kernels& kernels() {
   return chosen;
 }
 
+int64_t num_vectors(int64_t channels) {
+  return ceil_div(channels, kernels().lanes);
+}
+
 at::Tensor floats(int64_t count) {
   return at::empty({count}, at::TensorOptions(at::kFloat));
 }

@@ -1,4 +1,4 @@
-// The kernels of this processor, and what all operators need: threads, scratch memory.
+// The kernels of this processor, and how operators give them vectors, threads and scratch memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,6 +10,10 @@ namespace mobilemamba {
 // The fastest kernels that PyTorch's own choice of instruction set (ATEN_CPU_CAPABILITY) allows.
 const Kernels& kernels();
 
+// How many vectors hold some channels.
+int64_t num_vectors(int64_t channels);
+
+// New memory for so many floats.
 at::Tensor floats(int64_t count);
 
 int64_t num_threads();

@@ -11,22 +11,39 @@
 
 namespace mobilemamba {
 
-// Partial sums of a weight's gradient: at most one for each image, and only so many as give threads enough to do.
-constexpr int64_t kGroups = 16, kShares = 64;
-
 // `total` things in pieces of nearly the same size.
 struct Pieces {
   int64_t total, count;
 
+  // Of about `size`; as many for each thread where they are few.
+  static Pieces for_threads(int64_t total, int64_t size) {
+    const int64_t threads = num_threads(), count = ceil_div(total, size);
+    return {total, count < 4 * threads ? std::min(total, round_up(count, threads)) : count};
+  }
+
+  // More than `least` where there are enough things, and the same for any number of threads: most numbers divide 16.
+  static Pieces for_any_threads(int64_t total, int64_t least) {
+    return {total, std::max<int64_t>(1, std::min(total, (least / 16 + 1) * 16))};
+  }
+
   int64_t begin(int64_t i) const { return i * total / count; }
   int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
-  int64_t largest() const { return count ? (total + count - 1) / count : 0; }
+  int64_t largest() const { return count ? ceil_div(total, count) : 0; }
+};
+
+// `total` things in strips of one size, but for the last.
+struct Strips {
+  int64_t total, size;
+
+  int64_t count() const { return ceil_div(total, size); }
+  int64_t begin(int64_t i) const { return i * size; }
+  int64_t end(int64_t i) const { return std::min(begin(i) + size, total); }
 };
 
 enum Order { kForwards, kBackwards };
 
-// Calls `start()` on every thread, and what it returns once for every i in [0, count). Each thread has a run of its own,
-// whose neighbours it finds in its cache; done with it, it takes from the others' runs what they have not begun, as one
+// Calls `start()` on every thread, and the function that it returns once for every i in [0, count). Each thread has its
+// own run, whose neighbours it finds in its cache. When it is done, it takes pieces that the others have not begun: one
 // core is often faster than another.
 template <class Start>
 void share_started(int64_t count, Order order, Start start) {
@@ -55,7 +72,7 @@ void share(int64_t count, Order order, const Body& body) {
   share_started(count, order, [&]() -> const Body& { return body; });
 }
 
-// Calls `body(i, scratch)`, every thread with `size` floats of its own.
+// Calls `body(i, scratch)`, every thread with its own `size` floats.
 template <class Body>
 void share_with_scratch(int64_t count, int64_t size, const Body& body) {
   share_started(count, kForwards, [&] {
@@ -67,7 +84,8 @@ void share_with_scratch(int64_t count, int64_t size, const Body& body) {
 // added up in an order that does not depend on the number of threads.
 template <class Body>
 void sum_images(int64_t images, int64_t units, int64_t size, float* total, int64_t scratch_size, Body body) {
-  const int64_t groups = std::min({images, kGroups, (kShares + units - 1) / units});
+  constexpr int64_t kGroups = 16, kShares = 64;  // at most: only so many as give threads enough to do
+  const int64_t groups = std::min({images, kGroups, ceil_div(kShares, units)});
   const at::Tensor partial = floats(groups * size);
   float* sums = partial.mutable_data_ptr<float>();
   at::parallel_for(0, groups * size, 1 << 16, [&](int64_t begin, int64_t end) {

@@ -1,5 +1,5 @@
-// Vectors of LANES floats by the compilers' vector extension, and the functions of a scan on them.
-// Included once for each instruction set, within its namespace and with LANES defined.
+// Vectors of LANES floats by the compilers' vector extension, and functions of them. Included once for each instruction
+// set, within its namespace and with LANES defined.
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
@@ -39,7 +39,7 @@ INLINE Vec load(const BFloat16* from) {
   return (Vec)(__builtin_convertvector(half, BitVec) << 16);
 }
 
-// Rounds to nearest, ties to even; what is not a number stays so.
+// Rounds to nearest, ties to even; NaN stays NaN.
 INLINE void store(BFloat16* to, Vec value) {
   const BitVec bits = (BitVec)value;
   const BitVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -116,7 +116,7 @@ INLINE Vec first_lanes(Vec value, int64_t count) {
   return load(lanes);
 }
 
-// The larger, the smaller of two. Where the value is not a number, so is the result: x86 returns its second operand.
+// The larger, the smaller of two. NaN stays NaN: x86 returns its second operand.
 #if LANES == 16
 INLINE Vec at_least(Vec value, float bound) {
   return _mm512_max_ps(splat(bound), value);
@@ -205,6 +205,12 @@ INLINE Vec softplus2(Vec value) {
 
 INLINE Vec sigmoid(Vec value) {
   return 1.f / (1.f + exp2(value * -LOG2E));
+}
+
+INLINE Vec activate(Vec value, Activation activation) {
+  if (activation == kRelu)
+    return at_least(value, 0.f);
+  return activation == kSilu ? value * sigmoid(value) : value;
 }
 
 // (rows, LANES) to (LANES, rows) for `rows` a multiple of LANES; strides in floats.

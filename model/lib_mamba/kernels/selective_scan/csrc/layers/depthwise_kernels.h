@@ -1,7 +1,6 @@
-// Depthwise convolutions and the wavelet branch, for one instruction set. Included within its namespace, after
-// cpu_dense.h.
+// Depthwise convolutions and their gradients. Included once for each instruction set, after cpu/channels.h.
 
-constexpr int PIXELS = LANES == 16 ? 4 : 2;  // side by side, as registers allow: a weight that is loaded serves them all
+constexpr int PIXELS = LANES == 16 ? 4 : 2;  // side by side, as registers allow: a loaded weight serves them all
 
 // COUNT pixels of the output from (row, column) on, a block of channels: places [first_x, last_x) of the kernel's rows.
 template <int NV, int COUNT, bool IS_PART>
@@ -51,120 +50,154 @@ static void depthwise_row(const Depthwise& d, int64_t image, int64_t row, const 
   }
 }
 
+// A row of pixels of one image, a block of channels.
 static void depthwise(const Depthwise& d, int64_t image, int64_t row, int64_t index) {
   const Block block = block_at(d.x.channels, index);
-  const auto run = block.is_part              ? depthwise_row<1, true>
-                   : block.num_vectors == 4   ? depthwise_row<4, false>
-                   : block.num_vectors == 2   ? depthwise_row<2, false>
-                                              : depthwise_row<1, false>;
-  run(d, image, row, block);
+  with_block(block, [&](auto num_vectors, auto is_part) {
+    depthwise_row<num_vectors.value, is_part.value>(d, image, row, block);
+  });
 }
 
-constexpr int BANDS = 4;
+// The places of a kernel in which a row or column of pixels was seen: `first + n * stride` by the output's pixel
+// `pixel - n`, for n in [begin, end).
+struct Places {
+  int64_t first, pixel, begin, end;
 
-// The four Haar bands, in the order of the checkpoints' filters, of a square of pixels 0 1 / 2 3. The same sums take the
-// bands back to pixels.
-INLINE void haar(Vec (&square)[BANDS]) {
-  const Vec top = (square[0] + square[1]) * 0.5f, across = (square[0] - square[1]) * 0.5f;
-  const Vec bottom = (square[2] + square[3]) * 0.5f, below = (square[2] - square[3]) * 0.5f;
-  square[0] = top + bottom;
-  square[1] = top - bottom;
-  square[2] = across + below;
-  square[3] = across - below;
-}
-
-// The bands of an image, with zeros around them as wide as the kernel reaches: (rows, columns, BANDS, LANES).
-struct Bands {
-  int64_t height, width, reach, columns;
-
-  Bands(int64_t map_height, int64_t map_width, int64_t side)
-      : height((map_height + 1) / 2), width((map_width + 1) / 2), reach(side / 2), columns(width + 2 * reach) {}
-
-  int64_t size() const {
-    return (height + 2 * reach) * columns * BANDS * LANES;
-  }
-
-  int64_t at(int64_t row, int64_t column) const {
-    return (row * columns + column) * BANDS * LANES;
+  Places(int64_t position, int64_t padding, int64_t stride, int64_t side, int64_t outputs)
+      : first((position + padding) % stride), pixel((position + padding) / stride),
+        begin(pixel < outputs ? 0 : pixel - outputs + 1) {
+    const int64_t count = (side - first + stride - 1) / stride;
+    end = count < pixel + 1 ? count : pixel + 1;
   }
 };
 
-// Bands and weights; or for the weights' gradient, bands twice.
-static int64_t wavelet_work_size(int64_t height, int64_t width, int64_t side) {
-  const int64_t size = Bands(height, width, side).size(), weights = side * side * BANDS * LANES;
-  return rounded(size + (size > weights ? size : weights));
+// COUNT pixels of dx side by side, seen in the same places of the kernel: with a stride, one.
+template <int NV, int COUNT, bool IS_PART>
+INLINE void depthwise_input_gradient_pixels(
+    const DepthwiseGradient& d, int64_t image, int64_t row, int64_t column, int64_t stride, const Places& rows,
+    const Places& columns, int64_t start, int64_t count) {
+  const int64_t C = d.x.channels;
+  Vec sums[COUNT][NV] = {};
+  if (d.base.data) {
+    const float* base = d.base.data + image * d.base.image + row * d.base.row + column * d.base.pixel + start;
+    for (int p = 0; p < COUNT; ++p)
+      for (int v = 0; v < NV; ++v)
+        sums[p][v] = load<IS_PART>(base + p * d.base.pixel + v * LANES, count);
+  }
+  for (int64_t n = rows.begin; n < rows.end; ++n) {
+    const float* grad = d.grad.data + image * d.grad.image + (rows.pixel - n) * d.grad.row +
+                        columns.pixel * d.grad.pixel + start;
+    const float* weights = d.weight + ((rows.first + n * stride) * d.side + columns.first) * C + start;
+    for (int64_t m = columns.begin; m < columns.end; ++m)
+      for (int v = 0; v < NV; ++v) {
+        const Vec w = load<IS_PART>(weights + m * stride * C + v * LANES, count);
+        for (int p = 0; p < COUNT; ++p)
+          sums[p][v] += load<IS_PART>(grad + (p - m) * d.grad.pixel + v * LANES, count) * w;
+      }
+  }
+  float* out = d.dx.data + image * d.dx.image + row * d.dx.row + column * d.dx.pixel + start;
+  for (int p = 0; p < COUNT; ++p)
+    for (int v = 0; v < NV; ++v)
+      store<IS_PART>(out + p * d.dx.pixel + v * LANES, sums[p][v], count);
 }
 
-template <bool IS_PART>
-INLINE void transform(
-    const Map& map, const Bands& bands, int64_t image, int64_t channel, int64_t count, float* to) {
-  const float* x = map.data + image * map.image + channel;
-  for (int64_t i = 0; i < bands.size(); i += LANES)
-    store(to + i, Vec{});
-  for (int64_t i = 0; i < bands.height; ++i)
-    for (int64_t j = 0; j < bands.width; ++j) {
-      Vec square[BANDS];
-      for (int n = 0; n < BANDS; ++n) {
-        const int64_t row = 2 * i + n / 2, column = 2 * j + n % 2;
-        const bool is_inside = row < map.height && column < map.width;
-        square[n] = is_inside ? load<IS_PART>(x + row * map.row + column * map.pixel, count) : Vec{};
-      }
-      haar(square);
-      for (int n = 0; n < BANDS; ++n)
-        store(to + bands.at(i + bands.reach, j + bands.reach) + n * LANES, square[n]);
-    }
-}
-
-// COUNT squares side by side: a weight that is loaded serves them all.
-template <bool IS_PART, int COUNT>
-INLINE void convolve(
-    const Wavelet& w, const Bands& bands, const float* from, const float* weights, int64_t image, int64_t channel,
-    int64_t count, int64_t i, int64_t j) {
-  Vec squares[COUNT][BANDS] = {};
-  for (int64_t y = 0; y < w.side; ++y)
-    for (int64_t x = 0; x < w.side; ++x) {
-      const float* square = from + bands.at(i + y, j + x);
-      const float* weight = weights + (y * w.side + x) * BANDS * LANES;
-      for (int n = 0; n < BANDS; ++n) {
-        const Vec factor = load(weight + n * LANES);
-        for (int s = 0; s < COUNT; ++s)
-          squares[s][n] += load(square + (s * BANDS + n) * LANES) * factor;
-      }
-    }
-  const float* base = w.base.data + image * w.base.image + channel;
-  float* out = w.out.data + image * w.out.image + channel;
-  for (int s = 0; s < COUNT; ++s) {
-    haar(squares[s]);
-    for (int n = 0; n < BANDS; ++n) {
-      const int64_t row = 2 * i + n / 2, column = 2 * (j + s) + n % 2;
-      if (row < w.out.height && column < w.out.width) {
-        const Vec below = load<IS_PART>(base + row * w.base.row + column * w.base.pixel, count);
-        store<IS_PART>(out + row * w.out.row + column * w.out.pixel, below + squares[s][n], count);
-      }
+// The transpose of a depthwise convolution. STRIDE 0: any.
+template <int STRIDE, int NV, bool IS_PART>
+static void depthwise_input_gradient_row(const DepthwiseGradient& d, int64_t image, int64_t row, const Block& block) {
+  const int64_t stride = STRIDE ? STRIDE : d.stride;
+  const Places rows(row, d.padding, stride, d.side, d.grad.height);
+  for (int64_t column = 0; column < d.dx.width;) {
+    const Places columns(column, d.padding, stride, d.side, d.grad.width);
+    const bool is_inside = column + d.padding + 1 >= d.side && column + PIXELS + d.padding <= d.grad.width;
+    if (STRIDE == 1 && is_inside) {
+      depthwise_input_gradient_pixels<NV, PIXELS, IS_PART>(
+          d, image, row, column, stride, rows, columns, block.start, block.count);
+      column += PIXELS;
+    } else {
+      depthwise_input_gradient_pixels<NV, 1, IS_PART>(d, image, row, column, stride, rows, columns, block.start, block.count);
+      column += 1;
     }
   }
 }
 
-template <bool IS_PART>
-static void wavelet_channels(const Wavelet& w, int64_t image, int64_t channel, int64_t count, float* work) {
-  const Bands bands(w.x.height, w.x.width, w.side);
-  float* weights = work + bands.size();
-  for (int64_t i = 0; i < w.side * w.side * BANDS; ++i)
-    store(weights + i * LANES, load<IS_PART>(w.weight + i * w.x.channels + channel, count));
-  transform<IS_PART>(w.x, bands, image, channel, count, work);
-  for (int64_t i = 0; i < bands.height; ++i) {
-    int64_t j = 0;
-    for (; j + 2 <= bands.width; j += 2)
-      convolve<IS_PART, 2>(w, bands, work, weights, image, channel, count, i, j);
-    if (j < bands.width)
-      convolve<IS_PART, 1>(w, bands, work, weights, image, channel, count, i, j);
-  }
+// A row of pixels of dx, a block of channels.
+static void depthwise_input_gradient(const DepthwiseGradient& d, int64_t image, int64_t row, int64_t index) {
+  const Block block = block_at(d.x.channels, index);
+  with_block(block, [&](auto num_vectors, auto is_part) {
+    if (d.stride == 1)
+      depthwise_input_gradient_row<1, num_vectors.value, is_part.value>(d, image, row, block);
+    else
+      depthwise_input_gradient_row<0, num_vectors.value, is_part.value>(d, image, row, block);
+  });
 }
 
-static void wavelet(const Wavelet& w, int64_t image, int64_t channel, float* work) {
-  const int64_t count = w.x.channels - channel;
-  if (count >= LANES)
-    wavelet_channels<false>(w, image, channel, LANES, work);
-  else
-    wavelet_channels<true>(w, image, channel, count, work);
+// ROWS by COLUMNS places of the kernel, from (i, j) on, for a row of the gradient whose pixels are seen there.
+template <int ROWS, int COLUMNS, bool IS_PART, bool IS_BORDER>
+INLINE void add_pixel(
+    Vec (&sums)[ROWS][COLUMNS], Vec g, const float* x, const Map& map, int64_t top, int64_t left, int64_t count) {
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+    for (int t = 0; t < COLUMNS; ++t) {
+      const bool is_inside = top + i >= 0 && top + i < map.height && left + t >= 0 && left + t < map.width;
+      if (!IS_BORDER || is_inside)
+        sums[i][t] += g * load<IS_PART>(x + (top + i) * map.row + (left + t) * map.pixel, count);
+    }
+}
+
+template <int ROWS, int COLUMNS, bool IS_PART>
+static void add_places(
+    const DepthwiseGradient& d, int64_t image, int64_t i, int64_t j, int64_t channel, int64_t count, float* dweight) {
+  const int64_t C = d.x.channels;
+  float* to = dweight + (i * d.side + j) * C + channel;
+  const float* x = d.x.data + image * d.x.image + channel;
+  Vec sums[ROWS][COLUMNS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int t = 0; t < COLUMNS; ++t)
+      sums[r][t] = load<IS_PART>(to + (r * d.side + t) * C, count);
+  for (int64_t row = 0; row < d.grad.height; ++row) {
+    const int64_t top = row * d.stride - d.padding + i;
+    if (top + ROWS <= 0 || top >= d.x.height)
+      continue;
+    const bool is_border = top < 0 || top + ROWS > d.x.height;
+    const float* grad = d.grad.data + image * d.grad.image + row * d.grad.row + channel;
+    for (int64_t column = 0; column < d.grad.width; ++column) {
+      const Vec g = load<IS_PART>(grad + column * d.grad.pixel, count);
+      const int64_t left = column * d.stride - d.padding + j;
+      if (is_border || left < 0 || left + COLUMNS > d.x.width)
+        add_pixel<ROWS, COLUMNS, IS_PART, true>(sums, g, x, d.x, top, left, count);
+      else
+        add_pixel<ROWS, COLUMNS, IS_PART, false>(sums, g, x, d.x, top, left, count);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int t = 0; t < COLUMNS; ++t)
+      store<IS_PART>(to + (r * d.side + t) * C, sums[r][t], count);
+}
+
+template <bool IS_PART>
+static void add_all_places(const DepthwiseGradient& d, int64_t image, int64_t channel, int64_t count, float* dweight) {
+  if (d.side == 3) {
+    add_places<3, 3, IS_PART>(d, image, 0, 0, channel, count, dweight);
+    return;
+  }
+  for (int64_t i = 0; i < d.side; ++i)
+    if (d.side == 5)
+      add_places<1, 5, IS_PART>(d, image, i, 0, channel, count, dweight);
+    else if (d.side == 7)
+      add_places<1, 7, IS_PART>(d, image, i, 0, channel, count, dweight);
+    else
+      for (int64_t j = 0; j < d.side; ++j)
+        add_places<1, 1, IS_PART>(d, image, i, j, channel, count, dweight);
+}
+
+// Adds an image's part of the gradient of the weight, (side, side, C), a block of channels.
+static void depthwise_weight_gradient(const DepthwiseGradient& d, int64_t image, int64_t index, float* dweight) {
+  const Block block = block_at(d.x.channels, index);
+  if (block.is_part) {
+    add_all_places<true>(d, image, block.start, block.count, dweight);
+    return;
+  }
+  for (int v = 0; v < block.num_vectors; ++v)
+    add_all_places<false>(d, image, block.start + v * LANES, LANES, dweight);
 }

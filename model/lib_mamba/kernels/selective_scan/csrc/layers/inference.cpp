@@ -1,5 +1,4 @@
-// The layers of a folded network on the CPU: products with what follows them, depthwise convolutions, wavelet branch.
-// For inference in float32; maps are channels-last.
+// The layers of a folded network: products with bias, activation and residual, feed-forwards, the stem's convolutions.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -9,33 +8,27 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/share.h"
 #include "layers/layers.h"
 #include "layers/maps.h"
-#include "cpu/share.h"
+#include "layers/weights.h"
 
 namespace mobilemamba {
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kRows = 64;  // of a product, as one piece of work: what is made of them stays in the cache
+constexpr int64_t kRows = 64;  // of a product, as one piece of work: its results stay in the cache
 
 Dense dense_of(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t activation) {
-  const int64_t columns = bias.numel(), width = padded(columns);
-  check_vector(weight, depth * width, "weight, in panels,");
-  check_vector(bias, columns, "bias");
-  return {depth, columns, 1, 0, 0, 0, {depth, width, weight.const_data_ptr<float>()}, bias.const_data_ptr<float>(),
-          activation_of(activation), nullptr, 0, nullptr, columns};
-}
-
-int64_t num_vectors(const Dense& d) {
-  return (d.columns + kernels().lanes - 1) / kernels().lanes;
-}
-
-// Pieces of about `size`; as many for each thread where they are few.
-Pieces pieces_of(int64_t total, int64_t size) {
-  const int64_t threads = num_threads(), count = (total + size - 1) / size;
-  return {total, count < 4 * threads ? std::min(total, (count + threads - 1) / threads * threads) : count};
+  Dense d;
+  d.depth = depth;
+  d.columns = d.out_row = bias.numel();
+  check_vector(bias, d.columns, "bias");
+  d.weight = weight_of(weight, depth, d.columns);
+  d.bias = bias.const_data_ptr<float>();
+  d.activation = activation_of(activation);
+  return d;
 }
 
 // Few rows are not worth a copy of the weights in every core's cache: there, threads take columns.
@@ -54,14 +47,14 @@ Dense from_row(const Dense& d, int64_t row) {
 void multiply(const Dense& d, const float* x, int64_t stride, int64_t rows) {
   const Kernels& kernel = kernels();
   if (has_rows_for_threads(rows)) {
-    const Pieces pieces = pieces_of(rows, kRows);
+    const Pieces pieces = Pieces::for_threads(rows, kRows);
     share(pieces.count, kForwards, [&](int64_t i) {
       const int64_t first = pieces.begin(i);
-      kernel.dense(from_row(d, first), x + first * stride, stride, pieces.size(i), 0, num_vectors(d));
+      kernel.dense(from_row(d, first), x + first * stride, stride, pieces.size(i), 0, num_vectors(d.columns));
     });
     return;
   }
-  at::parallel_for(0, num_vectors(d), 1, [&](int64_t begin, int64_t end) { kernel.dense(d, x, stride, rows, begin, end); });
+  at::parallel_for(0, num_vectors(d.columns), 1, [&](int64_t begin, int64_t end) { kernel.dense(d, x, stride, rows, begin, end); });
 }
 
 void add_residual(Dense& d, const Tensor& residual) {
@@ -85,30 +78,20 @@ Tensor pointwise(
   return out;
 }
 
-Depthwise depthwise_of(
-    const Tensor& map, const Tensor& out, const Tensor& weight, const Tensor& bias, int64_t stride, int64_t padding,
-    int64_t activation) {
-  const int64_t C = map.size(1), side = weight.size(0);
-  check_vector(weight, side * side * C, "weight");
-  check_vector(bias, C, "bias");
-  return {map_of(map), map_of(out), side, stride, padding, weight.const_data_ptr<float>(),
-          bias.const_data_ptr<float>(), activation_of(activation), nullptr, nullptr};
-}
-
 // y + second(relu(first(y))), where y is a depthwise convolution of x, or x itself. Neither y nor the wide rows between
 // the two products leave the cache.
 struct FeedForward {
   const Kernels& kernel = kernels();
-  Dense widen{}, narrow{};
+  Dense widen, narrow;
   Depthwise before{};  // without weight: nothing comes before
   Map x{};
 
-  // Of scratch.
+  // Floats of scratch memory.
   int64_t floats_per_pixel() const {
     return widen.columns + (before.weight ? x.channels : 0);
   }
 
-  // Pixels of whole rows [first, last) of the batch, a map's rows counted through.
+  // Pixels of rows [first, last) of the batch, the rows of all maps counted through.
   void rows(int64_t first, int64_t last, float* between) const {
     const int64_t width = x.width, count = (last - first) * width;
     const float* from = x.data + first * width * x.pixel;
@@ -124,11 +107,11 @@ struct FeedForward {
     const int64_t stride = before.weight ? x.channels : x.pixel;
     back.residual_row = stride;
     wide.out = between;
-    kernel.dense(wide, from, stride, count, 0, num_vectors(wide));
-    kernel.dense(back, between, widen.columns, count, 0, num_vectors(back));
+    kernel.dense(wide, from, stride, count, 0, num_vectors(wide.columns));
+    kernel.dense(back, between, widen.columns, count, 0, num_vectors(back.columns));
   }
 
-  // A row of the depthwise convolution, to where the first pixel of it belongs.
+  // A row of the depthwise convolution, from its first pixel on to `to`.
   void convolve(float* to, int64_t image, int64_t row) const {
     Depthwise d = before;
     d.x.data += image * d.x.image;
@@ -157,7 +140,7 @@ Tensor ffn(
     f.before = depthwise_of(map, out, *taps, *taps_bias, 1, taps->size(0) / 2, kNone);
   if (has_rows_for_threads(rows)) {
     const int64_t width = std::max<int64_t>(f.x.width, 1);
-    const Pieces lines = pieces_of(rows / width, std::max<int64_t>(1, kRows / width));
+    const Pieces lines = Pieces::for_threads(rows / width, std::max<int64_t>(1, kRows / width));
     share_with_scratch(lines.count, lines.largest() * width * f.floats_per_pixel(), [&](int64_t i, float* scratch) {
       f.rows(lines.begin(i), lines.begin(i + 1), scratch);
     });
@@ -182,8 +165,8 @@ Range inside(int64_t start, int64_t side, int64_t size) {
   return {std::max<int64_t>(0, -start), std::min(side, size - start)};
 }
 
-// A dense convolution of one image: each row of pixels under the kernel is a piece of a row of the product. Pieces off the map fall
-// away; where the kernel is cut at the left or right, the piece is shorter.
+// A dense convolution of one image: each row of pixels under the kernel is a piece of a row of the product. Pieces off
+// the map are left out; where the kernel reaches over the left or right side, the piece is shorter.
 struct Convolution {
   Dense whole;
   Map x{};
@@ -200,7 +183,7 @@ struct Convolution {
     d.depth = (horizontal.last - horizontal.first) * x.channels;
     d.first_row = (vertical.first * side + horizontal.first) * x.channels;
     d.piece_rows = side * x.channels;
-    kernel.dense(d, from, stride * x.pixel, last - first, 0, num_vectors(d));
+    kernel.dense(d, from, stride * x.pixel, last - first, 0, num_vectors(d.columns));
   }
 
   void row(int64_t row) const {
@@ -227,7 +210,7 @@ Map compact(int64_t channels, int64_t height, int64_t width, float* data) {
   return {height, width, channels, height * width * channels, width * channels, channels, data};
 }
 
-// Convolutions one after the other, a ReLU between them, image by image: what is between them stays in the cache.
+// Convolutions one after the other, a ReLU between them, image by image: the maps between them stay in the cache.
 Tensor convs(
     const Tensor& x, at::TensorList weights, at::TensorList biases, int64_t side, int64_t stride, int64_t padding) {
   TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "there must be as many biases as weights");
@@ -274,51 +257,10 @@ Tensor convs(
 }
 
 }  // namespace
-
-Tensor depthwise(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
-    const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation) {
-  const Tensor map = channels_last(x);
-  const int64_t C = map.size(1), height = convolved(map.size(2), weight.size(0), stride, padding);
-  const Tensor out = new_map(map.size(0), C, height, convolved(map.size(3), weight.size(0), stride, padding));
-  Depthwise d = depthwise_of(map, out, weight, bias, stride, padding, activation);
-  TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
-  if (scale) {
-    check_vector(*scale, C, "scale");
-    check_vector(*shift, C, "shift");
-    d.scale = scale->const_data_ptr<float>(), d.shift = shift->const_data_ptr<float>();
-  }
-  const Kernels& kernel = kernels();
-  const int64_t blocks = kernel.num_blocks(C);
-  share(map.size(0) * height, kForwards, [&](int64_t i) {
-    for (int64_t block = 0; block < blocks; ++block)
-      kernel.depthwise(d, i / height, i % height, block);
-  });
-  return out;
-}
-
-Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
-  const Tensor map = channels_last(x), below = channels_last(base);
-  const int64_t C = map.size(1), side = weight.size(0);
-  check_vector(weight, side * side * 4 * C, "weight");
-  TORCH_CHECK(below.sizes() == map.sizes(), "base must be ", map.sizes(), ", got ", below.sizes());
-  const Tensor out = new_like(map);
-  const Wavelet w{map_of(map), map_of(below), map_of(out), side, weight.const_data_ptr<float>()};
-  const Kernels& kernel = kernels();
-  const int64_t pieces = (C + kernel.lanes - 1) / kernel.lanes;
-  const int64_t work_size = kernel.wavelet_work_size(map.size(2), map.size(3), side);
-  share_with_scratch(map.size(0) * pieces, work_size, [&](int64_t i, float* work) {
-    kernel.wavelet(w, i / pieces, i % pieces * kernel.lanes, work);
-  });
-  return out;
-}
-
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
   m.impl("pointwise", mobilemamba::pointwise);
   m.impl("ffn", mobilemamba::ffn);
   m.impl("convs", mobilemamba::convs);
-  m.impl("depthwise", mobilemamba::depthwise);
-  m.impl("wavelet", mobilemamba::wavelet);
 }

@@ -1,10 +1,9 @@
-// What the steps of training are made of: layers and their gradients, on channels-last maps in float32.
+// Layers and their gradients, on channels-last maps in float32: the steps of training are made of them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <tuple>
 
 #include "cpu/kernels.h"
 
@@ -17,7 +16,7 @@ struct Gradients {
 
 // A batch norm on one batch.
 struct Norm {
-  at::Tensor statistics;    // (2, C): means, and what the distances from them are multiplied by, 1 / sqrt(var + eps)
+  at::Tensor statistics;    // (2, C): means, and factors of the distances from them, 1 / sqrt(var + eps)
   at::Tensor weight, bias;  // (C)
 
   struct Gradients {
@@ -38,7 +37,7 @@ struct Norm {
   Gradients backward(
       const at::Tensor& grad, const at::Tensor& x, Activation activation = kNone, const at::Tensor& out = {}) const;
 
-  // That of some channels.
+  // The norm of some of the channels.
   Norm slice(int64_t first, int64_t count) const {
     return {statistics.narrow(1, first, count), weight.narrow(0, first, count), bias.narrow(0, first, count)};
   }
@@ -67,24 +66,16 @@ at::Tensor strided_conv(const at::Tensor& x, const Norm& norm, const at::Tensor&
 Gradients strided_conv_backward(
     const at::Tensor& grad, const at::Tensor& x, const Norm& norm, const at::Tensor& weight);
 
-// The wavelet branch by its weight as kernels read it, (side, side, 4C).
-at::Tensor wavelet(const at::Tensor& x, const at::Tensor& taps, const at::Tensor& base);
-at::Tensor wavelet_taps(const at::Tensor& grad, const at::Tensor& x, int64_t side);
+// The wavelet branch, plus base, by its packed weight (side, side, 4C); the gradient of that weight.
+at::Tensor wavelet(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& base);
+at::Tensor wavelet_weight_gradient(const at::Tensor& grad, const at::Tensor& x, int64_t side);
 
+// A depthwise convolution by its packed weight (side, side, C): act(conv + bias), then times scale, plus shift.
+Depthwise depthwise_of(
+    const at::Tensor& map, const at::Tensor& out, const at::Tensor& weight, const at::Tensor& bias, int64_t stride,
+    int64_t padding, int64_t activation);
 at::Tensor depthwise(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& shift, int64_t stride, int64_t padding, int64_t activation);
-
-at::Tensor gated_scan(
-    const at::Tensor& x, const at::Tensor& z, const at::Tensor& projection, const at::Tensor& dt_weight,
-    const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip, const at::Tensor& norm_weight,
-    const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
-
-std::tuple<
-    at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-gated_scan_backward(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& z, const at::Tensor& projection,
-    const at::Tensor& dt_weight, const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip,
-    const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
 
 }  // namespace mobilemamba

@@ -41,6 +41,10 @@ Map map_of(const Tensor& x) {
           const_cast<float*>(x.const_data_ptr<float>())};
 }
 
+Matrix matrix_of(const Tensor& map) {
+  return {const_cast<float*>(map.const_data_ptr<float>()), row_stride(map)};
+}
+
 Activation activation_of(int64_t number) {
   TORCH_CHECK(number >= kNone && number <= kSilu, "activations are 0 (none), 1 (ReLU) and 2 (SiLU), got ", number);
   return static_cast<Activation>(number);
@@ -52,8 +56,8 @@ void check_vector(const Tensor& tensor, int64_t size, const char* name) {
       " floats side by side, got ", tensor.sizes());
 }
 
-int64_t padded(int64_t columns) {
-  return (columns + kColumns - 1) / kColumns * kColumns;
+void check_same(const Tensor& tensor, const Tensor& map, const char* name) {
+  TORCH_CHECK(tensor.sizes() == map.sizes(), name, " must be ", map.sizes(), ", got ", tensor.sizes());
 }
 
 int64_t convolved(int64_t size, int64_t side, int64_t stride, int64_t padding) {

@@ -7,10 +7,10 @@
 
 namespace mobilemamba {
 
-// As it is where channels lie side by side, channel slices of a larger map included.
+// A view where channels lie side by side, in channel slices of a larger map too.
 at::Tensor channels_last(const at::Tensor& x);
 
-// Pixels at equal distances from the first to the last, so that a map is a matrix.
+// Pixels at equal distances from the first to the last, so that a map is a matrix: a view where they are already.
 at::Tensor as_rows(const at::Tensor& x);
 
 // The distance between neighbours in the sequence of all pixels; strides of sides of one pixel mean nothing.
@@ -26,12 +26,14 @@ at::Tensor new_like(const at::Tensor& map);
 
 Map map_of(const at::Tensor& x);
 
+// A map of `as_rows`: pixels by channels.
+Matrix matrix_of(const at::Tensor& map);
+
 Activation activation_of(int64_t number);
 
 void check_vector(const at::Tensor& tensor, int64_t size, const char* name);
 
-// So many columns with those that fill their last vector.
-int64_t padded(int64_t columns);
+void check_same(const at::Tensor& tensor, const at::Tensor& map, const char* name);
 
 // A side of the output of a convolution.
 int64_t convolved(int64_t size, int64_t side, int64_t stride, int64_t padding);

@@ -1,4 +1,5 @@
-// Products of rows with a matrix, for one instruction set. Included within its namespace, after cpu_vector.h.
+// Products of rows with a matrix, and the gradient of the matrix. Included once for each instruction set, after
+// cpu/channels.h.
 //
 // A tile of rows by vectors of columns is held in registers while it runs through the depth: every weight that is
 // loaded serves all rows of the tile, every number of a row all its columns.
@@ -8,12 +9,6 @@ constexpr int MOST_ROWS = 8;  // with three vectors: 24 sums, 3 weights, 1 numbe
 #else
 constexpr int MOST_ROWS = 4;  // 12 sums, 3 weights, 1 number in 16 registers
 #endif
-
-INLINE Vec activate(Vec value, Activation activation) {
-  if (activation == kRelu)
-    return at_least(value, 0.f);
-  return activation == kSilu ? value * sigmoid(value) : value;
-}
 
 // Calls `body(v, r)` for the vectors and rows of a tile, each in code of its own: registers have no addresses.
 template <int ROWS, int NV, class Body>
@@ -25,7 +20,7 @@ INLINE void for_each_sum(Body body) {
       body(v, r);
 }
 
-// What follows a product, in place, where it takes more registers than there are beside the sums.
+// Activation and residual in place, where they take more registers than the sums leave.
 NOINLINE void finish_rows(const Dense& d, int64_t row, int64_t rows, int64_t column, int64_t count) {
   for (int64_t end = row + rows; row < end; ++row)
     for (int64_t i = 0; i < count; i += LANES) {
@@ -38,7 +33,7 @@ NOINLINE void finish_rows(const Dense& d, int64_t row, int64_t rows, int64_t col
     }
 }
 
-// IS_PART: the last vector has but `count` columns.
+// IS_PART: the last vector has only `count` columns.
 template <int ROWS, int NV, bool IS_PART>
 INLINE void finish_tile(const Dense& d, Vec (&sums)[NV][ROWS], int64_t row, int64_t column, int64_t count) {
   float* out = d.out + row * d.out_row + column;
@@ -118,32 +113,58 @@ INLINE void with_tile(int64_t rows, int64_t row, int64_t column, Body body) {
 // they begin.
 template <class Body>
 INLINE void for_each_tile(int64_t rows, int64_t first, int64_t last, Body body) {
-  const int64_t num_tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
-  for (int64_t vectors; first < last; first += vectors) {
-    vectors = panel_size(last - first);
+  const int64_t num_tiles = ceil_div(rows, MOST_ROWS);
+  for (const Columns vectors : ColumnGroups{first, last})
     for (int64_t i = 0; i < num_tiles; ++i) {
       const int64_t row = i * rows / num_tiles, size = (i + 1) * rows / num_tiles - row;
-      if (vectors == 3)
-        with_tile<3>(size, row, first * LANES, body);
-      else if (vectors == 2)
-        with_tile<2>(size, row, first * LANES, body);
+      if (vectors.count == 3)
+        with_tile<3>(size, row, vectors.start * LANES, body);
+      else if (vectors.count == 2)
+        with_tile<2>(size, row, vectors.start * LANES, body);
       else
-        with_tile<1>(size, row, first * LANES, body);
+        with_tile<1>(size, row, vectors.start * LANES, body);
     }
-  }
 }
 
+// Rows of x, `stride` apart, times columns [first, last), in units of LANES; row 0 belongs to row 0 of the output.
 static void dense(const Dense& d, const float* x, int64_t stride, int64_t rows, int64_t first, int64_t last) {
-  int64_t width;
-  for (int64_t start = 0; start < d.weight.width && start / LANES < last; start += width) {
-    width = Weight::panel_columns(d.weight.width - start);
-    const float* panel = d.weight.data + start * d.weight.rows + d.first_row * width;
-    const int64_t begin = start / LANES, end = (start + width) / LANES;
+  constexpr int64_t vectors_of_unit = kColumns / LANES;
+  for (const Columns panel : d.weight.panels()) {
+    const int64_t start = panel.start * kColumns, width = panel.count * kColumns;
+    const float* from = d.weight.data + start * d.weight.rows + d.first_row * width;
+    const int64_t begin = panel.start * vectors_of_unit, end = begin + panel.count * vectors_of_unit;
     for_each_tile(
         rows, begin > first ? begin : first, end < last ? end : last,
         [&](auto size, auto vectors, int64_t row, int64_t column) {
-          const float* weight = panel + column - start;
+          const float* weight = from + column - start;
           dense_tile<size.value, vectors.value>(d, weight, width, x + row * stride, stride, row, column);
         });
   }
+}
+
+// As `dense_tile`; in registers are the sums of ROWS numbers of x by NV vectors of grad.
+template <int ROWS, int NV>
+NOINLINE void dense_weight_gradient_tile(const DenseGradient& d, int64_t row, int64_t column, const Matrix& out) {
+  Vec sums[NV][ROWS];
+  for_each_sum<ROWS, NV>([&](int v, int r) { sums[v][r] = load(out.at(row + r) + column + v * LANES); });
+  for (int64_t line = 0; line < d.lines; ++line) {
+    const float *x = d.x.data + line * d.x_line + row, *grad = d.grad.data + line * d.grad_line + column;
+    for (int64_t k = 0; k < d.count; ++k, x += d.x.stride, grad += d.grad.stride) {
+      Vec g[NV];
+      for (int v = 0; v < NV; ++v)
+        g[v] = load(grad + v * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < NV; ++v)
+          sums[v][r] += g[v] * x[r];
+    }
+  }
+  for_each_sum<ROWS, NV>([&](int v, int r) { store(out.at(row + r) + column + v * LANES, sums[v][r]); });
+}
+
+// Adds the product of the transpose of x with grad to out (depth, vectors of columns).
+static void dense_weight_gradient(const DenseGradient& d, const Matrix& out) {
+  for_each_tile(d.depth, 0, d.vectors, [&](auto rows, auto vectors, int64_t row, int64_t column) {
+    dense_weight_gradient_tile<rows.value, vectors.value>(d, row, column, out);
+  });
 }

@@ -1,5 +1,5 @@
-// The stem's convolutions in training: 3 x 3, stride 2, padding 1, over all channels, of a map that is normalised and
-// put through a ReLU on its way in. What is made of it stays in the cache: rows of pixels, with zeros around them.
+// The stem's convolutions in training: 3 x 3, stride 2, padding 1, over all channels, of a map that passes a norm and a
+// ReLU on its way in. The results of these stay in the cache: rows of pixels, with zeros around them.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
@@ -8,9 +8,10 @@
 #include <algorithm>
 
 #include "cpu/dispatch.h"
+#include "cpu/share.h"
 #include "layers/layers.h"
 #include "layers/maps.h"
-#include "cpu/share.h"
+#include "layers/weights.h"
 
 namespace mobilemamba {
 namespace {
@@ -65,29 +66,6 @@ void check_weight(const Tensor& weight, int64_t channels) {
       "weight must be (C', ", channels, ", 3, 3) in float32, got ", weight.sizes());
 }
 
-// A weight (.., columns) in panels.
-struct Panels {
-  int64_t rows, width;
-  Tensor data;
-
-  explicit Panels(const Tensor& weight)
-      : rows(weight.numel() / weight.size(-1)), width(padded(weight.size(-1))),
-        data(at::zeros({rows * width}, weight.options())) {
-    const Tensor matrix = weight.reshape({rows, -1});
-    int64_t columns;
-    for (int64_t start = 0; start < width; start += columns) {
-      columns = Weight::panel_columns(width - start);
-      const int64_t count = std::min(columns, matrix.size(1) - start);
-      const Tensor panel = data.narrow(0, start * rows, columns * rows).view({rows, columns});
-      panel.narrow(1, 0, count).copy_(matrix.narrow(1, start, count));
-    }
-  }
-
-  Weight weight() const {
-    return {rows, width, data.const_data_ptr<float>()};
-  }
-};
-
 }  // namespace
 
 Tensor strided_conv(const Tensor& x, const Norm& norm, const Tensor& weight) {
@@ -97,19 +75,26 @@ Tensor strided_conv(const Tensor& x, const Norm& norm, const Tensor& weight) {
   const int64_t height = convolved(input.x.height, kSide, kStride, kPadding);
   const int64_t width = convolved(input.x.width, kSide, kStride, kPadding);
   const Tensor out = new_map(x.size(0), columns, height, width);
-  const Panels panels(weight.permute({2, 3, 1, 0}));
+  const Tensor packed = pack_columns(weight.permute({2, 3, 1, 0}).flatten(0, 2));
   const Tensor bias = at::zeros({columns}, at::TensorOptions(at::kFloat));
-  const int64_t depth = kSide * C, vectors = (columns + kernels().lanes - 1) / kernels().lanes;
-  const Dense whole{depth, columns, kSide, input.row, 0, depth, panels.weight(), bias.const_data_ptr<float>(), kNone,
-                    nullptr, 0, out.mutable_data_ptr<float>(), columns};
-  const int64_t strips = (height + kStrip - 1) / kStrip;
-  share_with_scratch(x.size(0) * strips, input.strip_rows(kStrip) * input.row, [&](int64_t i, float* rows) {
-    const int64_t image = i / strips, first = i % strips * kStrip, count = std::min(kStrip, height - first);
+  const int64_t depth = kSide * C;
+  Dense whole;
+  whole.depth = whole.piece_rows = depth;
+  whole.columns = whole.out_row = columns;
+  whole.pieces = kSide;
+  whole.piece_stride = input.row;
+  whole.weight = weight_of(packed, kSide * depth, columns);
+  whole.bias = bias.const_data_ptr<float>();
+  whole.out = out.mutable_data_ptr<float>();
+  const Strips strips{height, kStrip};
+  share_with_scratch(x.size(0) * strips.count(), input.strip_rows(kStrip) * input.row, [&](int64_t i, float* rows) {
+    const int64_t image = i / strips.count(), strip = i % strips.count();
+    const int64_t first = strips.begin(strip), count = strips.end(strip) - first;
     input.read_strip(image, first, count, rows);
     for (int64_t y = 0; y < count; ++y) {
       Dense d = whole;
       d.out += (image * height + first + y) * width * columns;
-      kernels().dense(d, rows + y * kStride * input.row, kStride * C, width, 0, vectors);
+      kernels().dense(d, rows + y * kStride * input.row, kStride * C, width, 0, num_vectors(columns));
     }
   });
   return out;
@@ -126,18 +111,20 @@ void read_row(const Map& grad, int64_t image, int64_t y, float* to) {
   std::fill_n(to, (grad.width + 1 - count) * grad.channels, 0.f);
 }
 
-// The transpose of the convolution. A pixel in an even row was seen by the kernel's middle row alone; one in the odd row
-// 2i + 1 by its last row, in row i of the output, and by its first, in row i + 1. Likewise the columns. With both in the
-// order middle, last, first, each of the four kinds of pixels is a product with weights that lie side by side.
+// The transpose of the convolution. A pixel in an even row was seen only by the kernel's middle row; one in the odd row
+// 2i + 1 by its last row, in row i of the output, and by its first, in row i + 1. The same holds for columns. With both in
+// the order middle, last, first, each of the four kinds of pixels is a product with weights that lie side by side.
 struct Transpose {
   Map grad, dx;
-  Tensor bias;     // (C)
-  int64_t row;     // floats in a row of the gradient, a zero pixel behind it
-  Panels weights;  // (3, 3, C', C)
+  Tensor bias;    // (C), zeros
+  int64_t row;    // floats in a row of the gradient, a zero pixel behind it
+  Tensor packed;  // (3 * 3 * C', C) in panels
+  Weight weights;
 
   Transpose(const Map& grad_, const Map& dx_, const Tensor& weight)
       : grad(grad_), dx(dx_), bias(at::zeros({dx_.channels}, at::TensorOptions(at::kFloat))),
-        row((grad_.width + 1) * grad_.channels), weights(in_order(weight)) {}
+        row((grad_.width + 1) * grad_.channels), packed(pack_columns(in_order(weight).flatten(0, 2))),
+        weights(weight_of(packed, kSide * kSide * grad_.channels, dx_.channels)) {}
 
   static Tensor in_order(const Tensor& weight) {
     const Tensor order = at::tensor({1, 2, 0}, at::kLong);
@@ -147,11 +134,19 @@ struct Transpose {
   // Pixels of one kind in row y, from rows of the gradient.
   void pixels(const float* rows, int64_t image, int64_t y, bool is_odd) const {
     const int64_t is_odd_row = y % kStride, C = grad.channels;
-    const Dense d{(1 + is_odd) * C, dx.channels, 1 + is_odd_row, row, (is_odd_row * kSide + is_odd) * C, kSide * C,
-                  weights.weight(), bias.const_data_ptr<float>(), kNone, nullptr, 0,
-                  dx.data + image * dx.image + y * dx.row + is_odd * dx.pixel, kStride * dx.pixel};
+    Dense d;
+    d.depth = (1 + is_odd) * C;
+    d.columns = dx.channels;
+    d.pieces = 1 + is_odd_row;
+    d.piece_stride = row;
+    d.first_row = (is_odd_row * kSide + is_odd) * C;
+    d.piece_rows = kSide * C;
+    d.weight = weights;
+    d.bias = bias.const_data_ptr<float>();
+    d.out = dx.data + image * dx.image + y * dx.row + is_odd * dx.pixel;
+    d.out_row = kStride * dx.pixel;
     const int64_t count = (dx.width + 1 - is_odd) / kStride;
-    kernels().dense(d, rows, grad.channels, count, 0, (dx.channels + kernels().lanes - 1) / kernels().lanes);
+    kernels().dense(d, rows, grad.channels, count, 0, num_vectors(dx.channels));
   }
 
   // The rows of dx that belong to rows [first, last) of the gradient.
@@ -166,25 +161,34 @@ struct Transpose {
 
 // (3, C', 3 * C padded): for every row of the kernel, rows of the gradient times those of x under it.
 Tensor weight_gradient(const Map& grad, const Input& input, int64_t images) {
-  const int64_t C = input.x.channels, depth = padded(kSide * C), block = grad.channels * depth;
+  const int64_t C = input.x.channels, depth = round_up(kSide * C, kColumns), block = grad.channels * depth;
   const Tensor dweight = at::empty({kSide, grad.channels, depth}, at::TensorOptions(at::kFloat));
+  const Strips strips{grad.height, kStrip};
   // Whole vectors are read behind the last pixel.
   const int64_t size = input.strip_rows(kStrip) * input.row + depth;
-  sum_images(images, 1, dweight.numel(), dweight.mutable_data_ptr<float>(), size,
-             [&](int64_t first, int64_t last, int64_t, float* sums, float* x) {
-               std::fill_n(x + size - depth, depth, 0.f);
-               for (int64_t image = first; image < last; ++image)
-                 for (int64_t top = 0; top < grad.height; top += kStrip) {
-                   const int64_t lines = std::min(kStrip, grad.height - top);
-                   input.read_strip(image, top, lines, x);
-                   const Matrix rows{grad.data + image * grad.image + top * grad.row, grad.pixel};
-                   for (int64_t i = 0; i < kSide; ++i)
-                     kernels().dense_weight(
-                         {rows, {x + i * input.row, kStride * C}, grad.width, lines, grad.row, kStride * input.row,
-                          grad.channels, depth / kernels().lanes},
-                         {sums + i * block, depth});
-                 }
-             });
+  const auto add_strip = [&](int64_t image, int64_t strip, float* sums, float* x) {
+    const int64_t top = strips.begin(strip), lines = strips.end(strip) - top;
+    input.read_strip(image, top, lines, x);
+    DenseGradient d{};
+    d.x = {grad.data + image * grad.image + top * grad.row, grad.pixel};
+    d.count = grad.width;
+    d.lines = lines;
+    d.x_line = grad.row;
+    d.grad_line = kStride * input.row;
+    d.depth = grad.channels;
+    d.vectors = depth / kernels().lanes;
+    for (int64_t i = 0; i < kSide; ++i) {
+      d.grad = {x + i * input.row, kStride * C};
+      kernels().dense_weight_gradient(d, {sums + i * block, depth});
+    }
+  };
+  const auto add_images = [&](int64_t first, int64_t last, int64_t, float* sums, float* x) {
+    std::fill_n(x + size - depth, depth, 0.f);
+    for (int64_t image = first; image < last; ++image)
+      for (int64_t strip = 0; strip < strips.count(); ++strip)
+        add_strip(image, strip, sums, x);
+  };
+  sum_images(images, 1, dweight.numel(), dweight.mutable_data_ptr<float>(), size, add_images);
   return dweight;
 }
 
@@ -203,10 +207,10 @@ Gradients strided_conv_backward(const Tensor& grad, const Tensor& x, const Norm&
   const Map g = map_of(gradient);
   const Tensor dx = new_map(images, C, input.x.height, input.x.width);
   const Transpose transpose(g, map_of(dx), weight);
-  const int64_t strips = (height + kStrip - 1) / kStrip;
-  share_with_scratch(images * strips, (kStrip + 1) * transpose.row, [&](int64_t i, float* rows) {
-    const int64_t first = i % strips * kStrip;
-    transpose.strip(i / strips, first, std::min(first + kStrip, height), rows);
+  const Strips strips{height, kStrip};
+  share_with_scratch(images * strips.count(), (kStrip + 1) * transpose.row, [&](int64_t i, float* rows) {
+    const int64_t strip = i % strips.count();
+    transpose.strip(i / strips.count(), strips.begin(strip), strips.end(strip), rows);
   });
   const Tensor dweight = weight_gradient(g, input, images).narrow(2, 0, kSide * C).view({kSide, weight.size(0), kSide, C});
   return {dx, dweight.permute({1, 3, 0, 2})};

@@ -1,4 +1,4 @@
-// The operators on the CPU: arguments to addresses, work to threads, partial sums to gradients.
+// The scan on the CPU: arguments to addresses, work to threads, partial sums to gradients.
 //
 // Threads take whole images, or blocks of channels where there are few images. Sums over images and positions are
 // made in an order that does not depend on the number of threads: results are the same for any number.
@@ -9,21 +9,21 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <tuple>
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "layers/layers.h"
+#include "cpu/share.h"
+#include "scan/scan.h"
 
 namespace mobilemamba {
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kRows = 64;     // positions that are normalised as one piece of work
-constexpr int64_t kGroups = 64;   // partial sums of the parameters' gradients, at most one for each image
+constexpr int64_t kRows = 64;        // positions that are normalised as one piece of work
+constexpr int64_t kMostGroups = 64;  // partial sums of the parameters' gradients, at most one for each image
 
-// What is as it should be is not even asked to change: that would take microseconds, as long as a short scan.
+// Skips conversions that would be no-ops: they take microseconds, as long as a short scan.
 Tensor as_floats(const Tensor& tensor) {
   return tensor.scalar_type() == at::kFloat && tensor.is_contiguous() ? tensor : tensor.to(at::kFloat).contiguous();
 }
@@ -101,18 +101,14 @@ struct Call {
   }
 };
 
-int64_t padded(int64_t channels) {
-  const int64_t lanes = kernels().lanes;
-  return (channels + lanes - 1) / lanes * lanes;
-}
-
-int64_t num_pieces(int64_t length) {
-  return (length + kRows - 1) / kRows;
+// Channels in whole vectors: a row of a scratch image, and of a partial sum.
+int64_t padded_channels(const Problem& p) {
+  return num_vectors(p.channels) * kernels().lanes;
 }
 
 void forward(const Problem& p) {
   const Kernels& kernel = kernels();
-  const int64_t blocks = kernel.num_blocks(p.channels), image_size = padded(p.channels) * p.length;
+  const int64_t blocks = kernel.num_blocks(p.channels), image_size = padded_channels(p) * p.length;
   const int64_t work_size = kernel.work_size(p, false);
   if (is_balanced(p.batch)) {
     at::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
@@ -133,13 +129,13 @@ void forward(const Problem& p) {
     for (int64_t i = begin; i < end; ++i)
       kernel.scan(p, i / blocks, i % blocks, sums + i / blocks * image_size, own.mutable_data_ptr<float>());
   });
-  const int64_t pieces = num_pieces(p.length);
-  at::parallel_for(0, p.batch * pieces, 1, [&](int64_t begin, int64_t end) {
+  const Strips strips{p.length, kRows};
+  at::parallel_for(0, p.batch * strips.count(), 1, [&](int64_t begin, int64_t end) {
     const Tensor own = floats(work_size);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t image = i / pieces, first = i % pieces * kRows;
-      const int64_t last = std::min(first + kRows, p.length);
-      kernel.finish(p, image, first, last, sums + image * image_size, own.mutable_data_ptr<float>());
+      const int64_t image = i / strips.count(), strip = i % strips.count();
+      float* from = sums + image * image_size;
+      kernel.finish(p, image, strips.begin(strip), strips.end(strip), from, own.mutable_data_ptr<float>());
     }
   });
 }
@@ -151,12 +147,14 @@ void add(float* to, const float* from, int64_t count) {
 
 // Partial sums of the parameters' gradients: one row of them for each group of images, in the images' order.
 struct Partials {
-  int64_t groups, channels, width;  // width: D padded
-  int64_t weight, bias, A_log, D_skip, norm_weight, norm_bias, size;  // where each begins in a row
+  int64_t groups, channels;
+  int64_t width;  // of D, padded
+  int64_t weight, bias, A_log, D_skip, norm_weight, norm_bias;  // where each begins in a row
+  int64_t size;  // of a row
   Tensor rows;
 
-  explicit Partials(const Problem& p) : groups(std::min(p.batch, kGroups)), channels(p.channels) {
-    width = padded(p.channels);
+  explicit Partials(const Problem& p) : groups(std::min(p.batch, kMostGroups)), channels(p.channels) {
+    width = padded_channels(p);
     weight = 0;
     bias = weight + p.directions * p.rank * width;
     A_log = bias + p.directions * width;
@@ -196,8 +194,9 @@ struct Partials {
 // Whole groups of images on each thread.
 void backward_by_groups(const Problem& p, float* dprojection, const Partials& partials) {
   const Kernels& kernel = kernels();
-  const int64_t blocks = kernel.num_blocks(p.channels), width = padded(p.channels), image_size = width * p.length;
+  const int64_t blocks = kernel.num_blocks(p.channels), width = padded_channels(p), image_size = width * p.length;
   const int64_t work_size = kernel.work_size(p, true);
+  const Strips strips{p.length, kRows};
   at::parallel_for(0, partials.groups, 1, [&](int64_t begin, int64_t end) {
     const Tensor scratch = floats(work_size + image_size + 2 * width);
     float* work = scratch.mutable_data_ptr<float>();
@@ -208,10 +207,9 @@ void backward_by_groups(const Problem& p, float* dprojection, const Partials& pa
         ++group;
       for (int64_t block = 0; block < blocks && p.is_gated; ++block)
         kernel.scan(p, image, block, sums, work);
-      for (int64_t first = 0; first < p.length; first += kRows) {
+      for (int64_t strip = 0; strip < strips.count(); ++strip) {
         std::fill(norm, norm + 2 * width, 0.f);
-        const int64_t last = std::min(first + kRows, p.length);
-        kernel.finish_backward(p, image, first, last, sums, norm, norm + width, work);
+        kernel.finish_backward(p, image, strips.begin(strip), strips.end(strip), sums, norm, norm + width, work);
         add(partials.row(group) + partials.norm_weight, norm, 2 * width);
       }
       for (int64_t block = 0; block < blocks; ++block)
@@ -224,11 +222,11 @@ void backward_by_groups(const Problem& p, float* dprojection, const Partials& pa
 // Blocks of channels, or rows, of all images at once; each image is a group.
 void backward_by_blocks(const Problem& p, float* dprojection, const Partials& partials) {
   const Kernels& kernel = kernels();
-  const int64_t blocks = kernel.num_blocks(p.channels), width = padded(p.channels), image_size = width * p.length;
-  const int64_t work_size = kernel.work_size(p, true), pieces = num_pieces(p.length);
-  const int64_t projection_size = p.length * p.width();
+  const int64_t blocks = kernel.num_blocks(p.channels), width = padded_channels(p), image_size = width * p.length;
+  const int64_t work_size = kernel.work_size(p, true), projection_size = p.length * p.width();
+  const Strips strips{p.length, kRows};
   const Tensor sums_of_all = floats(p.batch * image_size);
-  const Tensor norms = at::zeros({p.batch * pieces * 2 * width}, at::TensorOptions(at::kFloat));
+  const Tensor norms = at::zeros({p.batch * strips.count() * 2 * width}, at::TensorOptions(at::kFloat));
   const Tensor projections = at::zeros({p.batch * blocks * projection_size}, at::TensorOptions(at::kFloat));
   float* sums = sums_of_all.mutable_data_ptr<float>();
   float* norm = norms.mutable_data_ptr<float>();
@@ -239,14 +237,13 @@ void backward_by_blocks(const Problem& p, float* dprojection, const Partials& pa
       for (int64_t i = begin; i < end; ++i)
         kernel.scan(p, i / blocks, i % blocks, sums + i / blocks * image_size, own.mutable_data_ptr<float>());
     });
-  at::parallel_for(0, p.batch * pieces, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, p.batch * strips.count(), 1, [&](int64_t begin, int64_t end) {
     const Tensor own = floats(work_size);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t image = i / pieces, first = i % pieces * kRows;
-      const int64_t last = std::min(first + kRows, p.length);
-      float* dnorm = norm + i * 2 * width;
+      const int64_t image = i / strips.count(), strip = i % strips.count();
+      float *from = sums + image * image_size, *dnorm = norm + i * 2 * width;
       kernel.finish_backward(
-          p, image, first, last, sums + image * image_size, dnorm, dnorm + width, own.mutable_data_ptr<float>());
+          p, image, strips.begin(strip), strips.end(strip), from, dnorm, dnorm + width, own.mutable_data_ptr<float>());
     }
   });
   at::parallel_for(0, p.batch * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -258,8 +255,8 @@ void backward_by_blocks(const Problem& p, float* dprojection, const Partials& pa
   });
   at::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
-      for (int64_t piece = 0; piece < pieces; ++piece)
-        add(partials.row(image) + partials.norm_weight, norm + (image * pieces + piece) * 2 * width, 2 * width);
+      for (int64_t strip = 0; strip < strips.count(); ++strip)
+        add(partials.row(image) + partials.norm_weight, norm + (image * strips.count() + strip) * 2 * width, 2 * width);
       for (int64_t block = 0; block < blocks; ++block)
         add(dprojection + image * projection_size, shares + (image * blocks + block) * projection_size, projection_size);
     }
@@ -284,10 +281,12 @@ at::ScalarType element_type(const Tensor& tensor) {
   return type;
 }
 
-// What both x and z can be held in.
+// The type that holds both x and z.
 at::ScalarType element_type(const Tensor& x, const Tensor& z) {
   return element_type(x) == element_type(z) ? x.scalar_type() : at::kFloat;
 }
+
+}  // namespace
 
 Tensor selective_scan(
     const Tensor& x, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias, const Tensor& A_log,
@@ -299,7 +298,7 @@ Tensor selective_scan(
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
+ScanGradients selective_scan_backward(
     const Tensor& grad, const Tensor& x, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
     const Tensor& A_log, const Tensor& D_skip, at::IntArrayRef reverse) {
   Call call(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse, element_type(x));
@@ -319,8 +318,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backwa
   };
 }
 
-}  // namespace
-
 Tensor gated_scan(
     const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
     const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
@@ -333,7 +330,7 @@ Tensor gated_scan(
   return y.to(x.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_scan_backward(
+GatedGradients gated_scan_backward(
     const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight,
     const Tensor& dt_bias, const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight,
     const Tensor& norm_bias, double eps, at::IntArrayRef reverse) {

@@ -1,58 +1,15 @@
-// The kernels for one instruction set. Included within its namespace, after cpu_vector.h.
+// The scan's kernels. Included once for each instruction set, after cpu/channels.h.
+//
+// Channels are cut into blocks of a few vectors; a block is scanned from end to end with its state in registers. The sums
+// of the directions go to a scratch image of L * padded(D) floats: block after block, rows within.
 //
 // With s = log2(1 + 2^(v * log2 e)), v = dt_weight . dt + dt_bias: delta = s * ln 2, and the decay is 2^(-exp(A_log) * s).
 // The time steps of a tile of positions are computed first, all at once; then the state runs through the tile.
 
 constexpr int TILE = 16;  // positions, even and a multiple of LANES
 static_assert(TILE % LANES == 0, "a tile is transposed in squares of LANES");
-constexpr int WIDEST = 4;  // vectors of a block
-constexpr int64_t ROUND = 16;
 
-// Channels [start, start + num_vectors * LANES) of an image. A last vector that is not full is a block of its own.
-struct Block {
-  int64_t start;
-  int num_vectors;
-  int64_t count;  // of channels in use, in the last vector
-  bool is_part;
-};
-
-static int64_t num_blocks(int64_t channels) {
-  const int64_t full = channels / LANES;
-  const int64_t left = full % WIDEST;
-  return full / WIDEST + (left & 1) + (left >> 1) + (channels % LANES != 0);
-}
-
-// Blocks of four vectors, then of two, one, and the one that is not full.
-static Block block_at(int64_t channels, int64_t index) {
-  const int64_t full = channels / LANES;
-  const int64_t wide = full / WIDEST;
-  int64_t start = wide * WIDEST * LANES;
-  if (index < wide)
-    return {index * WIDEST * LANES, WIDEST, LANES, false};
-  index -= wide;
-  const int64_t left = full % WIDEST;
-  if (left & 2) {
-    if (index == 0)
-      return {start, 2, LANES, false};
-    index -= 1;
-    start += 2 * LANES;
-  }
-  if (left & 1) {
-    if (index == 0)
-      return {start, 1, LANES, false};
-    start += LANES;
-  }
-  return {start, 1, channels % LANES, true};
-}
-
-static int64_t padded(int64_t channels) {
-  return (channels + LANES - 1) / LANES * LANES;
-}
-
-INLINE int64_t rounded(int64_t count) {
-  return (count + ROUND - 1) / ROUND * ROUND;
-}
-
+// Floats of work memory that the kernels below take.
 static int64_t work_size(const Problem& p, bool is_backward) {
   const int64_t widest = WIDEST * LANES;
   int64_t block = (2 * p.rank + 4 * p.states + 4) * widest;
@@ -143,7 +100,7 @@ INLINE void advance(
     store(states + v * LANES, state[v]);
 }
 
-// Asks for a tile of the sequence while its time steps are computed: rows far apart are not foreseen by the processor.
+// Prefetches a tile of the sequence while its time steps are computed: the processor does not foresee rows far apart.
 template <int NV, class T>
 INLINE void prefetch(const T* x, int64_t stride, int num_rows) {
   for (int i = 0; i < num_rows; ++i)
@@ -202,16 +159,6 @@ INLINE void for_each_vector(const Problem& p, float* sums, Body body) {
     for (int v = 0; v < block.num_vectors; ++v)
       body(block.start + v * LANES, rows + v * LANES, stride);
   }
-}
-
-// Calls `body(channel, is_part)` for every vector of a row: is_part<true> for a last one that is not full.
-template <class Body>
-INLINE void for_each_channel(int64_t channels, Body body) {
-  int64_t c = 0;
-  for (; c + LANES <= channels; c += LANES)
-    body(c, Constant<false>());
-  if (c < channels)
-    body(c, Constant<true>());
 }
 
 // A few rows of the scratch image side by side, with their mean over the channels and 1 / their standard deviation.
@@ -348,7 +295,7 @@ struct Backward {
   Parameters<NV> parameters;
   float *dweight, *dbias, *drate, *carry, *skips, *dskip;
   float *steps, *states, *dx;  // (L, .), (N, L + 1, .), (L, .)
-  // Of the tile at hand: gradients of delta, later of what softplus takes; the same with positions innermost.
+  // Of the current tile: gradients of delta, later of softplus's argument; the same with positions innermost.
   alignas(64) float ddelta[TILE * W], inputs[TILE * W], across[W * TILE];
 
   Backward(const Problem& p, float* work) : p(p), parameters(work, p) {
@@ -443,7 +390,7 @@ struct Backward {
     }
   }
 
-  // ddelta becomes the gradient of what softplus takes; rows past the end are zero.
+  // ddelta becomes the gradient of softplus's argument; rows past the end are zero.
   void through_softplus(int64_t start, int num_rows) {
     for (int v = 0; v < NV; ++v) {
       Vec total = load(dbias + v * LANES);
@@ -575,43 +522,38 @@ static void scan_block_backward(
   own.add(totals.D_skip + block.start, P, own.dskip, 1);
 }
 
-// Runtime values to template arguments: CALL(T, NV, IS_PART).
-#define DISPATCH_BLOCK(T, block, CALL) \
-  if (block.is_part)                   \
-    CALL(T, 1, true);                  \
-  else if (block.num_vectors == 4)     \
-    CALL(T, 4, false);                 \
-  else if (block.num_vectors == 2)     \
-    CALL(T, 2, false);                 \
-  else                                 \
-    CALL(T, 1, false);
-
-static void scan(const Problem& p, int64_t image, int64_t index, float* sums, float* work) {
-  const Block block = block_at(p.channels, index);
-  sums += block.start * p.length;
-#define CALL(T, NV, IS_PART) scan_block<T, NV, IS_PART>(p, image, block, sums, work)
-  if (p.is_bfloat16) {
-    DISPATCH_BLOCK(BFloat16, block, CALL)
-  } else {
-    DISPATCH_BLOCK(float, block, CALL)
-  }
-#undef CALL
+// Calls `body(element, num_vectors, is_part)` with a zero of the elements' type, and with constants.
+template <class Body>
+INLINE void with_types(const Problem& p, const Block& block, Body body) {
+  with_block(block, [&](auto num_vectors, auto is_part) {
+    if (p.is_bfloat16)
+      body(BFloat16(), num_vectors, is_part);
+    else
+      body(float(), num_vectors, is_part);
+  });
 }
 
+// Scans a block of an image: every row of the sum of the directions, into the scratch image.
+static void scan(const Problem& p, int64_t image, int64_t index, float* sums, float* work) {
+  const Block block = block_at(p.channels, index);
+  with_types(p, block, [&](auto element, auto num_vectors, auto is_part) {
+    scan_block<decltype(element), num_vectors.value, is_part.value>(p, image, block, sums + block.start * p.length, work);
+  });
+}
+
+// Gradients of a block: dx written, dprojection (L, K * (R + 2N)) and the parameters' sums added to.
 static void scan_backward(
     const Problem& p, int64_t image, int64_t index, const float* dsums, float* dprojection, const ParameterSums& totals,
     float* work) {
   const Block block = block_at(p.channels, index);
   dsums += block.start * p.length;
-#define CALL(T, NV, IS_PART) scan_block_backward<T, NV, IS_PART>(p, image, block, dsums, dprojection, totals, work)
-  if (p.is_bfloat16) {
-    DISPATCH_BLOCK(BFloat16, block, CALL)
-  } else {
-    DISPATCH_BLOCK(float, block, CALL)
-  }
-#undef CALL
+  with_types(p, block, [&](auto element, auto num_vectors, auto is_part) {
+    scan_block_backward<decltype(element), num_vectors.value, is_part.value>(
+        p, image, block, dsums, dprojection, totals, work);
+  });
 }
 
+// Rows [first, last) of the scratch image to the output, normalised and gated if asked for.
 static void finish(const Problem& p, int64_t image, int64_t first, int64_t last, const float* sums, float* work) {
   if (!p.is_gated)
     finish_plain(p, image, first, last, sums);
@@ -621,6 +563,7 @@ static void finish(const Problem& p, int64_t image, int64_t first, int64_t last,
     finish_gated<float>(p, image, first, last, sums, work);
 }
 
+// Replaces such rows by their gradient; writes dz; adds to the sums (D padded) for the normalisation's parameters.
 static void finish_backward(
     const Problem& p, int64_t image, int64_t first, int64_t last, float* sums, float* dnorm_weight, float* dnorm_bias,
     float* work) {

@@ -10,30 +10,18 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 
+#define NAME "AVX-512"
 #define LANES 16
 
 namespace mobilemamba {
 namespace avx512 {
 
-#include "cpu/vector.h"
-
-#include "scan/cpu_kernels.h"
-
-#include "layers/product_kernels.h"
-
-#include "layers/depthwise_kernels.h"
-
-#include "layers/norm_kernels.h"
+#include "sets/table.h"
 
 }  // namespace avx512
 
 const Kernels& avx512_kernels() {
-  static const Kernels kernels = {
-      "AVX-512", LANES, avx512::scan, avx512::finish, avx512::finish_backward, avx512::scan_backward,
-      avx512::num_blocks, avx512::work_size, avx512::dense, avx512::depthwise, avx512::wavelet,
-      avx512::wavelet_work_size, avx512::moments, avx512::normalize, avx512::normalize_sums,
-      avx512::normalize_backward, avx512::depthwise_input, avx512::depthwise_taps, avx512::wavelet_taps, avx512::dense_weight};
-  return kernels;
+  return avx512::TABLE;
 }
 
 }  // namespace mobilemamba

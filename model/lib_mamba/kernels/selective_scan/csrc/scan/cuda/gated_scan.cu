@@ -1,7 +1,7 @@
-// The gated scan on the GPU: which kernels, how many blocks, and the sums over what the blocks have left.
+// The gated scan on the GPU: which kernels, how many blocks, and the sums over the blocks' results.
 //
-// The kernels are made for two directions, forward and backward, with one state component (gated_scan_*.cuh); any other
-// scan is selective_scan.cu's, with normalisation and gate after it.
+// The kernels are made for two directions, forward and backward, with one state component (gated_scan_*.cuh). Any other
+// scan runs on general_scan.cu, with normalisation and gate after it.
 #include <algorithm>
 
 #include "scan/cuda/gated_scan_backward.cuh"
@@ -71,7 +71,7 @@ struct ScanTensors {
   ScanInputs<T> inputs() const {
     return {
         x.const_data_ptr<T>(),
-        row_stride(x),
+        row_step(x),
         projection.const_data_ptr<T>(),
         dt_weight.const_data_ptr<float>(),
         dt_bias.const_data_ptr<float>(),
@@ -96,7 +96,7 @@ struct NormTensors {
 
   template <typename T>
   NormInputs<T> inputs() const {
-    return {z.const_data_ptr<T>(), row_stride(z), weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), eps};
+    return {z.const_data_ptr<T>(), row_step(z), weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), eps};
   }
 };
 
@@ -108,7 +108,7 @@ bool is_fused(const ScanTensors& scan, bool is_backward) {
       fits_shared(fused_shared_floats<NR>(scan.groups(), is_backward));
 }
 
-// How a kernel of blocks of channels is cut up.
+// How the work of a kernel is divided into blocks of channels and segments of positions.
 struct Plan {
   int groups, segments, blocks;
 
@@ -131,7 +131,7 @@ struct Plan {
   int threads() const { return groups * segments * kLanes; }
 };
 
-// The sum of both directions, and if asked for what the backward pass starts from.
+// The sum of both directions, and if asked for, the checkpoints that the backward pass starts from.
 template <typename T, int NR>
 void run_split(const ScanTensors& scan, Tensor& sum, float* checkpoints) {
   const auto shared_floats = [](int groups, int segments) { return split_shared_floats<NR>(groups, segments); };
@@ -162,7 +162,7 @@ Tensor run_norm_backward(const Tensor& grad, Tensor& sum, const NormTensors& nor
   Tensor dnorm = empty_floats({blocks, 2, channels}, sum);
   launch(
       norm_gate_backward_kernel<T>, dim3(blocks), warps * kLanes, warps * row_floats, grad.const_data_ptr<T>(),
-      row_stride(grad), sum.mutable_data_ptr<float>(), norm.inputs<T>(), rows, static_cast<int>(channels),
+      row_step(grad), sum.mutable_data_ptr<float>(), norm.inputs<T>(), rows, static_cast<int>(channels),
       dz.mutable_data_ptr<T>(), dnorm.mutable_data_ptr<float>());
   return dnorm;
 }
@@ -188,7 +188,7 @@ Tensor run_fused_backward(
   Tensor dnorm = empty_floats({scan.batch, 2, scan.channels}, dsum);
   FusedOutputs<T> outputs{};
   outputs.grad = grad.const_data_ptr<T>();
-  outputs.grad_row = row_stride(grad);
+  outputs.grad_row = row_step(grad);
   outputs.dz = dz.mutable_data_ptr<T>();
   outputs.dsum = dsum.mutable_data_ptr<float>();
   outputs.dnorm = dnorm.mutable_data_ptr<float>();
@@ -213,7 +213,7 @@ ScanGradients run_scan_backward(const ScanTensors& scan, const Tensor& dsum, con
       scan_backward_kernel<T, NR>, dim3(B, plan.blocks), plan.threads(), shared_floats(plan.groups, plan.segments),
       scan.inputs<T>(), plan.segments, outputs);
   const Tensor sums = dparameters.sum(0);
-  const Tensor dD = sums.select(-1, R + 2).select(0, 0);  // both directions pass x on alike
+  const Tensor dD = sums.select(-1, R + 2).select(0, 0);  // the same for both directions
   return {
       dx,
       plan.blocks == 1 ? dprojection.squeeze(0) : dprojection.sum(0),

@@ -47,7 +47,7 @@ struct BackwardWarp {
   Passage* const passages = reinterpret_cast<Passage*>(all_stages + blockDim.x / kLanes * kOwn);
 
   Channel parameters;
-  float carried;  // what the later steps hand back to the state
+  float carried;  // the state's gradient from the later steps
   float dweight[2][NR][4];
   float dbias, dA_log, dskip;
 
@@ -78,7 +78,7 @@ struct BackwardWarp {
     return *reinterpret_cast<const float2*>(stage + i * kRow + 8 * NR);
   }
 
-  // What the segment makes of the gradient that later steps hand back.
+  // How the segment maps the gradient that later steps hand back.
   template <int kDirection>
   __device__ __forceinline__ void find_passage() {
     Passage own{1.f, 0.f};
@@ -185,16 +185,16 @@ struct BackwardWarp {
     stage[lane_index() / 2 * kRow + 8 * NR + lane_index() % 2] = lane_index() % 2 ? dC : dB;
   }
 
-  // The sum over the block's channels of what the warps have left in their stages.
+  // The sum over the block's channels of the gradients in the warps' stages.
   __device__ __forceinline__ void store_dprojection(int direction, int chunk) {
-    const bool is_alone = place.groups == 1;
-    is_alone ? __syncwarp() : __syncthreads();
-    const float* first = is_alone ? stage : all_stages;
+    const bool is_single = place.groups == 1;
+    is_single ? __syncwarp() : __syncthreads();
+    const float* first = is_single ? stage : all_stages;
     const int columns = p.rank + 2;
     const int64_t row = (static_cast<int64_t>(blockIdx.y) * p.batch + place.image) * p.length + chunk * kChunk;
     float* const to = out.dprojection + row * p.width() + direction * columns;
-    const int threads = is_alone ? kLanes : blockDim.x;
-    for (int item = is_alone ? lane_index() : threadIdx.x; item < p.valid(chunk) * columns; item += threads) {
+    const int threads = is_single ? kLanes : blockDim.x;
+    for (int item = is_single ? lane_index() : threadIdx.x; item < p.valid(chunk) * columns; item += threads) {
       const int position = item / columns, column = item % columns;
       const int from = position * kRow + (column < p.rank ? column : 8 * NR + column - p.rank);
       float total = 0.f;
@@ -202,7 +202,7 @@ struct BackwardWarp {
         total += first[group * kOwn + from];
       to[position * p.width() + column] = total;
     }
-    if (!is_alone)
+    if (!is_single)
       __syncthreads();
   }
 
@@ -242,7 +242,7 @@ struct BackwardWarp {
       float dx[kChunk], dB, dC;
       scan_back<kDirection>(chunk, dx, dB, dC);
       T* const to = out.dx + at(chunk, p.channels);
-      T half[kChunk];  // direction 1 adds to what direction 0 has left
+      T half[kChunk];  // direction 1 adds to the result of direction 0
       if (kDirection == 1)
         load_rows(to, p.channels, valid, half);
       RowWriter<T> writer(to, p.channels, valid);

@@ -10,7 +10,7 @@
 
 namespace mobilemamba {
 
-// What the fused kernel writes: y going forward; the rest, and checkpoints, going backward (up to the scan itself).
+// The outputs of the fused kernel: y going forward; the rest, and checkpoints, going backward (up to the scan itself).
 template <typename T>
 struct FusedOutputs {
   T* y;          // (B, L, D)
@@ -22,7 +22,8 @@ struct FusedOutputs {
   float* checkpoints;
 };
 
-// Two blocks share a multiprocessor up to kSharingThreads: from kRoomyThreads on with fewer registers than they would like.
+// Two blocks share a multiprocessor up to kSharingThreads; from kRoomyThreads on, with fewer registers than they would
+// take otherwise.
 constexpr int kFusedThreads = 576;
 constexpr int kSharingThreads = 448;
 constexpr int kRoomyThreads = 320;
@@ -52,7 +53,7 @@ __device__ __forceinline__ float2 combine_moments(const float2* moments, int war
   return make_float2(mean, rsqrtf(squares / channels + eps));
 }
 
-// Sum of pairs over the warps for position p, likewise.
+// Sum of pairs over the warps for position p, in lanes p and p + 16.
 __device__ __forceinline__ float2 combine_sums(const float2* sums, int warps) {
   const int p = lane_index() % kChunk;
   float2 total = make_float2(0.f, 0.f);
@@ -127,7 +128,7 @@ struct FusedWarp {
     return staged_value<NR>(p.staged_from(image, chunk, direction_of(k)), p.width(), p.rank, p.valid(chunk), index);
   }
 
-  // Have step k's share of the stage on its way, and later put it there.
+  // Load this thread's items of step k's stage into registers, and later put them there.
   __device__ __forceinline__ void fetch_stage(int k) {
     if (threadIdx.x < kItems)
       next_item = item(k, threadIdx.x);
@@ -143,7 +144,7 @@ struct FusedWarp {
     load_rows(p.x + at(chunk, p.x_row), p.x_row, valid(chunk), x);
   }
 
-  // Step k: emit as scan_chunk does, and have the next step's inputs on their way.
+  // Step k: emit as scan_chunk does, and load the next step's inputs ahead.
   template <int kDirection, typename Emit>
   __device__ __forceinline__ void step(int k, Emit&& emit) {
     if (kBackward && exists)

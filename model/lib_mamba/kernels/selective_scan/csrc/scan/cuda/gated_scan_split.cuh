@@ -1,8 +1,8 @@
-// The sum of both directions alone, for batches too small for a block an image, or for many channels; norm.cuh does
-// the rest. A block has `groups` times 32 channels of an image by `segments` of its positions, a warp each.
+// Only the sum of both directions, for batches too small for a block an image, or for many channels; norm.cuh does the
+// rest. A block has `groups` times 32 channels of an image by `segments` of its positions, a warp each.
 //
-// With several segments every warp first finds what its segment makes of any state, state -> decay * state + added,
-// and so the state that enters it; then it scans.
+// With several segments, every warp first finds how its segment maps any state, state -> decay * state + added, and so
+// the state that enters it; then it scans.
 #pragma once
 
 #include "scan/cuda/inputs.cuh"
@@ -11,7 +11,7 @@ namespace mobilemamba {
 
 constexpr int kSplitThreads = 512;
 
-// Where a warp stands.
+// The place of a warp.
 struct Place {
   int64_t image;
   int group, segment, groups, segments;  // within the block
@@ -29,7 +29,7 @@ struct Place {
   }
 };
 
-// What a segment makes of the value that enters it.
+// How a segment maps the value that enters it: value -> decay * value + added.
 struct Passage {
   float decay, added;
 };

@@ -52,7 +52,7 @@ struct GeneralTensors {
   GeneralInputs<T> inputs() const {
     return {
         x.const_data_ptr<T>(),
-        row_stride(x),
+        row_step(x),
         projection.const_data_ptr<T>(),
         dt_weight.const_data_ptr<float>(),
         dt_bias.const_data_ptr<float>(),

@@ -1,4 +1,4 @@
-// What the kernels of the scan in both directions with one state component are given.
+// The inputs of the kernels for two directions, forward and backward, with one state component.
 #pragma once
 
 #include "scan/cuda/tile.cuh"

@@ -1,4 +1,4 @@
-// What the host code of the CUDA operators shares: types, layouts, launches.
+// Types, layouts, checks and launches for the host code of the CUDA operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,8 +8,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime.h>
 
-#include <tuple>
 #include <utility>
+
+#include "scan/scan.h"
 
 namespace mobilemamba {
 
@@ -83,7 +84,7 @@ inline Tensor copy_of(const Tensor& part) {
   return part.clone(at::MemoryFormat::Contiguous);
 }
 
-inline int row_stride(const Tensor& rows) {
+inline int row_step(const Tensor& rows) {
   return static_cast<int>(rows.stride(0));
 }
 
@@ -107,26 +108,5 @@ inline void check_scan(
   for (const Tensor& tensor : {projection, dt_weight, dt_bias, A_log, D_skip})
     TORCH_CHECK(tensor.device() == x.device(), "all tensors must be on ", x.device(), ", one is on ", tensor.device());
 }
-
-using ScanGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using GatedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Tensor selective_scan_cuda(
-    const Tensor& x, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias, const Tensor& A_log,
-    const Tensor& D_skip, at::IntArrayRef reverse);
-
-ScanGradients selective_scan_backward_cuda(
-    const Tensor& grad, const Tensor& x, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
-    const Tensor& A_log, const Tensor& D_skip, at::IntArrayRef reverse);
-
-Tensor gated_scan_cuda(
-    const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
-    const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
-    at::IntArrayRef reverse);
-
-GatedGradients gated_scan_backward_cuda(
-    const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight,
-    const Tensor& dt_bias, const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight,
-    const Tensor& norm_bias, double eps, at::IntArrayRef reverse);
 
 }  // namespace mobilemamba

@@ -1,7 +1,7 @@
-// Registers the CUDA implementations of the operators that ops.cpp declares.
+// The CUDA implementations of the scan's operators.
 #include <torch/library.h>
 
-#include "scan/cuda/launch.cuh"
+#include "scan/scan.h"
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CUDA, m) {
   m.impl("selective_scan", &mobilemamba::selective_scan_cuda);

@@ -2,7 +2,7 @@
 //
 // Time steps are in units of ln 2: with w = log2(e) * (dt_weight . dt + dt_bias), s = log2(1 + 2^w), delta = s * ln 2
 // and the decay is 2^(s * A), A = -exp(A_log). Three special functions then make a step. B comes multiplied by ln 2.
-// kExact is for float32: nothing is lost. Else a few bits of float32 are, far fewer than 16-bit inputs have lost.
+// kExact is for float32: nothing is lost. Otherwise a few bits of float32 are lost, far fewer than 16-bit inputs lack.
 #pragma once
 
 #include "scan/cuda/device.cuh"
@@ -27,7 +27,7 @@ __device__ __forceinline__ float softplus2(float w) {
   return w > 24.f ? w : s;
 }
 
-// Derivative of the softplus, 1 - 2^-s, relatively accurate likewise.
+// Derivative of the softplus, 1 - 2^-s, relatively accurate for any s.
 template <bool kExact>
 __device__ __forceinline__ float softplus2_slope(float s) {
   const float delta = s * kLn2;
@@ -49,7 +49,7 @@ __device__ __forceinline__ float sigmoid(float value) {
   return fast_reciprocal(1.f + fast_exp2(-kLog2e * value));
 }
 
-// What one step hands back, given the gradient of its state and of its output y = C * state.
+// The gradients of one step, given the gradient of its state and of its output y = C * state.
 struct StepGradient {
   float x;         // without the skip term
   float B;         // of B itself

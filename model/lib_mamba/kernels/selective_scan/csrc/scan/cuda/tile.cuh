@@ -128,7 +128,7 @@ struct Channel {
   }
 };
 
-// Run a state through a chunk; emit(i, x, C * state) takes what comes of position i. Positions past the end have x = 0
+// Run a state through a chunk; emit(i, x, C * state) takes the result at position i. Positions past the end have x = 0
 // and do nothing: backwards they come first, before there is a state; forwards nothing comes after them.
 template <int NR, bool kExact, bool kReverse, typename T, typename Emit>
 __device__ __forceinline__ void scan_chunk(
@@ -156,7 +156,7 @@ __device__ __forceinline__ float row_sum(const float* tile) {
   return sum + __shfl_xor_sync(kWarp, sum, 1);
 }
 
-// Sums of one tile's values and of their products with another's, likewise.
+// Sums of one tile's values and of their products with another's, to the same lanes.
 __device__ __forceinline__ float2 row_products(const float* tile, const float* other) {
   const int start = lane_index() / 2 * kTileRow + lane_index() % 2 * 16;
   float2 sums = make_float2(0.f, 0.f);
@@ -172,8 +172,8 @@ __device__ __forceinline__ float2 row_products(const float* tile, const float* o
   return sums;
 }
 
-// Mean and sum of squared deviations over the first `columns` lanes, likewise. Deviations are taken from one of the
-// values, so that a mean far from zero costs no accuracy.
+// Mean and sum of squared deviations over the first `columns` lanes, to the same lanes. Deviations are taken from one of
+// the values, so that a mean far from zero costs no accuracy.
 __device__ __forceinline__ float2 row_moments(const float* tile, int columns) {
   const float* row = tile + lane_index() / 2 * kTileRow;
   const int start = lane_index() % 2 * 16;
@@ -211,7 +211,7 @@ __device__ __forceinline__ void load_rows(const T* from, int row, int valid, T (
   }
 }
 
-// The address of a position that follows one row on, or back, each time it is taken.
+// Writes one position after the other, forward or backward.
 template <typename T, bool kReverse = false>
 struct RowWriter {
   T* to;

@@ -1,0 +1,122 @@
+// Depthwise convolutions and the wavelet branch, in inference and in training, and their gradients.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "cpu/dispatch.h"
+#include "cpu/share.h"
+#include "layers/layers.h"
+#include "layers/maps.h"
+#include "layers/weights.h"
+
+namespace mobilemamba {
+
+using at::Tensor;
+
+Depthwise depthwise_of(
+    const Tensor& map, const Tensor& out, const Tensor& weight, const Tensor& bias, int64_t stride, int64_t padding,
+    int64_t activation) {
+  const int64_t C = map.size(1), side = weight.size(0);
+  check_vector(weight, side * side * C, "weight");
+  check_vector(bias, C, "bias");
+  return {map_of(map), map_of(out), side, stride, padding, weight.const_data_ptr<float>(),
+          bias.const_data_ptr<float>(), activation_of(activation), nullptr, nullptr};
+}
+
+Tensor depthwise(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation) {
+  const Tensor map = channels_last(x);
+  const int64_t C = map.size(1), height = convolved(map.size(2), weight.size(0), stride, padding);
+  const Tensor out = new_map(map.size(0), C, height, convolved(map.size(3), weight.size(0), stride, padding));
+  Depthwise d = depthwise_of(map, out, weight, bias, stride, padding, activation);
+  TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
+  if (scale) {
+    check_vector(*scale, C, "scale");
+    check_vector(*shift, C, "shift");
+    d.scale = scale->const_data_ptr<float>(), d.shift = shift->const_data_ptr<float>();
+  }
+  const Kernels& kernel = kernels();
+  const int64_t blocks = kernel.num_blocks(C);
+  share(map.size(0) * height, kForwards, [&](int64_t i) {
+    for (int64_t block = 0; block < blocks; ++block)
+      kernel.depthwise(d, i / height, i % height, block);
+  });
+  return out;
+}
+
+Tensor convolve(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t stride, Activation activation) {
+  const Tensor added = bias.defined() ? bias : at::zeros({x.size(1)}, at::TensorOptions(at::kFloat));
+  return depthwise(x, pack_depthwise(weight), added, {}, {}, stride, weight.size(2) / 2, activation);
+}
+
+Gradients convolve_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t stride, const Tensor& base) {
+  const Tensor map = channels_last(x), gradient = channels_last(grad);
+  const Tensor below = base.defined() ? channels_last(base) : base;
+  const Tensor packed = pack_depthwise(weight);
+  const int64_t B = map.size(0), C = map.size(1), H = map.size(2), side = packed.size(0), padding = side / 2;
+  check_vector(packed, side * side * C, "weight");
+  TORCH_CHECK(
+      gradient.size(0) == B && gradient.size(1) == C && gradient.size(2) == convolved(H, side, stride, padding) &&
+          gradient.size(3) == convolved(map.size(3), side, stride, padding),
+      "grad does not fit to x: ", gradient.sizes());
+  if (below.defined())
+    check_same(below, map, "base");
+  const Tensor dx = new_like(map), dweight = at::empty({side, side, C}, at::TensorOptions(at::kFloat));
+  const DepthwiseGradient d{map_of(gradient), map_of(map), map_of(dx), below.defined() ? map_of(below) : Map{},
+                            side, stride, padding, packed.const_data_ptr<float>()};
+  const Kernels& kernel = kernels();
+  sum_images(B, kernel.num_blocks(C), dweight.numel(), dweight.mutable_data_ptr<float>(), 0,
+             [&](int64_t first, int64_t last, int64_t block, float* sums, float*) {
+               for (int64_t image = first; image < last; ++image) {
+                 for (int64_t row = 0; row < H; ++row)
+                   kernel.depthwise_input_gradient(d, image, row, block);
+                 kernel.depthwise_weight_gradient(d, image, block, sums);
+               }
+             });
+  return {dx, unpack_depthwise(dweight)};
+}
+
+Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
+  const Tensor map = channels_last(x), below = channels_last(base);
+  const int64_t C = map.size(1), side = weight.size(0);
+  check_vector(weight, side * side * 4 * C, "weight");
+  TORCH_CHECK(below.sizes() == map.sizes(), "base must be ", map.sizes(), ", got ", below.sizes());
+  const Tensor out = new_like(map);
+  const Wavelet w{map_of(map), map_of(below), map_of(out), side, weight.const_data_ptr<float>()};
+  const Kernels& kernel = kernels();
+  const int64_t vectors = num_vectors(C);
+  const int64_t work_size = kernel.wavelet_work_size(map.size(2), map.size(3), side);
+  share_with_scratch(map.size(0) * vectors, work_size, [&](int64_t i, float* work) {
+    kernel.wavelet(w, i / vectors, i % vectors * kernel.lanes, work);
+  });
+  return out;
+}
+
+Tensor wavelet_weight_gradient(const Tensor& grad, const Tensor& x, int64_t side) {
+  const Tensor map = channels_last(x), gradient = channels_last(grad);
+  check_same(gradient, map, "grad");
+  const int64_t C = map.size(1);
+  const Tensor dweight = at::empty({side, side, 4 * C}, at::TensorOptions(at::kFloat));
+  const WaveletGradient w{map_of(gradient), map_of(map), side};
+  const Kernels& kernel = kernels();
+  sum_images(map.size(0), num_vectors(C), dweight.numel(), dweight.mutable_data_ptr<float>(),
+             kernel.wavelet_work_size(map.size(2), map.size(3), side),
+             [&](int64_t first, int64_t last, int64_t unit, float* sums, float* work) {
+               for (int64_t image = first; image < last; ++image)
+                 kernel.wavelet_weight_gradient(w, image, unit * kernel.lanes, sums, work);
+             });
+  return dweight;
+}
+
+}  // namespace mobilemamba
+
+TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
+  m.impl("depthwise", mobilemamba::depthwise);
+  m.impl("wavelet", mobilemamba::wavelet);
+}
