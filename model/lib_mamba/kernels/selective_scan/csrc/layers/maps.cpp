@@ -38,7 +38,8 @@ Tensor new_like(const Tensor& map) {
 
 Map map_of(const Tensor& x) {
   return {x.size(2), x.size(3), x.size(1), x.stride(0), x.stride(2), x.stride(3),
-          const_cast<float*>(x.const_data_ptr<float>())};
+          const_cast<float*>(x.const_data_ptr<float>()),
+  };
 }
 
 Matrix matrix_of(const Tensor& map) {

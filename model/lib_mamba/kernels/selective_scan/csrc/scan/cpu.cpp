@@ -147,10 +147,8 @@ void add(float* to, const float* from, int64_t count) {
 
 // Partial sums of the parameters' gradients: one row of them for each group of images, in the images' order.
 struct Partials {
-  int64_t groups, channels;
-  int64_t width;  // of D, padded
+  int64_t groups, channels, width, size;                        // width of D padded, size of a row
   int64_t weight, bias, A_log, D_skip, norm_weight, norm_bias;  // where each begins in a row
-  int64_t size;  // of a row
   Tensor rows;
 
   explicit Partials(const Problem& p) : groups(std::min(p.batch, kMostGroups)), channels(p.channels) {

@@ -3,8 +3,8 @@
 // Channels are cut into blocks of a few vectors; a block is scanned from end to end with its state in registers. The sums
 // of the directions go to a scratch image of L * padded(D) floats: block after block, rows within.
 //
-// With s = log2(1 + 2^(v * log2 e)), v = dt_weight . dt + dt_bias: delta = s * ln 2, and the decay is 2^(-exp(A_log) * s).
-// The time steps of a tile of positions are computed first, all at once; then the state runs through the tile.
+// With v = dt_weight . dt + dt_bias and s = log2(1 + 2^(v * log2 e)): delta = s * ln 2, and the decay is
+// 2^(-exp(A_log) * s). The time steps of a tile of positions are computed first, all at once; then the state runs through the tile.
 
 constexpr int TILE = 16;  // positions, even and a multiple of LANES
 static_assert(TILE % LANES == 0, "a tile is transposed in squares of LANES");

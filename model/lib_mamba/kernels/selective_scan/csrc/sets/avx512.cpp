@@ -1,4 +1,4 @@
-// The kernels for x86 processors with AVX-512. Compiled for them by a pragma, so that one set of flags serves all files.
+// The kernels for x86 processors with AVX-512: compiled for them by a pragma, so that one set of flags serves all files.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

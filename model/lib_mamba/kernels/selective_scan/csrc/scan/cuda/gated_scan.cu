@@ -80,7 +80,8 @@ struct ScanTensors {
         static_cast<int>(batch),
         static_cast<int>(length),
         static_cast<int>(channels),
-        static_cast<int>(rank)};
+        static_cast<int>(rank),
+    };
   }
 
   int groups() const { return static_cast<int>(ceil_div<int64_t>(channels, kLanes)); }

@@ -64,7 +64,8 @@ struct GeneralTensors {
         static_cast<int>(channels),
         static_cast<int>(rank),
         static_cast<int>(directions),
-        static_cast<int>(states)};
+        static_cast<int>(states),
+    };
   }
 
   // Positions of a chunk, as the kernels cut the sequence.
