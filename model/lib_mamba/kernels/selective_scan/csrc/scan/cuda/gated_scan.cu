@@ -69,19 +69,19 @@ struct ScanTensors {
 
   template <typename T>
   ScanInputs<T> inputs() const {
-    return {
-        x.const_data_ptr<T>(),
-        row_step(x),
-        projection.const_data_ptr<T>(),
-        dt_weight.const_data_ptr<float>(),
-        dt_bias.const_data_ptr<float>(),
-        A_log.const_data_ptr<float>(),
-        D_skip.const_data_ptr<float>(),
-        static_cast<int>(batch),
-        static_cast<int>(length),
-        static_cast<int>(channels),
-        static_cast<int>(rank),
-    };
+    ScanInputs<T> p{};
+    p.x = x.const_data_ptr<T>();
+    p.x_row = row_step(x);
+    p.projection = projection.const_data_ptr<T>();
+    p.dt_weight = dt_weight.const_data_ptr<float>();
+    p.dt_bias = dt_bias.const_data_ptr<float>();
+    p.A_log = A_log.const_data_ptr<float>();
+    p.D_skip = D_skip.const_data_ptr<float>();
+    p.batch = static_cast<int>(batch);
+    p.length = static_cast<int>(length);
+    p.channels = static_cast<int>(channels);
+    p.rank = static_cast<int>(rank);
+    return p;
   }
 
   int groups() const { return static_cast<int>(ceil_div<int64_t>(channels, kLanes)); }
