@@ -165,12 +165,14 @@ void run_block(int threads, std::mt19937& random) {
 
 void check_launch(const void* kernel, const cudaLaunchConfig_t& config) {
   TORCH_CHECK(config.gridDim.x && config.gridDim.y && config.gridDim.z, "empty grid");
-  TORCH_CHECK(config.gridDim.x < 1u << 31 && config.gridDim.y < 1u << 16 && config.gridDim.z < 1u << 16, "grid too big");
+  TORCH_CHECK(
+      config.gridDim.x < 1u << 31 && config.gridDim.y < 1u << 16 && config.gridDim.z < 1u << 16, "grid too big");
   const unsigned threads = config.blockDim.x;
   TORCH_CHECK(config.blockDim.y == 1 && config.blockDim.z == 1, "only rows of threads are known here");
   TORCH_CHECK(threads && threads <= 1024 && threads % kLanes == 0, threads, " threads: not whole warps, or too many");
   const size_t allowed = std::max(kPlainSharedBytes, allowed_shared[kernel]);
-  TORCH_CHECK(config.dynamicSmemBytes <= allowed, config.dynamicSmemBytes, " bytes of shared memory, allowed ", allowed);
+  TORCH_CHECK(
+      config.dynamicSmemBytes <= allowed, config.dynamicSmemBytes, " bytes of shared memory, allowed ", allowed);
 }
 
 // Show the warp what this lane has, and return what all lanes have.

@@ -1,6 +1,6 @@
 // The CUDA operators, for CPU tensors; and what sets the stage.
-#include <sys/mman.h>
 #include <c10/core/Allocator.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 #include <unistd.h>
 

@@ -31,16 +31,16 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
   m.def("pack_columns(Tensor weight) -> Tensor");
   m.def("pack_depthwise(Tensor weight) -> Tensor");
   m.def("pack_bands(Tensor weight) -> Tensor");
-  // Groups of layers in training (layers/steps.h). `running` holds mean, variance and number of batches of each norm. They
-  // return the output and the tensors to keep; backward, the gradients of x and of the parameters.
-  for (const std::string step : {"depthwise_ffn", "pointwise", "expand_and_stride", "squeeze_excite", "stem", "mixer"}) {
+  // Groups of layers in training (layers/steps.h). `running` holds mean, variance and number of batches of each norm.
+  // They return the output and the tensors to keep; backward, the gradients of x and of the parameters.
+  for (const std::string step :
+       {"depthwise_ffn", "pointwise", "expand_and_stride", "squeeze_excite", "stem", "mixer"}) {
     const std::string more = step == "mixer" ? ", int[] split, int[] reverse, float norm_eps" : "";
     const std::string forward =
         "_step(Tensor x, Tensor[] parameters, Tensor(a!)[] running, float[] momenta, float[] eps" + more +
         ") -> (Tensor, Tensor[])";
     const std::string backward =
-        "_step_backward(Tensor grad, Tensor x, Tensor[] saved, Tensor[] parameters" + more +
-        ") -> Tensor[]";
+        "_step_backward(Tensor grad, Tensor x, Tensor[] saved, Tensor[] parameters" + more + ") -> Tensor[]";
     m.def((step + forward).c_str());
     m.def((step + backward).c_str());
   }

@@ -1,7 +1,7 @@
 // The CPU kernels: their arguments, and the list of them.
 //
-// A kernel is a function in a *_kernels.h, compiled for every instruction set (sets/). The operators call it through the
-// table of this processor (cpu/dispatch.h).
+// A kernel is a function in a *_kernels.h, compiled for every instruction set (sets/). The operators call it through
+// the table of this processor (cpu/dispatch.h).
 #pragma once
 
 #include <cstdint>
@@ -145,9 +145,9 @@ struct Matrix {
   Matrix from(int64_t row) const { return {data ? at(row) : nullptr, stride}; }
 };
 
-// Gradient of the weight of a product: sums over all rows of x times those of grad. Rows lie in lines of `count` each, and
-// lines `x_line`, `grad_line` floats apart. Those of grad are read in whole vectors: numbers behind its columns go to
-// columns of the same number behind those of the result.
+// Gradient of the weight of a product: sums over all rows of x times those of grad. Rows lie in lines of `count` each,
+// and lines `x_line`, `grad_line` floats apart. Those of grad are read in whole vectors: numbers behind its columns go
+// to columns of the same number behind those of the result.
 struct DenseGradient {
   Matrix x, grad;
   int64_t count, lines, x_line, grad_line;
@@ -168,31 +168,42 @@ struct WaveletGradient {
 };
 
 // The kernels: result, name, parameters. Each is documented where it is defined.
-#define FOR_EACH_KERNEL(KERNEL) \
-  /* scan/cpu_kernels.h */ \
-  KERNEL(void, scan, const Problem&, int64_t image, int64_t block, float* sums, float* work) \
-  KERNEL(void, finish, const Problem&, int64_t image, int64_t first, int64_t last, const float* sums, float* work) \
-  KERNEL(void, finish_backward, const Problem&, int64_t image, int64_t first, int64_t last, float* sums, float* dnorm_weight, float* dnorm_bias, float* work) \
-  KERNEL(void, scan_backward, const Problem&, int64_t image, int64_t block, const float* dsums, float* dprojection, const ParameterSums&, float* work) \
-  KERNEL(int64_t, work_size, const Problem&, bool is_backward) \
-  /* cpu/channels.h */ \
-  KERNEL(int64_t, num_blocks, int64_t channels) \
-  /* layers/product_kernels.h */ \
-  KERNEL(void, dense, const Dense&, const float* x, int64_t stride, int64_t rows, int64_t first, int64_t last) \
-  KERNEL(void, dense_weight_gradient, const DenseGradient&, const Matrix& out) \
-  /* layers/depthwise_kernels.h */ \
-  KERNEL(void, depthwise, const Depthwise&, int64_t image, int64_t row, int64_t block) \
-  KERNEL(void, depthwise_input_gradient, const DepthwiseGradient&, int64_t image, int64_t row, int64_t block) \
-  KERNEL(void, depthwise_weight_gradient, const DepthwiseGradient&, int64_t image, int64_t block, float* dweight) \
-  /* layers/wavelet_kernels.h */ \
-  KERNEL(void, wavelet, const Wavelet&, int64_t image, int64_t channel, float* work) \
-  KERNEL(void, wavelet_weight_gradient, const WaveletGradient&, int64_t image, int64_t channel, float* dweight, float* work) \
-  KERNEL(int64_t, wavelet_work_size, int64_t height, int64_t width, int64_t side) \
-  /* layers/norm_kernels.h */ \
-  KERNEL(void, moments, const Matrix& x, int64_t rows, int64_t channels, float* mean, float* squares) \
-  KERNEL(void, normalize, const Normalization&, const Matrix& x, const Matrix& residual, const Matrix& out, int64_t rows) \
-  KERNEL(void, normalize_sums, const Normalization&, const Matrix& grad, const Matrix& x, int64_t rows, float* sums, float* products) \
-  KERNEL(void, normalize_backward, const Normalization&, const float* offset, const float* slope, const Matrix& grad, const Matrix& x, const Matrix& dx, int64_t rows)
+#define FOR_EACH_KERNEL(KERNEL)                                                                                        \
+  /* scan/cpu_kernels.h */                                                                                             \
+  KERNEL(void, scan, const Problem&, int64_t image, int64_t block, float* sums, float* work)                           \
+  KERNEL(void, finish, const Problem&, int64_t image, int64_t first, int64_t last, const float* sums, float* work)     \
+  KERNEL(                                                                                                              \
+      void, finish_backward, const Problem&, int64_t image, int64_t first, int64_t last, float* sums,                  \
+      float* dnorm_weight, float* dnorm_bias, float* work)                                                             \
+  KERNEL(                                                                                                              \
+      void, scan_backward, const Problem&, int64_t image, int64_t block, const float* dsums, float* dprojection,       \
+      const ParameterSums&, float* work)                                                                               \
+  KERNEL(int64_t, work_size, const Problem&, bool is_backward)                                                         \
+  /* cpu/channels.h */                                                                                                 \
+  KERNEL(int64_t, num_blocks, int64_t channels)                                                                        \
+  /* layers/product_kernels.h */                                                                                       \
+  KERNEL(void, dense, const Dense&, const float* x, int64_t stride, int64_t rows, int64_t first, int64_t last)         \
+  KERNEL(void, dense_weight_gradient, const DenseGradient&, const Matrix& out)                                         \
+  /* layers/depthwise_kernels.h */                                                                                     \
+  KERNEL(void, depthwise, const Depthwise&, int64_t image, int64_t row, int64_t block)                                 \
+  KERNEL(void, depthwise_input_gradient, const DepthwiseGradient&, int64_t image, int64_t row, int64_t block)          \
+  KERNEL(void, depthwise_weight_gradient, const DepthwiseGradient&, int64_t image, int64_t block, float* dweight)      \
+  /* layers/wavelet_kernels.h */                                                                                       \
+  KERNEL(void, wavelet, const Wavelet&, int64_t image, int64_t channel, float* work)                                   \
+  KERNEL(                                                                                                              \
+      void, wavelet_weight_gradient, const WaveletGradient&, int64_t image, int64_t channel, float* dweight,           \
+      float* work)                                                                                                     \
+  KERNEL(int64_t, wavelet_work_size, int64_t height, int64_t width, int64_t side)                                      \
+  /* layers/norm_kernels.h */                                                                                          \
+  KERNEL(void, moments, const Matrix& x, int64_t rows, int64_t channels, float* mean, float* squares)                  \
+  KERNEL(                                                                                                              \
+      void, normalize, const Normalization&, const Matrix& x, const Matrix& residual, const Matrix& out, int64_t rows) \
+  KERNEL(                                                                                                              \
+      void, normalize_sums, const Normalization&, const Matrix& grad, const Matrix& x, int64_t rows, float* sums,      \
+      float* products)                                                                                                 \
+  KERNEL(                                                                                                              \
+      void, normalize_backward, const Normalization&, const float* offset, const float* slope, const Matrix& grad,     \
+      const Matrix& x, const Matrix& dx, int64_t rows)
 
 // The kernels of one instruction set.
 struct Kernels {

@@ -88,9 +88,8 @@ void sum_images(int64_t images, int64_t units, int64_t size, float* total, int64
   const int64_t groups = std::min({images, kGroups, ceil_div(kShares, units)});
   const at::Tensor partial = floats(groups * size);
   float* sums = partial.mutable_data_ptr<float>();
-  at::parallel_for(0, groups * size, 1 << 16, [&](int64_t begin, int64_t end) {
-    std::fill(sums + begin, sums + end, 0.f);
-  });
+  at::parallel_for(
+      0, groups * size, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(sums + begin, sums + end, 0.f); });
   share_with_scratch(groups * units, scratch_size, [&](int64_t i, float* scratch) {
     const int64_t group = i / units;
     body(group * images / groups, (group + 1) * images / groups, i % units, sums + group * size, scratch);

@@ -22,8 +22,17 @@ Depthwise depthwise_of(
   const int64_t C = map.size(1), side = weight.size(0);
   check_vector(weight, side * side * C, "weight");
   check_vector(bias, C, "bias");
-  return {map_of(map), map_of(out), side, stride, padding, weight.const_data_ptr<float>(),
-          bias.const_data_ptr<float>(), activation_of(activation), nullptr, nullptr};
+  return {
+      map_of(map),
+      map_of(out),
+      side,
+      stride,
+      padding,
+      weight.const_data_ptr<float>(),
+      bias.const_data_ptr<float>(),
+      activation_of(activation),
+      nullptr,
+      nullptr};
 }
 
 Tensor depthwise(
@@ -48,8 +57,7 @@ Tensor depthwise(
   return out;
 }
 
-Tensor convolve(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t stride, Activation activation) {
+Tensor convolve(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t stride, Activation activation) {
   const Tensor added = bias.defined() ? bias : at::zeros({x.size(1)}, at::TensorOptions(at::kFloat));
   return depthwise(x, pack_depthwise(weight), added, {}, {}, stride, weight.size(2) / 2, activation);
 }
@@ -68,17 +76,25 @@ Gradients convolve_backward(
   if (below.defined())
     check_same(below, map, "base");
   const Tensor dx = new_like(map), dweight = at::empty({side, side, C}, at::TensorOptions(at::kFloat));
-  const DepthwiseGradient d{map_of(gradient), map_of(map), map_of(dx), below.defined() ? map_of(below) : Map{},
-                            side, stride, padding, packed.const_data_ptr<float>()};
+  const DepthwiseGradient d{
+      map_of(gradient),
+      map_of(map),
+      map_of(dx),
+      below.defined() ? map_of(below) : Map{},
+      side,
+      stride,
+      padding,
+      packed.const_data_ptr<float>()};
   const Kernels& kernel = kernels();
-  sum_images(B, kernel.num_blocks(C), dweight.numel(), dweight.mutable_data_ptr<float>(), 0,
-             [&](int64_t first, int64_t last, int64_t block, float* sums, float*) {
-               for (int64_t image = first; image < last; ++image) {
-                 for (int64_t row = 0; row < H; ++row)
-                   kernel.depthwise_input_gradient(d, image, row, block);
-                 kernel.depthwise_weight_gradient(d, image, block, sums);
-               }
-             });
+  sum_images(
+      B, kernel.num_blocks(C), dweight.numel(), dweight.mutable_data_ptr<float>(), 0,
+      [&](int64_t first, int64_t last, int64_t block, float* sums, float*) {
+        for (int64_t image = first; image < last; ++image) {
+          for (int64_t row = 0; row < H; ++row)
+            kernel.depthwise_input_gradient(d, image, row, block);
+          kernel.depthwise_weight_gradient(d, image, block, sums);
+        }
+      });
   return {dx, unpack_depthwise(dweight)};
 }
 
@@ -105,12 +121,13 @@ Tensor wavelet_weight_gradient(const Tensor& grad, const Tensor& x, int64_t side
   const Tensor dweight = at::empty({side, side, 4 * C}, at::TensorOptions(at::kFloat));
   const WaveletGradient w{map_of(gradient), map_of(map), side};
   const Kernels& kernel = kernels();
-  sum_images(map.size(0), num_vectors(C), dweight.numel(), dweight.mutable_data_ptr<float>(),
-             kernel.wavelet_work_size(map.size(2), map.size(3), side),
-             [&](int64_t first, int64_t last, int64_t unit, float* sums, float* work) {
-               for (int64_t image = first; image < last; ++image)
-                 kernel.wavelet_weight_gradient(w, image, unit * kernel.lanes, sums, work);
-             });
+  sum_images(
+      map.size(0), num_vectors(C), dweight.numel(), dweight.mutable_data_ptr<float>(),
+      kernel.wavelet_work_size(map.size(2), map.size(3), side),
+      [&](int64_t first, int64_t last, int64_t unit, float* sums, float* work) {
+        for (int64_t image = first; image < last; ++image)
+          kernel.wavelet_weight_gradient(w, image, unit * kernel.lanes, sums, work);
+      });
   return dweight;
 }
 

@@ -64,7 +64,8 @@ struct Places {
   int64_t first, pixel, begin, end;
 
   Places(int64_t position, int64_t padding, int64_t stride, int64_t side, int64_t outputs)
-      : first((position + padding) % stride), pixel((position + padding) / stride),
+      : first((position + padding) % stride),
+        pixel((position + padding) / stride),
         begin(pixel < outputs ? 0 : pixel - outputs + 1) {
     const int64_t count = (side - first + stride - 1) / stride;
     end = count < pixel + 1 ? count : pixel + 1;
@@ -85,8 +86,8 @@ INLINE void depthwise_input_gradient_pixels(
         sums[p][v] = load<IS_PART>(base + p * d.base.pixel + v * LANES, count);
   }
   for (int64_t n = rows.begin; n < rows.end; ++n) {
-    const float* grad = d.grad.data + image * d.grad.image + (rows.pixel - n) * d.grad.row +
-                        columns.pixel * d.grad.pixel + start;
+    const float* grad =
+        d.grad.data + image * d.grad.image + (rows.pixel - n) * d.grad.row + columns.pixel * d.grad.pixel + start;
     const float* weights = d.weight + ((rows.first + n * stride) * d.side + columns.first) * C + start;
     for (int64_t m = columns.begin; m < columns.end; ++m)
       for (int v = 0; v < NV; ++v) {
@@ -114,7 +115,8 @@ static void depthwise_input_gradient_row(const DepthwiseGradient& d, int64_t ima
           d, image, row, column, stride, rows, columns, block.start, block.count);
       column += PIXELS;
     } else {
-      depthwise_input_gradient_pixels<NV, 1, IS_PART>(d, image, row, column, stride, rows, columns, block.start, block.count);
+      depthwise_input_gradient_pixels<NV, 1, IS_PART>(
+          d, image, row, column, stride, rows, columns, block.start, block.count);
       column += 1;
     }
   }

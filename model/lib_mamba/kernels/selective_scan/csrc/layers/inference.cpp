@@ -54,7 +54,8 @@ void multiply(const Dense& d, const float* x, int64_t stride, int64_t rows) {
     });
     return;
   }
-  at::parallel_for(0, num_vectors(d.columns), 1, [&](int64_t begin, int64_t end) { kernel.dense(d, x, stride, rows, begin, end); });
+  at::parallel_for(
+      0, num_vectors(d.columns), 1, [&](int64_t begin, int64_t end) { kernel.dense(d, x, stride, rows, begin, end); });
 }
 
 void add_residual(Dense& d, const Tensor& residual) {
@@ -87,9 +88,7 @@ struct FeedForward {
   Map x{};
 
   // Floats of scratch memory.
-  int64_t floats_per_pixel() const {
-    return widen.columns + (before.weight ? x.channels : 0);
-  }
+  int64_t floats_per_pixel() const { return widen.columns + (before.weight ? x.channels : 0); }
 
   // Pixels of rows [first, last) of the batch, the rows of all maps counted through.
   void rows(int64_t first, int64_t last, float* between) const {
@@ -202,8 +201,14 @@ struct Convolution {
 Convolution convolution_of(
     const Map& map, const Tensor& weight, const Tensor& bias, int64_t side, int64_t stride, int64_t padding,
     Activation activation) {
-  return {dense_of(weight, bias, side * side * map.channels, activation), map, side, stride, padding,
-          convolved(map.height, side, stride, padding), convolved(map.width, side, stride, padding)};
+  return {
+      dense_of(weight, bias, side * side * map.channels, activation),
+      map,
+      side,
+      stride,
+      padding,
+      convolved(map.height, side, stride, padding),
+      convolved(map.width, side, stride, padding)};
 }
 
 Map compact(int64_t channels, int64_t height, int64_t width, float* data) {
@@ -220,7 +225,8 @@ Tensor convs(
   int64_t largest = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const bool is_last = i + 1 == weights.size();
-    const Map from = i == 0 ? map : compact(layers[i - 1].whole.columns, layers[i - 1].height, layers[i - 1].width, nullptr);
+    const Map from =
+        i == 0 ? map : compact(layers[i - 1].whole.columns, layers[i - 1].height, layers[i - 1].width, nullptr);
     layers.push_back(convolution_of(from, weights[i], biases[i], side, stride, padding, is_last ? kNone : kRelu));
     if (!is_last)
       largest = std::max(largest, layers[i].height * layers[i].width * layers[i].whole.columns);

@@ -29,8 +29,7 @@ struct Norm {
       const at::Tensor& weight, const at::Tensor& bias, double eps);
 
   // act(norm(x)) + residual
-  at::Tensor operator()(
-      const at::Tensor& x, Activation activation = kNone, const at::Tensor& residual = {}) const;
+  at::Tensor operator()(const at::Tensor& x, Activation activation = kNone, const at::Tensor& residual = {}) const;
   void write(const at::Tensor& x, Activation activation, const at::Tensor& residual, const at::Tensor& out) const;
 
   // The gradient of x is written to `out`, which may be `grad`, or where there is none to a new map.

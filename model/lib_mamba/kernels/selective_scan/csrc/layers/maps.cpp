@@ -14,8 +14,7 @@ Tensor channels_last(const Tensor& x) {
 Tensor as_rows(const Tensor& x) {
   const Tensor map = channels_last(x);
   const int64_t H = map.size(2), W = map.size(3), stride = row_stride(map);
-  const bool is_even =
-      (H == 1 || map.stride(2) == W * stride) && (map.size(0) == 1 || map.stride(0) == H * W * stride);
+  const bool is_even = (H == 1 || map.stride(2) == W * stride) && (map.size(0) == 1 || map.stride(0) == H * W * stride);
   return is_even ? map : map.permute({0, 2, 3, 1}).contiguous().permute({0, 3, 1, 2});
 }
 
@@ -28,8 +27,7 @@ int64_t num_rows(const Tensor& map) {
 }
 
 Tensor new_map(int64_t batch, int64_t channels, int64_t height, int64_t width) {
-  return at::empty(
-      {batch, channels, height, width}, at::TensorOptions(at::kFloat), at::MemoryFormat::ChannelsLast);
+  return at::empty({batch, channels, height, width}, at::TensorOptions(at::kFloat), at::MemoryFormat::ChannelsLast);
 }
 
 Tensor new_like(const Tensor& map) {
@@ -37,8 +35,14 @@ Tensor new_like(const Tensor& map) {
 }
 
 Map map_of(const Tensor& x) {
-  return {x.size(2), x.size(3), x.size(1), x.stride(0), x.stride(2), x.stride(3),
-          const_cast<float*>(x.const_data_ptr<float>()),
+  return {
+      x.size(2),
+      x.size(3),
+      x.size(1),
+      x.stride(0),
+      x.stride(2),
+      x.stride(3),
+      const_cast<float*>(x.const_data_ptr<float>()),
   };
 }
 

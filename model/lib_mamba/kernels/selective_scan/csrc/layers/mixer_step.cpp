@@ -1,5 +1,5 @@
-// The step of a residual mixer: SS2D and the wavelet branch on some channels, MK-DeConv on others, the rest as they are;
-// a ReLU, a projection of all.
+// The step of a residual mixer: SS2D and the wavelet branch on some channels, MK-DeConv on others, the rest as they
+// are; a ReLU, a projection of all.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -166,8 +166,8 @@ Output mixer(
 }
 
 Tensors mixer_backward(
-    const Tensor& grad, const Tensor& x, TensorList saved, TensorList p, at::IntArrayRef sizes,
-    at::IntArrayRef reverse, double norm_eps) {
+    const Tensor& grad, const Tensor& x, TensorList saved, TensorList p, at::IntArrayRef sizes, at::IntArrayRef reverse,
+    double norm_eps) {
   const WithoutAutograd guard;
   check_count(p, kNumParameters, "parameters");
   check_count(saved, kNumSaved, "saved tensors");
@@ -212,8 +212,7 @@ Tensors mixer_backward(
   const auto din = convolve_backward(dconv, x_in, p[kConvWeight]);
   const Tensor du_in = new_like(u_in);
   const int64_t inner = u_in.size(1) / 2;
-  const auto du_x = in_norm.slice(0, inner)
-                        .backward(din.x, u_in.narrow(1, 0, inner), kNone, du_in.narrow(1, 0, inner));
+  const auto du_x = in_norm.slice(0, inner).backward(din.x, u_in.narrow(1, 0, inner), kNone, du_in.narrow(1, 0, inner));
   const auto du_z = in_norm.slice(inner, inner)
                         .backward(map_like(dz, x), u_in.narrow(1, inner, inner), kNone, du_in.narrow(1, inner, inner));
   const auto dglobal = product_backward(du_in, x_global, p[kInWeight]);

@@ -117,8 +117,7 @@ Tensor Norm::operator()(const Tensor& x, Activation activation, const Tensor& re
   return out;
 }
 
-Norm::Gradients Norm::backward(
-    const Tensor& grad, const Tensor& x, Activation activation, const Tensor& out) const {
+Norm::Gradients Norm::backward(const Tensor& grad, const Tensor& x, Activation activation, const Tensor& out) const {
   const Tensor map = as_rows(x), gradient = as_rows(grad);
   const int64_t C = map.size(1), rows = num_rows(map);
   const Tensor dx = out.defined() ? out : new_like(map);

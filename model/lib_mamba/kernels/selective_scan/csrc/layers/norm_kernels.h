@@ -96,8 +96,7 @@ static void normalize_sums(
         prefetch(x.at(row + i) + c);
         prefetch(grad.at(row + i) + c);
         const Vec distance = load<is_part.value>(x.at(row + i) + c, count) - mean;
-        const Vec g =
-            through_activation(n, load<is_part.value>(grad.at(row + i) + c, count), distance, scale, shift);
+        const Vec g = through_activation(n, load<is_part.value>(grad.at(row + i) + c, count), distance, scale, shift);
         sum += g;
         product += g * distance;
       }
@@ -119,8 +118,8 @@ static void normalize_backward(
       const Vec distance = load<is_part.value>(x.at(row) + c, count) - load<is_part.value>(n.mean + c, count);
       const Vec scale = load<is_part.value>(n.scale + c, count), shift = load<is_part.value>(n.shift + c, count);
       const Vec g = through_activation(n, load<is_part.value>(grad.at(row) + c, count), distance, scale, shift);
-      const Vec value = scale * g + load<is_part.value>(offset + c, count) +
-                        load<is_part.value>(slope + c, count) * distance;
+      const Vec value =
+          scale * g + load<is_part.value>(offset + c, count) + load<is_part.value>(slope + c, count) * distance;
       store<is_part.value>(dx.at(row) + c, value, count);
     });
 }

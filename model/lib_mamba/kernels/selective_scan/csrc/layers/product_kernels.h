@@ -109,8 +109,8 @@ INLINE void with_tile(int64_t rows, int64_t row, int64_t column, Body body) {
   }
 }
 
-// Calls `body(rows, vectors, row, column)` for the tiles of all rows and of vectors [first, last): their sizes, and where
-// they begin.
+// Calls `body(rows, vectors, row, column)` for the tiles of all rows and of vectors [first, last): their sizes, and
+// where they begin.
 template <class Body>
 INLINE void for_each_tile(int64_t rows, int64_t first, int64_t last, Body body) {
   const int64_t num_tiles = ceil_div(rows, MOST_ROWS);

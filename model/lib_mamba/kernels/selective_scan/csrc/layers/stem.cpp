@@ -29,7 +29,9 @@ struct Input {
   int64_t row;  // floats in a row between its zeros
 
   Input(const Tensor& tensor, const Norm& norm)
-      : map(channels_last(tensor)), scale(floats(map.size(1))), x(map_of(map)),
+      : map(channels_last(tensor)),
+        scale(floats(map.size(1))),
+        x(map_of(map)),
         row((x.width + 2 * kPadding) * x.channels) {
     norm.check(x.channels);
     n = norm.normalization(scale.mutable_data_ptr<float>(), kRelu);
@@ -48,9 +50,7 @@ struct Input {
     std::fill_n(to + row - C, C, 0.f);
   }
 
-  static int64_t strip_rows(int64_t count) {
-    return kStride * (count - 1) + kSide;
-  }
+  static int64_t strip_rows(int64_t count) { return kStride * (count - 1) + kSide; }
 
   // The rows under the kernel for `count` rows of the output, from row `first` on.
   void read_strip(int64_t image, int64_t first, int64_t count, float* to) const {
@@ -61,8 +61,8 @@ struct Input {
 
 void check_weight(const Tensor& weight, int64_t channels) {
   TORCH_CHECK(
-      weight.scalar_type() == at::kFloat && weight.dim() == 4 && weight.size(1) == channels && weight.size(2) == kSide &&
-          weight.size(3) == kSide,
+      weight.scalar_type() == at::kFloat && weight.dim() == 4 && weight.size(1) == channels &&
+          weight.size(2) == kSide && weight.size(3) == kSide,
       "weight must be (C', ", channels, ", 3, 3) in float32, got ", weight.sizes());
 }
 
@@ -112,8 +112,8 @@ void read_row(const Map& grad, int64_t image, int64_t y, float* to) {
 }
 
 // The transpose of the convolution. A pixel in an even row was seen only by the kernel's middle row; one in the odd row
-// 2i + 1 by its last row, in row i of the output, and by its first, in row i + 1. The same holds for columns. With both in
-// the order middle, last, first, each of the four kinds of pixels is a product with weights that lie side by side.
+// 2i + 1 by its last row, in row i of the output, and by its first, in row i + 1. The same holds for columns. With both
+// in the order middle, last, first, each of the four kinds of pixels is a product with weights that lie side by side.
 struct Transpose {
   Map grad, dx;
   Tensor bias;    // (C), zeros
@@ -122,8 +122,11 @@ struct Transpose {
   Weight weights;
 
   Transpose(const Map& grad_, const Map& dx_, const Tensor& weight)
-      : grad(grad_), dx(dx_), bias(at::zeros({dx_.channels}, at::TensorOptions(at::kFloat))),
-        row((grad_.width + 1) * grad_.channels), packed(pack_columns(in_order(weight).flatten(0, 2))),
+      : grad(grad_),
+        dx(dx_),
+        bias(at::zeros({dx_.channels}, at::TensorOptions(at::kFloat))),
+        row((grad_.width + 1) * grad_.channels),
+        packed(pack_columns(in_order(weight).flatten(0, 2))),
         weights(weight_of(packed, kSide * kSide * grad_.channels, dx_.channels)) {}
 
   static Tensor in_order(const Tensor& weight) {
@@ -202,8 +205,8 @@ Gradients strided_conv_backward(const Tensor& grad, const Tensor& x, const Norm&
   const int64_t height = convolved(input.x.height, kSide, kStride, kPadding);
   const int64_t width = convolved(input.x.width, kSide, kStride, kPadding);
   TORCH_CHECK(
-      gradient.sizes() == at::IntArrayRef({images, weight.size(0), height, width}), "grad does not fit to x: ",
-      gradient.sizes());
+      gradient.sizes() == at::IntArrayRef({images, weight.size(0), height, width}),
+      "grad does not fit to x: ", gradient.sizes());
   const Map g = map_of(gradient);
   const Tensor dx = new_map(images, C, input.x.height, input.x.width);
   const Transpose transpose(g, map_of(dx), weight);
@@ -212,7 +215,8 @@ Gradients strided_conv_backward(const Tensor& grad, const Tensor& x, const Norm&
     const int64_t strip = i % strips.count();
     transpose.strip(i / strips.count(), strips.begin(strip), strips.end(strip), rows);
   });
-  const Tensor dweight = weight_gradient(g, input, images).narrow(2, 0, kSide * C).view({kSide, weight.size(0), kSide, C});
+  const Tensor dweight =
+      weight_gradient(g, input, images).narrow(2, 0, kSide * C).view({kSide, weight.size(0), kSide, C});
   return {dx, dweight.permute({1, 3, 0, 2})};
 }
 

@@ -1,5 +1,5 @@
-// The steps but for the mixer's (mixer_step.cpp). Put together here, and not in Python, because that takes as long as the
-// small layers themselves.
+// The steps but for the mixer's (mixer_step.cpp). Put together here, and not in Python, because that takes as long as
+// the small layers themselves.
 #include "layers/steps.h"
 
 #include <ATen/ATen.h>

@@ -1,8 +1,8 @@
 // A step: a group of layers in training, as one operator forward and one backward.
 //
 // Forward, a step takes its input, its parameters and its batch norms, which measure the batch and move their running
-// statistics; it returns the output and the tensors that the backward pass needs besides input and parameters. Backward,
-// it returns the gradients of the input and of the parameters, in their order.
+// statistics; it returns the output and the tensors that the backward pass needs besides input and parameters.
+// Backward, it returns the gradients of the input and of the parameters, in their order.
 //
 // A step keeps the maps that its batch norms read; the backward pass normalises them again. That is less to keep, and
 // less to fetch, than keeping the results of the norms too.

@@ -2,8 +2,8 @@
 
 constexpr int BANDS = 4;
 
-// The four Haar bands, in the order of the checkpoints' filters, of a square of pixels 0 1 / 2 3. The same sums take the
-// bands back to pixels.
+// The four Haar bands, in the order of the checkpoints' filters, of a square of pixels 0 1 / 2 3. The same sums take
+// the bands back to pixels.
 INLINE void haar(Vec (&square)[BANDS]) {
   const Vec top = (square[0] + square[1]) * 0.5f, across = (square[0] - square[1]) * 0.5f;
   const Vec bottom = (square[2] + square[3]) * 0.5f, below = (square[2] - square[3]) * 0.5f;
@@ -20,13 +20,9 @@ struct Bands {
   Bands(int64_t map_height, int64_t map_width, int64_t side)
       : height((map_height + 1) / 2), width((map_width + 1) / 2), reach(side / 2), columns(width + 2 * reach) {}
 
-  int64_t size() const {
-    return (height + 2 * reach) * columns * BANDS * LANES;
-  }
+  int64_t size() const { return (height + 2 * reach) * columns * BANDS * LANES; }
 
-  int64_t at(int64_t row, int64_t column) const {
-    return (row * columns + column) * BANDS * LANES;
-  }
+  int64_t at(int64_t row, int64_t column) const { return (row * columns + column) * BANDS * LANES; }
 };
 
 // Floats of work memory: bands and weights; or for the gradient of the weights, bands twice.
@@ -36,8 +32,7 @@ static int64_t wavelet_work_size(int64_t height, int64_t width, int64_t side) {
 }
 
 template <bool IS_PART>
-INLINE void transform(
-    const Map& map, const Bands& bands, int64_t image, int64_t channel, int64_t count, float* to) {
+INLINE void transform(const Map& map, const Bands& bands, int64_t image, int64_t channel, int64_t count, float* to) {
   const float* x = map.data + image * map.image + channel;
   for (int64_t i = 0; i < bands.size(); i += LANES)
     store(to + i, Vec{});
@@ -154,7 +149,8 @@ static void wavelet_weight_gradient_channels(
 }
 
 // Adds an image's part of the gradient of the weight, (side, side, 4, C), LANES channels from `channel` on.
-static void wavelet_weight_gradient(const WaveletGradient& w, int64_t image, int64_t channel, float* dweight, float* work) {
+static void wavelet_weight_gradient(
+    const WaveletGradient& w, int64_t image, int64_t channel, float* dweight, float* work) {
   const int64_t count = w.x.channels - channel;
   if (count >= LANES)
     wavelet_weight_gradient_channels<false>(w, image, channel, LANES, dweight, work);

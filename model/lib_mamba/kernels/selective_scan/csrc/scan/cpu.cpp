@@ -48,16 +48,19 @@ struct Call {
   std::vector<int64_t> reverse;
   at::ScalarType type;
 
-  Call(const Tensor& x_, const Tensor& projection_, const Tensor& dt_weight_, const Tensor& dt_bias_,
-       const Tensor& A_log_, const Tensor& D_skip_, at::IntArrayRef reverse_, at::ScalarType type_)
+  Call(
+      const Tensor& x_, const Tensor& projection_, const Tensor& dt_weight_, const Tensor& dt_bias_,
+      const Tensor& A_log_, const Tensor& D_skip_, at::IntArrayRef reverse_, at::ScalarType type_)
       : reverse(reverse_.vec()), type(type_) {
-    TORCH_CHECK(x_.dim() == 3 && dt_weight_.dim() == 3 && A_log_.dim() == 2, "x and dt_weight have 3 dimensions, A_log 2");
+    TORCH_CHECK(
+        x_.dim() == 3 && dt_weight_.dim() == 3 && A_log_.dim() == 2, "x and dt_weight have 3 dimensions, A_log 2");
     p.batch = x_.size(0), p.length = x_.size(1), p.channels = x_.size(2);
     p.directions = dt_weight_.size(0), p.rank = dt_weight_.size(2), p.states = A_log_.size(1);
     const auto K = p.directions, D = p.channels;
     TORCH_CHECK(
         static_cast<int64_t>(reverse.size()) == K && dt_weight_.size(1) == D && dt_bias_.numel() == K * D &&
-            A_log_.size(0) == K * D && D_skip_.numel() == K * D && projection_.numel() == p.batch * p.length * p.width(),
+            A_log_.size(0) == K * D && D_skip_.numel() == K * D &&
+            projection_.numel() == p.batch * p.length * p.width(),
         "the arguments of the scan do not fit together");
     x = unit_stride(x_, type);
     projection = as_floats(projection_);
@@ -96,9 +99,7 @@ struct Call {
     p.grad = grad.const_data_ptr(), p.grad_batch = grad.stride(0), p.grad_row = grad.stride(1);
   }
 
-  Tensor like_x(at::ScalarType of) const {
-    return at::empty(x.sizes(), x.options().dtype(of));
-  }
+  Tensor like_x(at::ScalarType of) const { return at::empty(x.sizes(), x.options().dtype(of)); }
 };
 
 // Channels in whole vectors: a row of a scratch image, and of a partial sum.
@@ -163,9 +164,7 @@ struct Partials {
     rows = at::zeros({groups, size}, at::TensorOptions(at::kFloat));
   }
 
-  float* row(int64_t group) const {
-    return rows.mutable_data_ptr<float>() + group * size;
-  }
+  float* row(int64_t group) const { return rows.mutable_data_ptr<float>() + group * size; }
 
   ParameterSums sums(int64_t group) const {
     return {row(group) + weight, row(group) + bias, row(group) + A_log, row(group) + D_skip};
@@ -256,7 +255,8 @@ void backward_by_blocks(const Problem& p, float* dprojection, const Partials& pa
       for (int64_t strip = 0; strip < strips.count(); ++strip)
         add(partials.row(image) + partials.norm_weight, norm + (image * strips.count() + strip) * 2 * width, 2 * width);
       for (int64_t block = 0; block < blocks; ++block)
-        add(dprojection + image * projection_size, shares + (image * blocks + block) * projection_size, projection_size);
+        add(dprojection + image * projection_size, shares + (image * blocks + block) * projection_size,
+            projection_size);
     }
   });
 }

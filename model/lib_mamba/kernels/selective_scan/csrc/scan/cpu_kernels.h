@@ -1,10 +1,11 @@
 // The scan's kernels. Included once for each instruction set, after cpu/channels.h.
 //
-// Channels are cut into blocks of a few vectors; a block is scanned from end to end with its state in registers. The sums
-// of the directions go to a scratch image of L * padded(D) floats: block after block, rows within.
+// Channels are cut into blocks of a few vectors; a block is scanned from end to end with its state in registers. The
+// sums of the directions go to a scratch image of L * padded(D) floats: block after block, rows within.
 //
 // With v = dt_weight . dt + dt_bias and s = log2(1 + 2^(v * log2 e)): delta = s * ln 2, and the decay is
-// 2^(-exp(A_log) * s). The time steps of a tile of positions are computed first, all at once; then the state runs through the tile.
+// 2^(-exp(A_log) * s). The time steps of a tile of positions are computed first, all at once; then the state runs
+// through the tile.
 
 constexpr int TILE = 16;  // positions, even and a multiple of LANES
 static_assert(TILE % LANES == 0, "a tile is transposed in squares of LANES");
@@ -169,9 +170,7 @@ struct Rows {
   float* values;  // (MOST, D padded)
   int64_t stride;
 
-  Rows(const Problem& p, float*& work) : values(work), stride(padded(p.channels)) {
-    work += MOST * stride;
-  }
+  Rows(const Problem& p, float*& work) : values(work), stride(padded(p.channels)) { work += MOST * stride; }
 
   void read(const Problem& p, const float* sums, int64_t first, int count) {
     const int64_t D = p.channels;
@@ -316,9 +315,7 @@ struct Backward {
   }
 
   // Row t of component n's states, where t - 1 (or t + 1, if reversed) is the one before; the first before is zero.
-  float* state(int64_t n, int64_t t, bool is_reverse) {
-    return states + (n * (p.length + 1) + t + !is_reverse) * W;
-  }
+  float* state(int64_t n, int64_t t, bool is_reverse) { return states + (n * (p.length + 1) + t + !is_reverse) * W; }
 
   // All time steps and states of a direction.
   template <class T, bool IS_PART>
@@ -537,7 +534,8 @@ INLINE void with_types(const Problem& p, const Block& block, Body body) {
 static void scan(const Problem& p, int64_t image, int64_t index, float* sums, float* work) {
   const Block block = block_at(p.channels, index);
   with_types(p, block, [&](auto element, auto num_vectors, auto is_part) {
-    scan_block<decltype(element), num_vectors.value, is_part.value>(p, image, block, sums + block.start * p.length, work);
+    scan_block<decltype(element), num_vectors.value, is_part.value>(
+        p, image, block, sums + block.start * p.length, work);
   });
 }
 

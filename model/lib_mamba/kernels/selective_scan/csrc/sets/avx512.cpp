@@ -1,11 +1,13 @@
-// The kernels for x86 processors with AVX-512: compiled for them by a pragma, so that one set of flags serves all files.
+// The kernels for x86 processors with AVX-512: compiled for them by a pragma, so that one set of flags serves all
+// files.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif

@@ -14,8 +14,7 @@
 #include "layers/norm_kernels.h"
 
 static const Kernels TABLE = {
-    NAME,
-    LANES,
+    NAME, LANES,
 #define KERNEL(result, name, ...) name,
     FOR_EACH_KERNEL(KERNEL)
 #undef KERNEL

@@ -106,7 +106,7 @@ template <int NR>
 bool is_fused(const ScanTensors& scan, bool is_backward) {
   const bool is_enough = 2 * scan.batch >= num_multiprocessors() || scan.length <= kMaxFusedLength;
   return is_enough && scan.groups() * kLanes <= kFusedThreads && scan.rank <= kMaxFusedRank &&
-      fits_shared(fused_shared_floats<NR>(scan.groups(), is_backward));
+         fits_shared(fused_shared_floats<NR>(scan.groups(), is_backward));
 }
 
 // How the work of a kernel is divided into blocks of channels and segments of positions.
@@ -277,10 +277,14 @@ GatedGradients gated_scan_backward_cuda(
   const c10::cuda::CUDAGuard guard(x.device());
   if (x.numel() == 0)
     return {
-        x.new_zeros(x.sizes()),         z.new_zeros(z.sizes()),
-        projection.new_zeros(projection.sizes()), dt_weight.new_zeros(dt_weight.sizes()),
-        dt_bias.new_zeros(dt_bias.sizes()),       A_log.new_zeros(A_log.sizes()),
-        D_skip.new_zeros(D_skip.sizes()),         norm_weight.new_zeros(norm_weight.sizes()),
+        x.new_zeros(x.sizes()),
+        z.new_zeros(z.sizes()),
+        projection.new_zeros(projection.sizes()),
+        dt_weight.new_zeros(dt_weight.sizes()),
+        dt_bias.new_zeros(dt_bias.sizes()),
+        A_log.new_zeros(A_log.sizes()),
+        D_skip.new_zeros(D_skip.sizes()),
+        norm_weight.new_zeros(norm_weight.sizes()),
         norm_bias.new_zeros(norm_bias.sizes())};
   const at::ScalarType type = common_type(x, z, projection);
   const NormTensors norm(z, type, norm_weight, norm_bias, eps);

@@ -18,13 +18,13 @@ struct BackwardOutputs {
   const float* checkpoints;  // given
   T* dx;                     // (B, L, D)
   float* dprojection;        // (blocks of channels, B, L, 2 * (R + 2))
-  float* dparameters;        // (B, segments, 2, D, R + 3): of dt_weight's row, dt_bias, A_log and, at direction 0, D_skip
+  float* dparameters;  // (B, segments, 2, D, R + 3): of dt_weight's row, dt_bias, A_log and, at direction 0, D_skip
 };
 
 template <int NR>
 __host__ __device__ constexpr int backward_shared_floats(int groups, int segments) {
   return groups * kLanes * rank_row(NR) + groups * segments * (kChunk * rank_row(NR) + 2 * kTile) +
-      2 * segments * kLanes;
+         2 * segments * kLanes;
 }
 
 template <typename T, int NR>
@@ -260,7 +260,7 @@ struct BackwardWarp {
 // Grid (B, blocks of channels).
 template <typename T, int NR>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
-scan_backward_kernel(const ScanInputs<T> p, int segments, const BackwardOutputs<T> out) {
+    scan_backward_kernel(const ScanInputs<T> p, int segments, const BackwardOutputs<T> out) {
   BackwardWarp<T, NR> warp{p, out, Place(segments, p.chunks())};
   warp.template run<0>();
   warp.template run<1>();

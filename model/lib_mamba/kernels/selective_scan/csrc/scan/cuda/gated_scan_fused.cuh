@@ -1,7 +1,8 @@
 // The scan in both directions, normalisation and gate in one kernel: a block has an image, with all its channels.
 //
-// Two sweeps: direction 1 from the last chunk of positions to the first leaves its sums where the result goes; direction
-// 0 on the way back adds its own, and the block, which now has all channels of the chunk, normalises and gates.
+// Two sweeps: direction 1 from the last chunk of positions to the first leaves its sums where the result goes;
+// direction 0 on the way back adds its own, and the block, which now has all channels of the chunk, normalises and
+// gates.
 #pragma once
 
 #include <type_traits>
@@ -13,12 +14,12 @@ namespace mobilemamba {
 // The outputs of the fused kernel: y going forward; the rest, and checkpoints, going backward (up to the scan itself).
 template <typename T>
 struct FusedOutputs {
-  T* y;          // (B, L, D)
+  T* y;  // (B, L, D)
   const T* grad;
   int grad_row;
-  T* dz;              // (B, L, D)
-  float* dsum;        // (B, L, D), gradient of the sum of the directions
-  float* dnorm;       // (B, 2, D)
+  T* dz;         // (B, L, D)
+  float* dsum;   // (B, L, D), gradient of the sum of the directions
+  float* dnorm;  // (B, 2, D)
   float* checkpoints;
 };
 
@@ -98,9 +99,7 @@ struct FusedWarp {
   float norm_weight, norm_bias, dnorm_weight, dnorm_bias;
 
   // Step k of 2 * chunks: first direction 1 from the last chunk to the first, then direction 0 back again.
-  __device__ __forceinline__ int chunk_of(int k) const {
-    return k < p.chunks() ? p.chunks() - 1 - k : k - p.chunks();
-  }
+  __device__ __forceinline__ int chunk_of(int k) const { return k < p.chunks() ? p.chunks() - 1 - k : k - p.chunks(); }
   __device__ __forceinline__ int direction_of(int k) const { return k < p.chunks(); }
   __device__ __forceinline__ bool is_last(int k) const { return k + 1 == 2 * p.chunks(); }
   __device__ __forceinline__ int valid(int chunk) const { return exists ? p.valid(chunk) : 0; }
@@ -267,7 +266,7 @@ struct FusedWarp {
 // Grid (B), a warp for every 32 channels.
 template <typename T, int NR, bool kBackward, int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreads == kSharingThreads ? 2 : 1)
-fused_kernel(const ScanInputs<T> p, const NormInputs<T> norm, const FusedOutputs<T> out) {
+    fused_kernel(const ScanInputs<T> p, const NormInputs<T> norm, const FusedOutputs<T> out) {
   FusedWarp<T, NR, kBackward> warp{p, norm, out};
   warp.run();
 }

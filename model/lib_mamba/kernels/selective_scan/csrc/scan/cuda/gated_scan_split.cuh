@@ -49,7 +49,7 @@ __device__ __forceinline__ float entering(const Passage* passages, const Place& 
 template <int NR>
 __host__ __device__ constexpr int split_shared_floats(int groups, int segments) {
   return groups * kLanes * rank_row(NR) + groups * segments * (kChunk * rank_row(NR) + kTile) +
-      2 * segments * 2 * kLanes;
+         2 * segments * 2 * kLanes;
 }
 
 template <typename T, int NR>
@@ -124,9 +124,8 @@ struct SplitWarp {
       if (kDirection == 0)
         load_rows(to, p.channels, own_valid, before);
       RowWriter<float, kDirection == 1> writer(to, p.channels, own_valid);
-      step<kDirection>(chunk, state, [&](int i, float x, float y) {
-        writer.put(i, kDirection ? y : fmaf(skip, x, y + before[i]));
-      });
+      step<kDirection>(
+          chunk, state, [&](int i, float x, float y) { writer.put(i, kDirection ? y : fmaf(skip, x, y + before[i])); });
     }
   }
 };
@@ -134,7 +133,7 @@ struct SplitWarp {
 // The sum of both directions (B, L, D); grid (B, blocks of channels). Checkpoints only if there is a place for them.
 template <typename T, int NR>
 __global__ void __launch_bounds__(kSplitThreads, 1)
-split_kernel(const ScanInputs<T> p, int segments, float* sum, float* checkpoints) {
+    split_kernel(const ScanInputs<T> p, int segments, float* sum, float* checkpoints) {
   SplitWarp<T, NR> warp{p, Place(segments, p.chunks())};
   if (segments > 1) {
     warp.template find_passage<1>();

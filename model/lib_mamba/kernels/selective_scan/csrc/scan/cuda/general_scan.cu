@@ -1,6 +1,6 @@
 // The scan in any directions with up to 16 state components, on the GPU.
-#include "scan/cuda/launch.cuh"
 #include "scan/cuda/general_scan.cuh"
+#include "scan/cuda/launch.cuh"
 
 namespace mobilemamba {
 namespace {
@@ -115,9 +115,13 @@ ScanGradients selective_scan_backward_cuda(
   TORCH_CHECK(grad.sizes() == x.sizes(), "grad must have the shape of x, ", x.sizes(), ", got ", grad.sizes());
   const c10::cuda::CUDAGuard guard(x.device());
   if (x.numel() == 0)
-    return {x.new_zeros(x.sizes()),           projection.new_zeros(projection.sizes()),
-            dt_weight.new_zeros(dt_weight.sizes()), dt_bias.new_zeros(dt_bias.sizes()),
-            A_log.new_zeros(A_log.sizes()),   D_skip.new_zeros(D_skip.sizes())};
+    return {
+        x.new_zeros(x.sizes()),
+        projection.new_zeros(projection.sizes()),
+        dt_weight.new_zeros(dt_weight.sizes()),
+        dt_bias.new_zeros(dt_bias.sizes()),
+        A_log.new_zeros(A_log.sizes()),
+        D_skip.new_zeros(D_skip.sizes())};
   const GeneralTensors scan(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse);
   const int64_t B = scan.batch, L = scan.length, D = scan.channels, R = scan.rank, K = scan.directions;
   const int64_t N = scan.states;

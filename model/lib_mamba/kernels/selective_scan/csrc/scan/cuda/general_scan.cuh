@@ -19,11 +19,11 @@ template <typename T>
 struct GeneralInputs {
   const T* x;  // (B * L) rows of D
   int x_row;
-  const T* projection;      // (B, L, K * (R + 2 N))
-  const float* dt_weight;   // (K, R, D): transposed, so that neighbours in a warp read neighbours in memory
-  const float* dt_bias;     // (K, D)
-  const float* A_log;       // (K, D, N)
-  const float* D_skip;      // (K, D)
+  const T* projection;     // (B, L, K * (R + 2 N))
+  const float* dt_weight;  // (K, R, D): transposed, so that neighbours in a warp read neighbours in memory
+  const float* dt_bias;    // (K, D)
+  const float* A_log;      // (K, D, N)
+  const float* D_skip;     // (K, D)
   int64_t reverse;         // bit k: direction k runs from the last position to the first
   int batch, length, channels, rank, directions, states;
 
@@ -31,13 +31,13 @@ struct GeneralInputs {
 };
 
 struct GeneralOutputs {
-  float* y;             // (B, L, D), going forward
-  const float* dy;      // (B, L, D), the rest going backward
-  float* dx;            // (B, L, D)
-  float* dprojection;   // (blocks of channels, B, L, K * (R + 2 N))
-  float* ddt_weight;    // (B, K, R, D)
-  float* dchannel;      // (B, K, N + 2, D): of A_log's N, dt_bias, D_skip
-  float* checkpoints;   // (B, K, chunks, N, D): states that enter the chunks
+  float* y;            // (B, L, D), going forward
+  const float* dy;     // (B, L, D), the rest going backward
+  float* dx;           // (B, L, D)
+  float* dprojection;  // (blocks of channels, B, L, K * (R + 2 N))
+  float* ddt_weight;   // (B, K, R, D)
+  float* dchannel;     // (B, K, N + 2, D): of A_log's N, dt_bias, D_skip
+  float* checkpoints;  // (B, K, chunks, N, D): states that enter the chunks
 };
 
 // Shared memory: the projection of a chunk, (T, R + 2 N); going backward then raw's gradients, (T, threads + 1), and
@@ -276,14 +276,13 @@ struct GeneralThread {
 
 // Grid (B, blocks of channels).
 template <typename T, int N>
-__global__ void __launch_bounds__(kGeneralThreads)
-general_kernel(const GeneralInputs<T> p, const GeneralOutputs out) {
+__global__ void __launch_bounds__(kGeneralThreads) general_kernel(const GeneralInputs<T> p, const GeneralOutputs out) {
   GeneralThread<T, N>{p, out}.forward();
 }
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kGeneralThreads)
-general_backward_kernel(const GeneralInputs<T> p, const GeneralOutputs out) {
+    general_backward_kernel(const GeneralInputs<T> p, const GeneralOutputs out) {
   GeneralThread<T, N>{p, out}.backward();
 }
 

@@ -34,8 +34,8 @@ struct ScanInputs {
 
 // dt_weight * log2(e) of one direction and `count` channels to shared memory as SharedWeights takes it, by the block.
 template <int NR, typename T>
-__device__ __forceinline__ void
-put_weights(const ScanInputs<T>& p, int direction, int first_channel, int count, float* weights) {
+__device__ __forceinline__ void put_weights(
+    const ScanInputs<T>& p, int direction, int first_channel, int count, float* weights) {
   __syncthreads();
   for (int item = threadIdx.x; item < count * 8 * NR; item += blockDim.x) {
     const int d = item / (8 * NR), r = item % (8 * NR);
@@ -48,8 +48,8 @@ put_weights(const ScanInputs<T>& p, int direction, int first_channel, int count,
 
 // A chunk's staged projection by a warp for itself.
 template <int NR, typename T>
-__device__ __forceinline__ void
-put_own_stage(const ScanInputs<T>& p, int64_t image, int chunk, int direction, float* stage) {
+__device__ __forceinline__ void put_own_stage(
+    const ScanInputs<T>& p, int64_t image, int chunk, int direction, float* stage) {
   const T* from = p.staged_from(image, chunk, direction);
   __syncwarp();
   for (int item = lane_index(); item < kChunk * (8 * NR + 2); item += kLanes)

@@ -172,8 +172,8 @@ __device__ __forceinline__ float2 row_products(const float* tile, const float* o
   return sums;
 }
 
-// Mean and sum of squared deviations over the first `columns` lanes, to the same lanes. Deviations are taken from one of
-// the values, so that a mean far from zero costs no accuracy.
+// Mean and sum of squared deviations over the first `columns` lanes, to the same lanes. Deviations are taken from one
+// of the values, so that a mean far from zero costs no accuracy.
 __device__ __forceinline__ float2 row_moments(const float* tile, int columns) {
   const float* row = tile + lane_index() / 2 * kTileRow;
   const int start = lane_index() % 2 * 16;
@@ -196,8 +196,8 @@ __device__ __forceinline__ float2 row_moments(const float* tile, int columns) {
   return make_float2(shift + mean, fmaf(-sum, mean, squares));
 }
 
-// 16 positions of one channel, `row` elements apart; zero past `valid`. Addresses are counted up: as multiples of the row
-// the compiler would keep them all in registers.
+// 16 positions of one channel, `row` elements apart; zero past `valid`. Addresses are counted up: as multiples of the
+// row the compiler would keep them all in registers.
 template <typename T>
 __device__ __forceinline__ void load_rows(const T* from, int row, int valid, T (&values)[kChunk]) {
   if (valid == kChunk) {
