@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev quickstart kernels downstream benchmark test test-all lint format clean
@@ -63,12 +64,14 @@ test-all: setup-dev downstream lint ## Run the checks and every test, the slow o
 lint: setup-dev ## Check style, types and repeated blocks
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(PY) -m mypy
 	$(PY) -m pylint --score=n run.py hubconf.py benchmarks configs data downstream loss model optim trainer util weights
 
-format: setup-dev ## Put every file into shape
+format: setup-dev ## Format every file
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 clean: ## Remove the environment and caches; runs/ and data/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -25,7 +25,18 @@ EXTRAS = {
         "regex",
     ],
     "export": ["onnx", "onnxscript", "onnxruntime"],
-    "dev": [*TRAIN, "gdown>=6", "pytest", "matplotlib", "ruff", "mypy", "types-PyYAML", "pylint", "setuptools>=77,<82"],
+    "dev": [
+        *TRAIN,
+        "gdown>=6",
+        "pytest",
+        "matplotlib",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "pylint",
+        "clang-format",
+        "setuptools>=77,<82",
+    ],
 }
 
 setup(
