@@ -1,7 +1,7 @@
 """Setuptools' build hooks, run against the PyTorch that is installed.
 
-pip builds in an isolated environment. There a PyTorch would be downloaded for the build, perhaps another one than the
-kernels are to run with. So the environment's own packages are made visible again, behind those of the isolation.
+pip builds in an isolated environment, and would download a PyTorch for the build, perhaps another one than the kernels
+will run with. So the environment's own packages are made visible again, behind the isolated ones.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _show_installed() -> None:
 
 
 def _requirements() -> list[str]:
-    """Return what must be downloaded for the build: nothing where a setuptools that can make wheels is installed."""
+    """Return the packages to download for the build: none where a setuptools that can make wheels is installed."""
     _show_installed()
     try:
         version = tuple(int(part) for part in importlib.metadata.version("setuptools").split(".")[:2])

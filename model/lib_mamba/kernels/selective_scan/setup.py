@@ -1,4 +1,4 @@
-"""Builds `mobilemamba_kernels`: the scans in C++, and where nvcc is found in CUDA C++ too.
+"""Builds `mobilemamba_kernels`: the scans and other layers in C++, and where nvcc is found, the scans in CUDA C++ too.
 
 Where CUDA cannot be built, the library is built without it, and build.json says why; FORCE_CUDA=1 makes that an error,
 FORCE_CUDA=0 leaves CUDA out. TORCH_CUDA_ARCH_LIST and MAX_JOBS are PyTorch's own switches.
@@ -29,7 +29,7 @@ SCHEMA = 6  # as in model/lib_mamba/library.py
 FOLDER = Path(__file__).resolve().parent
 CSRC = FOLDER / "csrc"
 FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
-# Threads are PyTorch's, and so is the OpenMP library: compiled for it, but not linked to one of its own.
+# Threads are PyTorch's, and so is the OpenMP library: compiled for it, but not linked to another one.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 CXX_FLAGS = [
     "-O3",
@@ -41,7 +41,7 @@ CXX_FLAGS = [
     *OPENMP,
 ]
 NVCC_FLAGS = ["-O3", "--use_fast_math", "-lineinfo"]
-# Where no GPU is at hand to build for: binaries for Ampere and Hopper, and PTX for what follows.
+# Without a GPU in this machine: binaries for Ampere and Hopper, and PTX for later ones.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
@@ -76,7 +76,7 @@ def toolkit() -> Path:
 
 
 def cuda_runtime() -> dict[str, list[str]]:
-    """Return how to link the CUDA runtime: the toolkit's, or where it has none, the one that PyTorch brings along."""
+    """Return how to link the CUDA runtime: the toolkit's, or where it has none, the one that comes with PyTorch."""
     for folder in (toolkit() / "lib64", toolkit() / "lib"):
         if (folder / "libcudart.so").exists():
             return {"libraries": ["cudart"], "library_dirs": [str(folder)]}
@@ -89,7 +89,7 @@ def cuda_runtime() -> dict[str, list[str]]:
 
 
 def why_without_cuda() -> str:
-    """Return why CUDA is left out, or nothing. Exits where it is asked for and cannot be built."""
+    """Return why CUDA is left out, or nothing. Exits where it is required and cannot be built."""
     if FORCE_CUDA == "0":
         return "FORCE_CUDA=0"
     problem = cuda_problem()
@@ -99,7 +99,7 @@ def why_without_cuda() -> str:
 
 
 class Build(BuildExtension):
-    """Compiles, without CUDA if that fails, and writes beside the library what it was built for."""
+    """Compiles, without CUDA if that fails, and writes next to the library what it was built for."""
 
     def build_extensions(self) -> None:
         compiler = os.environ.get("CXX", "c++").split()[0]
@@ -112,7 +112,7 @@ class Build(BuildExtension):
         if not without_cuda:
             without_cuda = self._build_with_cuda()
         if without_cuda:
-            print(f"mobilemamba_kernels is built for the CPU alone: {without_cuda}", file=sys.stderr)
+            print(f"mobilemamba_kernels is built only for the CPU: {without_cuda}", file=sys.stderr)
             vars(self.extensions[0]).update(vars(cpu_extension()))  # in place, as setuptools has prepared it
             super().build_extensions()
         library = Path(self.get_ext_fullpath(NAME))
@@ -127,11 +127,11 @@ class Build(BuildExtension):
         library.with_name("build.json").write_text(json.dumps(info, indent=2) + "\n")
 
     def _build_with_cuda(self) -> str:
-        """Compile, link and load the library; return why that failed, unless CUDA is asked for."""
+        """Compile, link and load the library; return why that failed, unless CUDA is required."""
         try:
             super().build_extensions()
             torch.ops.load_library(self.get_ext_fullpath(NAME))
-        except (Exception, SystemExit) as error:  # whatever it is, the CPU's part can do without
+        except (Exception, SystemExit) as error:  # of any kind: the CPU's part does without
             if FORCE_CUDA:
                 raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -140,7 +140,7 @@ class Build(BuildExtension):
 
 
 def cpu_extension() -> Extension:
-    """Return the library for the CPU alone."""
+    """Return the library for the CPU only."""
     return CppExtension(NAME, sources("*.cpp"), include_dirs=[str(CSRC)], extra_compile_args={"cxx": CXX_FLAGS})
 
 
@@ -164,7 +164,7 @@ def cuda_extension() -> Extension:
 setup(
     name="mobilemamba_kernels",
     version=VERSION,
-    description="The compiled scans of MobileMamba",
+    description="The compiled kernels of MobileMamba",
     license="MIT",
     python_requires=">=3.10",
     packages=["mobilemamba_kernels"],

@@ -1,4 +1,4 @@
-// What the CUDA kernels use of CUDA, for a C++ compiler: threads are fibers of one CPU thread (fibers.cpp).
+// The part of CUDA that the kernels use, for a C++ compiler: threads are fibers of one CPU thread (fibers.cpp).
 #pragma once
 
 #include <algorithm>
@@ -60,12 +60,12 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 
 namespace cuda_on_cpu {
 
-// Run `thread` once for every thread of every block. Raises where the GPU would refuse, or wait for ever.
+// Run `thread` once for every thread of every block. Raises where the GPU would refuse, or wait forever.
 void run_kernel(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 
 float* shared_memory();
 
-// What tensor cores make of a warp's fragments.
+// The tensor cores' product of a warp's fragments.
 void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]);
 
 }  // namespace cuda_on_cpu

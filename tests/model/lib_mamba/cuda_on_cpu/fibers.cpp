@@ -1,9 +1,9 @@
 // Blocks one after the other, and within a block the threads as fibers: each runs until it has to wait for others.
 //
-// Between two barriers a thread goes ahead of all others, in an order that can be chosen. What another thread has yet
-// to write, or has still to read, is then seen wrong, which a GPU would show seldom: results that differ between two
-// orders mean a missing barrier. Barriers that not all threads reach, and shared memory that was not written or lies
-// beyond what was asked for, are found as well.
+// Between two barriers each thread runs ahead of the next ones, in an order that can be chosen. A value that another
+// thread has not yet written, or has yet to read, is then wrong every time, on a GPU only rarely: results that differ
+// between two orders mean a missing barrier. Barriers that not all threads reach are found too, and reads of shared
+// memory that was not written or not requested.
 #include <c10/util/Exception.h>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -40,7 +40,7 @@ struct Barrier {
   }
 };
 
-// What the lanes of a warp show each other; two places in turn, so that one barrier an exchange is enough.
+// Values that the lanes of a warp exchange; two places in turn, so that one barrier an exchange is enough.
 struct Exchange {
   const char* operation;
   float values[6];
@@ -91,7 +91,7 @@ void wait(Barrier& barrier) {
   yield();
 }
 
-// What a fiber does for ever: a thread's work, whenever it is given one.
+// The endless loop of a fiber: the work of a thread, whenever it is given one.
 void fiber_main() {
   for (;;) {
     (*job)();
@@ -220,7 +220,7 @@ void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   for (int i = 0; i < 4; ++i) {
     const int row = g + i / 2 * 8, column = 2 * q + i % 2;
     for (int k = 0; k < 8; ++k) {
-      // a[row][k] and b[k][column], where csrc/scan/cuda/device.cuh says that they are.
+      // a[row][k] and b[k][column], as csrc/scan/cuda/device.cuh lays them out.
       const float left = lanes[row % 8 * 4 + k % 4].values[row / 8 + k / 4 * 2];
       const float right = lanes[column * 4 + k % 4].values[4 + k / 4];
       c[i] = std::fma(left, right, c[i]);

@@ -1,9 +1,9 @@
-// How the stand-in for a GPU can be set.
+// Settings of the stand-in for a GPU.
 #pragma once
 
 namespace cuda_on_cpu {
 
-// In which order the threads of a block run up to the next barrier, and blocks.
+// The order in which blocks run, and within a block the threads up to the next barrier.
 enum Order { kAscending, kDescending, kShuffled };
 
 void set_order(int order);

@@ -1,4 +1,4 @@
-// The CUDA operators, for CPU tensors; and what sets the stage.
+// The CUDA operators, for CPU tensors; and the settings of the tests.
 #include <c10/core/Allocator.h>
 #include <sys/mman.h>
 #include <torch/library.h>
@@ -9,7 +9,7 @@
 
 namespace {
 
-// Puts every tensor right in front of a page that no one may touch, and NaN into it.
+// Puts every tensor right in front of a protected page, and NaN into it.
 struct GuardedAllocator final : c10::Allocator {
   static size_t mapped_bytes(size_t bytes) {
     const size_t page = sysconf(_SC_PAGESIZE);
