@@ -169,7 +169,7 @@ struct WaveletGradient {
 
 // The kernels: result, name, parameters. Each is documented where it is defined.
 #define FOR_EACH_KERNEL(KERNEL)                                                                                        \
-  /* scan/cpu_kernels.h */                                                                                             \
+  /* scan/cpu_kernels.h, scan/cpu_backward_kernels.h */                                                                \
   KERNEL(void, scan, const Problem&, int64_t image, int64_t block, float* sums, float* work)                           \
   KERNEL(void, finish, const Problem&, int64_t image, int64_t first, int64_t last, const float* sums, float* work)     \
   KERNEL(                                                                                                              \

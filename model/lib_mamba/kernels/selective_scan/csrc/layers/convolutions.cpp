@@ -102,7 +102,7 @@ Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
   const Tensor map = channels_last(x), below = channels_last(base);
   const int64_t C = map.size(1), side = weight.size(0);
   check_vector(weight, side * side * 4 * C, "weight");
-  TORCH_CHECK(below.sizes() == map.sizes(), "base must be ", map.sizes(), ", got ", below.sizes());
+  check_same(below, map, "base");
   const Tensor out = new_like(map);
   const Wavelet w{map_of(map), map_of(below), map_of(out), side, weight.const_data_ptr<float>()};
   const Kernels& kernel = kernels();

@@ -58,11 +58,6 @@ void multiply(const Dense& d, const float* x, int64_t stride, int64_t rows) {
       0, num_vectors(d.columns), 1, [&](int64_t begin, int64_t end) { kernel.dense(d, x, stride, rows, begin, end); });
 }
 
-void add_residual(Dense& d, const Tensor& residual) {
-  d.residual = residual.const_data_ptr<float>();
-  d.residual_row = row_stride(residual);
-}
-
 Tensor pointwise(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
     int64_t activation) {
@@ -72,8 +67,9 @@ Tensor pointwise(
   d.out = out.mutable_data_ptr<float>();
   const Tensor added = residual ? as_rows(*residual) : Tensor();
   if (residual) {
-    TORCH_CHECK(added.sizes() == out.sizes(), "residual must be ", out.sizes(), ", got ", added.sizes());
-    add_residual(d, added);
+    check_same(added, out, "residual");
+    d.residual = added.const_data_ptr<float>();
+    d.residual_row = row_stride(added);
   }
   multiply(d, rows.const_data_ptr<float>(), row_stride(rows), num_rows(rows));
   return out;

@@ -31,7 +31,7 @@ Tensor map_like(const Tensor& sequence, const Tensor& map) {
 
 // The packed weight of the bands times their scale. The transpose of the branch has its places in the opposite order.
 Tensor scaled_bands(const Tensor& weight, const Tensor& scale, bool is_transposed) {
-  const Tensor scaled = weight * scale.view({-1, 1, 1, 1});
+  const Tensor scaled = weight * scale.reshape({-1, 1, 1, 1});
   return pack_bands(is_transposed ? scaled.flip({2, 3}) : scaled);
 }
 
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> scaled_bands_backward(const Tensor& packed, const Ten
       sum += static_cast<double>(d[place]) * w[place];
     ds[row] = static_cast<float>(sum);
   }
-  return {gradient * scale.view({-1, 1, 1, 1}), dscale};
+  return {gradient * scale.reshape({-1, 1, 1, 1}), dscale};
 }
 
 // A mixer's parameters, and their gradients, in the order in which the step takes and returns them.

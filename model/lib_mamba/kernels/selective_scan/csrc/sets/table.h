@@ -5,6 +5,8 @@
 
 #include "scan/cpu_kernels.h"
 
+#include "scan/cpu_backward_kernels.h"
+
 #include "layers/product_kernels.h"
 
 #include "layers/depthwise_kernels.h"
