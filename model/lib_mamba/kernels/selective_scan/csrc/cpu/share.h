@@ -21,7 +21,8 @@ struct Pieces {
     return {total, count < 4 * threads ? std::min(total, round_up(count, threads)) : count};
   }
 
-  // More than `least` where there are enough things, and the same for any number of threads: most numbers divide 16.
+  // More than `least` where there are enough things, for any number of threads alike: a multiple of 16, which most
+  // numbers of threads divide.
   static Pieces for_any_threads(int64_t total, int64_t least) {
     return {total, std::max<int64_t>(1, std::min(total, (least / 16 + 1) * 16))};
   }
