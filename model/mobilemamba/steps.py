@@ -52,7 +52,7 @@ def stem(group: Any, x: Tensor) -> Tensor | None:
     """Run the stem, (B, C, H, W) -> (B, C', H/16, W/16), or return None."""
     if not _runs_as_steps(group, x, _STEM):
         return None
-    return _run("stem", x, *group[::2])
+    return _run("stem", x, *(layer for layer in group if isinstance(layer, ConvBN)))
 
 
 def depthwise_ffn(group: Any, x: Tensor) -> Tensor | None:
