@@ -203,11 +203,12 @@ class FoldedWTEMamba(_Packed):
         self.taps = layouts.bands(self.bands.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.global_atten(x)
         if self.has_haar_filters and (kernels := cpu_layers.serve(x)) is not None:
             with without_autocast("cpu"):
-                return kernels.wavelet(x, self.taps, y)
-        bands = self.bands(haar_bands(x, self.wt_filter))
+                return kernels.wavelet(x, self.taps, self.global_atten(x))
+        y = self.global_atten(x)
+        bands = haar_bands(x, self.wt_filter)
+        bands = self.bands(bands)
         return y + haar_pixels(bands, self.iwt_filter, x.shape)
 
 
