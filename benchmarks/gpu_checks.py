@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from model import create_model
-from model.lib_mamba import SS2D, backends, gated_scan, use_backend
-from model.lib_mamba.self_check import made_up_inputs, problem_of, relative_error
+from model.lib_mamba import SS2D, backends, use_backend
+from model.lib_mamba.info import output_and_gradients
+from model.lib_mamba.trial import TOLERANCES, problem_of, relative_error, synthetic_inputs
 
 from . import network
 
@@ -25,8 +26,6 @@ __all__ = ["backends_found", "exactness", "operators", "parity", "repeatability"
 
 Row = dict[str, Any]
 
-# Largest error of the output and of the gradients against float64, relative to the largest value.
-TOLERANCES = {torch.float32: (1e-5, 5e-5), torch.bfloat16: (8e-3, 1.6e-2), torch.float16: (1.4e-3, 4e-3)}
 LOGITS_TOLERANCE = 1e-4
 EPS, REVERSE = 1e-5, [0, 1]
 PARITY = Path(__file__).resolve().parent.parent / "tests" / "parity"
@@ -43,13 +42,6 @@ def backends_found(device: str, names: Sequence[str]) -> list[Row]:
         problem = problem_of(backends._load(name), torch.device(device)) if is_available else ""
         rows.append({"backend": name, "detail": problem or detail, "passed": not problem if is_available else None})
     return rows
-
-
-def _output_and_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
-    inputs = [tensor.detach().requires_grad_() for tensor in tensors]
-    y = gated_scan(*inputs, eps=EPS)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).cos().view_as(y)
-    return [y.detach(), *torch.autograd.grad(y, inputs, weights.to(y.dtype))]
 
 
 @contextmanager
@@ -73,12 +65,12 @@ def exactness(device: str, names: Sequence[str], lengths: Sequence[int]) -> list
         for batch, channels in ((5, 37), (1, 224)):
             is_full = batch > 1 and dtype != torch.float16
             for length in lengths if is_full else lengths[::3]:
-                tensors = made_up_inputs(dtype, device, batch=batch, length=length, channels=channels, rank=7)
+                tensors = synthetic_inputs(dtype, device, batch=batch, length=length, channels=channels, rank=7)
                 with use_backend(backends.REFERENCE):
-                    exact = _output_and_gradients([tensor.double() for tensor in tensors])
+                    exact = output_and_gradients([tensor.double() for tensor in tensors])
                 for name in names:
                     with use_backend(name), _poisoned_memory():
-                        actual = _output_and_gradients(tensors)
+                        actual = output_and_gradients(tensors)
                     errors = [relative_error(*pair) for pair in zip(actual, exact, strict=True)]
                     # For a single step A has no gradient: what is compared is zero with zero.
                     gradients = [error for error, own in zip(errors, exact, strict=True) if own.abs().max() > 0][1:]
@@ -104,9 +96,9 @@ def repeatability(device: str, names: Sequence[str], lengths: Sequence[int]) -> 
         for dtype in TOLERANCES:
             is_same = True
             for length in lengths:
-                tensors = made_up_inputs(dtype, device, batch=5, length=length, channels=96)
+                tensors = synthetic_inputs(dtype, device, batch=5, length=length, channels=96)
                 with use_backend(name):
-                    first, *others = (_output_and_gradients(tensors) for _ in range(3))
+                    first, *others = (output_and_gradients(tensors) for _ in range(3))
                 pairs = (pair for other in others for pair in zip(first, other, strict=True))
                 is_same = is_same and all(torch.equal(*pair) for pair in pairs)
             kind = str(dtype).removeprefix("torch.")
@@ -132,7 +124,7 @@ def operators(device: str, names: Sequence[str]) -> list[Row]:
 
 
 def _opcheck(device: str) -> str:
-    tensors = made_up_inputs(torch.float32, device)
+    tensors = synthetic_inputs(torch.float32, device)
     inputs = tuple(tensor.requires_grad_() for tensor in tensors)
     torch.library.opcheck(torch.ops.mobilemamba.gated_scan.default, (*inputs, EPS, REVERSE))
     return ""

@@ -15,7 +15,7 @@ from torch import nn
 
 from .files import replacing, save_safetensors
 from .mobilemamba import MobileMamba
-from .mobilemamba.fuse import is_folded
+from .mobilemamba.folded_layers import is_folded
 
 __all__ = ["CONFIG", "WEIGHTS", "from_pretrained", "save_pretrained"]
 

@@ -1,4 +1,4 @@
-"""Leaves that the whole network is made of.
+"""The leaves of the network.
 
 The attribute names `c`, `bn`, `l` and `m` are those of the released checkpoints.
 """
@@ -14,14 +14,14 @@ __all__ = ["FFN", "Activation", "BatchNormLinear", "ConvBN", "Residual"]
 
 
 class Activation(IntEnum):
-    """What follows a convolution, by the kernels' numbers."""
+    """The activation after a convolution, by the kernels' numbers."""
 
     NONE = 0
     RELU = 1
     SILU = 2
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return the activated map, in place of the old one."""
+        """Return the activated map, which replaces ``x`` in place."""
         if self is Activation.RELU:
             return F.relu(x, inplace=True)
         return F.silu(x, inplace=True) if self is Activation.SILU else x
@@ -37,7 +37,7 @@ class ConvBN(nn.Module):
         stride: Step of the kernel, in pixels.
         padding: Zeros around the input, in pixels.
         groups: Groups of channels; C for a depthwise convolution.
-        bn_weight: First value of the normalisation's weight; 0 makes a residual branch start as nothing.
+        bn_weight: Initial weight of the normalisation; with 0 a residual branch starts as zero.
     """
 
     def __init__(

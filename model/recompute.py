@@ -1,4 +1,4 @@
-"""Gradient checkpointing that leaves batch statistics alone: layers run again in the backward pass count once."""
+"""Gradient checkpointing that updates batch statistics once, though the layers run twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["recompute"]
 
 
 def recompute(layer: nn.Module, x: Tensor) -> Tensor:
-    """Run a layer and keep its input alone for the backward pass, which runs the layer again.
+    """Run a layer and keep only its input for the backward pass, which runs the layer again.
 
     Its batch norms average every batch once, as without checkpointing.
     """

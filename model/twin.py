@@ -1,10 +1,10 @@
-"""One set of operators a process, though this code may be imported under two names.
+"""One set of operators per process, though this code may be imported under two names.
 
 It is `model` in the repository and `mobilemamba` where it is installed, and a process may import both. Operators of
-torch.library, the choice of what runs them and the entry points of timm belong to the process: the package that comes
-second takes the modules with these from the first, as they are. Networks, and all else, exist once in each.
+torch.library, the choice of what runs them and the entry points of timm belong to the process: the package that is
+imported second takes the modules with these from the first. Networks, and all else, exist once in each.
 
-Importing this module does so; it has to come before the modules it is about.
+Importing this module does so; it has to come before those modules.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from .version import __version__
 __all__ = ["NAMES", "SHARED"]
 
 NAMES = ("model", "mobilemamba")
-# Without any class of module among them: a network of one package holds no part of the other's.
+# None of them defines a class of nn.Module: a network of one package holds no part of the other's.
 SHARED = (
     "lib_mamba.reference",
+    "lib_mamba.trial",
+    "lib_mamba.library",
     "lib_mamba.backends",
-    "lib_mamba.layer_kernels",
-    "lib_mamba.compiled",
+    "lib_mamba.layouts",
+    "lib_mamba.cpu_layers",
     "lib_mamba.selective_scan",
     "lib_mamba.gated_scan",
     "timm_models",

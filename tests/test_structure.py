@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,39 @@ def test_imports_point_one_way(folder):
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
         if folder == "model":
             assert folder not in set(imported_packages(path)), f"{path}: model imports itself relatively only"
+
+
+def modules():
+    """Every module of the repository, by its dotted name."""
+    files = (path for folder in ALLOWED for path in sources(folder))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def imported_modules(name, path, known):
+    """Yield the modules that a file imports, anywhere in it, `import_module` with a constant included."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            yield from (full if full in known else base for full in names if full in known or base in known)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
+            target = getattr(node.args[0], "value", None)
+            if isinstance(target, str) and f"{package}{target}" in known:
+                yield f"{package}{target}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = modules()
+    graph = {name: set(imported_modules(name, path, known)) - {name} for name, path in known.items()}
+    assert graph["trainer"], "the graph is empty"
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_run_py_is_short():

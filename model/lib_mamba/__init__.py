@@ -1,6 +1,6 @@
-"""State-space parts: the selective scan, its backends, and the two-dimensional block around it."""
+"""The selective scan, its backends, the two-dimensional block around it, and the compiled kernels of other layers."""
 
-from . import backends, compiled, reference
+from . import backends, cpu_layers, layouts, reference
 from .backends import choose, set_backend, use_backend
 from .gated_scan import gated_scan
 from .selective_scan import selective_scan
@@ -11,8 +11,9 @@ __all__ = [
     "SS2D",
     "backends",
     "choose",
-    "compiled",
+    "cpu_layers",
     "gated_scan",
+    "layouts",
     "reference",
     "selective_scan",
     "set_backend",

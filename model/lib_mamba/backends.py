@@ -1,13 +1,13 @@
-"""Which implementation runs the scans: chosen once per type of device, said in one line of the log.
+"""The choice of what runs the scans: made once per type of device, and logged in one line.
 
 A backend is an object (a module will do) that offers::
 
     is_available() -> tuple[bool, str]      # with the version, or with what is missing and how to get it
     gated_scan, gated_scan_backward         # arguments and results of the operators `mobilemamba::...`, positional
-    selective_scan, selective_scan_backward # likewise; may be absent
+    selective_scan, selective_scan_backward # the same; may be absent
 
-and may answer any call with ``NotImplemented`` for inputs that it does not cover (a type, a number of states): the
-next simpler way is taken then, at the end of which stands the reference.
+and may answer any call with ``NotImplemented`` for inputs that it does not cover (a type, a number of states): then the
+next simpler implementation runs, in the end the reference.
 
 On a GPU a backend is tried on small inputs before it is chosen: one that fails is passed over with a warning, or, where
 it was asked for by name, is an error.
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, self_check
+from . import reference, trial
 
 __all__ = [
     "NAMES",
@@ -48,13 +48,13 @@ logger = logging.getLogger(__name__)
 
 REFERENCE = "reference"
 NAMES = ("cuda", "triton", "cpu", REFERENCE)
-# Fastest first. A type of device that is not here has the reference alone.
+# Fastest first. Any other type of device has only the reference.
 _ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs on a type of device.
+    """The backend of a type of device.
 
     Attributes:
         name: One of `NAMES`.
@@ -69,7 +69,7 @@ class Choice:
 
 @dataclass
 class _Request:
-    """A backend asked for by name, by `set_backend`; process-wide, as backward passes run in threads of their own."""
+    """The backend asked for by `set_backend`; for the whole process, as backward passes run in their own threads."""
 
     name: str | None = None
 
@@ -78,7 +78,7 @@ _request = _Request()
 
 
 def set_backend(name: str | None) -> None:
-    """Force a backend wherever it can run; other types of device go on choosing for themselves.
+    """Force a backend wherever it can run; other types of device still choose for themselves.
 
     Args:
         name: One of `NAMES`; None chooses automatically again.
@@ -145,7 +145,7 @@ def _is_interpreting() -> bool:
 
 
 def serves(name: str, device_type: str) -> bool:
-    """Return whether a backend is one for such a device. Triton's interpreter runs on any."""
+    """Return whether a backend is made for a type of device. Triton's interpreter runs on any."""
     if name == "triton":
         return device_type == "cuda" or _is_interpreting()
     return name in (device_type, REFERENCE)
@@ -195,7 +195,7 @@ def _first_available(device_type: str) -> Choice:
 
 
 def _problem(name: str, device_type: str) -> str:
-    """Return what is wrong with a backend on a GPU, or nothing; the CPU's need no such trial.
+    """Return what is wrong with a backend on a GPU, empty if nothing; those of a CPU need no trial.
 
     Raises:
         RuntimeError: If the trial has left the GPU unusable for this process, so that no other backend can take over.
@@ -203,8 +203,8 @@ def _problem(name: str, device_type: str) -> str:
     if device_type != "cuda" or name == REFERENCE or _is_interpreting():
         return ""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return ""  # a graph takes what is launched and nothing else; whoever captures has warmed up before
-    problem = self_check.problem_of(_load(name), torch.device(device_type))
+        return ""  # nothing but launches may happen during a capture, before which the backend has run already
+    problem = trial.problem_of(_load(name), torch.device(device_type))
     if problem and torch.cuda.is_available():
         try:
             torch.zeros(1, device=device_type).item()
@@ -217,14 +217,14 @@ def _problem(name: str, device_type: str) -> str:
 
 
 def _attempt(choice: Choice, operation: str, *arguments: Any) -> Any:
-    """Return what the chosen backend makes of the call: NotImplemented where it has no function or declines."""
+    """Return what the chosen backend returns for the call: NotImplemented where it has no function or declines."""
     function = getattr(choice.backend, operation, None)
     return NotImplemented if function is None else function(*arguments)
 
 
 @functools.cache
 def _warn(device_type: str, name: str, operation: str) -> None:
-    """Say once that a backend does not cover what it was called with."""
+    """Log once that a backend does not cover a call."""
     level = logging.WARNING if device_type == "cuda" else logging.INFO
     message = "scan on %s: the %s backend does not cover such a %s, plain PyTorch runs it"
     logger.log(level, message, device_type, name, operation)
@@ -259,7 +259,7 @@ def gated_scan(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def gated_scan_backward(grad: Tensor, x: Tensor, *arguments: Any) -> Any:
-    """Run `mobilemamba::gated_scan_backward` likewise."""
+    """Run `mobilemamba::gated_scan_backward` on the backend of the device of ``x``, in parts as for `gated_scan`."""
     result = _attempt(choose(x.device.type), "gated_scan_backward", grad, x, *arguments)
     if result is NotImplemented:
         result = reference.gated_scan_backward(

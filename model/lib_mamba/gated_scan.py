@@ -1,6 +1,6 @@
-"""The selective scan with what follows it, normalisation and gate, as one operator of `torch.library`.
+"""The selective scan with the normalisation and gate after it, as one operator of `torch.library` (paper, section 3.2).
 
-One operator, so that a backend can keep the sum of the directions out of memory. It saves its inputs alone for the
+One operator, so that a backend can keep the sum of the directions out of memory. It saves only its inputs for the
 backward pass, which computes the rest again.
 """
 
@@ -18,82 +18,37 @@ from .selective_scan import check_shapes
 __all__ = ["gated_scan"]
 
 
-@torch.library.custom_op("mobilemamba::gated_scan", mutates_args=())
-def _gated(
-    x: Tensor,
-    z: Tensor,
-    projection: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D_skip: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    reverse: Sequence[int],
-) -> Tensor:
+_ARGUMENTS = (
+    "Tensor x, Tensor z, Tensor projection, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D_skip, "
+    "Tensor norm_weight, Tensor norm_bias, float eps, SymInt[] reverse"
+)
+_NUM_TENSORS = 9
+_GRADIENTS = ", ".join(["Tensor"] * _NUM_TENSORS)
+
+
+@torch.library.custom_op("mobilemamba::gated_scan", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+def _gated(x: Tensor, *arguments: Any) -> Tensor:
     # Autocast would reach into the implementation and take the state out of fp32.
     with backends.without_autocast(x.device.type):
-        return backends.gated_scan(
-            x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, reverse
-        )
+        return backends.gated_scan(x, *arguments)
 
 
 @_gated.register_fake
-def _(
-    x: Tensor,
-    z: Tensor,
-    projection: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D_skip: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    reverse: Sequence[int],
-) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("mobilemamba::gated_scan_backward", mutates_args=())
-def _gated_backward(
-    grad: Tensor,
-    x: Tensor,
-    z: Tensor,
-    projection: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D_skip: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    reverse: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "mobilemamba::gated_scan_backward", mutates_args=(), schema=f"(Tensor grad, {_ARGUMENTS}) -> ({_GRADIENTS})"
+)
+def _gated_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     with backends.without_autocast(x.device.type):
-        return backends.gated_scan_backward(
-            grad, x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, reverse
-        )
+        return backends.gated_scan_backward(grad, x, *arguments)
 
 
 @_gated_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    z: Tensor,
-    projection: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D_skip: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    reverse: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias)
-    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)  # type: ignore[return-value]
+def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:_NUM_TENSORS])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -124,11 +79,18 @@ def gated_scan(
 ) -> Tensor:
     """Return ``layer_norm(selective_scan(x, ...)) * silu(z)``, normalised over the channels.
 
-    State, normalisation and gate are float32 (float64 for float64 input) whatever the input's type.
+    State, normalisation and gate are float32 (float64 for float64 input) whatever the input's type::
+
+        batch, length, channels, rank, num_states = 2, 64, 32, 4, 1
+        x, z = torch.randn(2, batch, length, channels)
+        projection = torch.randn(batch, length, 2 * (rank + 2 * num_states))
+        dt_weight, dt_bias = torch.rand(2, channels, rank), torch.rand(2, channels)
+        A_log, D_skip = torch.zeros(2 * channels, num_states), torch.ones(2 * channels)
+        y = gated_scan(x, z, projection, dt_weight, dt_bias, A_log, D_skip, torch.ones(channels), torch.zeros(channels))
 
     Args:
         x: Sequence, (B, L, D). Positions may lie further apart than D, as in a view of a wider tensor: no copy is made.
-        z: What opens the gate, (B, L, D), likewise.
+        z: Input of the gate, (B, L, D), laid out as ``x``.
         projection: As for `selective_scan`, (B, L, K * (R + 2N)).
         dt_weight: (K, D, R).
         dt_bias: (K, D).
@@ -152,7 +114,7 @@ def gated_scan(
         ("norm_bias", norm_bias, x.shape[-1:]),
     ):
         if tensor.shape != wanted:
-            raise ValueError(f"{name} must have the shape {tuple(wanted)} beside x, got {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must have the shape {tuple(wanted)} to fit x, got {tuple(tensor.shape)}")
     directions = [int(is_reverse) for is_reverse in reverse]
     # ONNX has no operators of ours: it gets what they are made of.
     run = reference.gated_scan if torch.onnx.is_in_onnx_export() else _gated

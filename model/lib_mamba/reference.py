@@ -1,4 +1,4 @@
-"""The scans in plain PyTorch: what every other backend is measured against, and the one that runs anywhere.
+"""The scans in plain PyTorch, which run anywhere and against which every other backend is checked.
 
 B batch, L length, D channels, K directions, N state, R rank of the time step. Sequences are channels-last (B, L, D).
 
@@ -6,7 +6,7 @@ Notable:
   - The recurrence is solved by odd-even reduction: log2(L) levels, O(L) work, no division, hence no underflow.
   - A direction that runs backwards indexes from the end; nothing is flipped.
   - One direction and one state component at a time: no tensor is larger than (B, L, D).
-  - The backward pass keeps the inputs alone and recomputes the rest.
+  - The backward pass keeps only the inputs and recomputes the rest.
 """
 
 from __future__ import annotations

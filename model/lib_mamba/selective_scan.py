@@ -1,6 +1,6 @@
 """The selective scan as one operator of `torch.library`: schema, fake kernel, autograd (paper, section 3.2).
 
-The module above calls `selective_scan` and never knows which backend ran; `backends` chooses it.
+The layers above call `selective_scan` and never know which backend ran; `backends` chooses it.
 """
 
 from __future__ import annotations
@@ -15,65 +15,37 @@ from . import backends, reference
 
 __all__ = ["check_shapes", "selective_scan"]
 
-# The operators take `reverse` as integers: a list of booleans cannot be traced by torch.jit.
+# The operators take `reverse` as integers: torch.jit cannot trace a list of booleans.
+_ARGUMENTS = (
+    "Tensor x, Tensor projection, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D_skip, SymInt[] reverse"
+)
+_NUM_TENSORS = 6
+_GRADIENTS = ", ".join(["Tensor"] * _NUM_TENSORS)
 
 
-@torch.library.custom_op("mobilemamba::selective_scan", mutates_args=())
-def _scan(
-    x: Tensor,
-    projection: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D_skip: Tensor,
-    reverse: Sequence[int],
-) -> Tensor:
+@torch.library.custom_op("mobilemamba::selective_scan", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+def _scan(x: Tensor, *arguments: Any) -> Tensor:
     # Autocast would reach into the implementation and take the state out of fp32.
     with backends.without_autocast(x.device.type):
-        return backends.selective_scan(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
+        return backends.selective_scan(x, *arguments)
 
 
 @_scan.register_fake
-def _(
-    x: Tensor,
-    projection: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D_skip: Tensor,
-    reverse: Sequence[int],
-) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=reference.state_dtype(x.dtype))
 
 
-@torch.library.custom_op("mobilemamba::selective_scan_backward", mutates_args=())
-def _scan_backward(
-    grad: Tensor,
-    x: Tensor,
-    projection: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D_skip: Tensor,
-    reverse: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "mobilemamba::selective_scan_backward", mutates_args=(), schema=f"(Tensor grad, {_ARGUMENTS}) -> ({_GRADIENTS})"
+)
+def _scan_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     with backends.without_autocast(x.device.type):
-        return backends.selective_scan_backward(grad, x, projection, dt_weight, dt_bias, A_log, D_skip, reverse)
+        return backends.selective_scan_backward(grad, x, *arguments)
 
 
 @_scan_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    projection: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D_skip: Tensor,
-    reverse: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (x, projection, dt_weight, dt_bias, A_log, D_skip)
-    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)  # type: ignore[return-value]
+def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:_NUM_TENSORS])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -113,7 +85,7 @@ def check_shapes(
     for name, (actual, wanted) in expected.items():
         if actual != wanted:
             raise ValueError(
-                f"{name} must have the shape {wanted} beside dt_weight {tuple(dt_weight.shape)}, got {tuple(actual)}"
+                f"{name} must have the shape {wanted} to fit dt_weight {tuple(dt_weight.shape)}, got {tuple(actual)}"
             )
 
 

@@ -37,7 +37,7 @@ class SS2D(nn.Module):
         ssm_ratio: D / C.
         d_state: N.
         scan: "bidirectional" (raster order, forward and backward; the released networks), "single" (forward
-            alone) or "cross" (rows and columns, both ways).
+            only) or "cross" (rows and columns, both ways).
 
     Raises:
         ValueError: If ``scan`` is none of these.

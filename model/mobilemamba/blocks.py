@@ -1,7 +1,10 @@
-"""Feed-forward, block, downsampling: what the stages are made of (paper, section 3.1).
+"""Feed-forward, block, downsampling: the parts of the stages (paper, section 3.1).
 
 The names `pw1`, `pw2`, `conv1..3`, `se`, `dw0`, `ffn0`, `mixer`, `dw1`, `ffn1` are those of the released checkpoints.
 B batch, C channels, H height, W width.
+
+Each forward is the mathematics. Where two lines stand at its top, they take a faster way to the same result if there is
+one (`steps`).
 """
 
 from __future__ import annotations
@@ -9,12 +12,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import torch.nn.functional as F
 from timm.layers import DropPath, SqueezeExcite
 from torch import Tensor, nn
 
 from ..layers import FFN, ConvBN, Residual
+from . import steps
 from .mixer import MRFFI, Mixer
-from .training import depthwise_ffn, expand_and_stride, mix, pointwise, squeeze_excite, stem
 
 __all__ = ["Block", "DepthwiseFFN", "PatchMerging", "Stem", "depthwise", "downsample", "patch_embed"]
 
@@ -24,15 +28,17 @@ def depthwise(channels: int) -> Residual:
     return Residual(ConvBN(channels, channels, kernel_size=3, padding=1, groups=channels, bn_weight=0.0))
 
 
-class DepthwiseFFN(nn.Sequential):
-    """A residual depthwise convolution and a residual feed-forward: (B, C, H, W) -> (B, C, H, W)."""
+class DepthwiseFFN(steps.StepGroup, nn.Sequential):
+    """A residual depthwise convolution, then a residual feed-forward: (B, C, H, W) -> (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_ffn(self[0], self[1], x)
+        if (y := steps.depthwise_ffn(self, x)) is not None:
+            return y
+        return super().forward(x)
 
 
-class Block(nn.Module):
-    """Depthwise, FFN, mixer, depthwise, FFN, each residual, within a residual of their own.
+class Block(steps.StepGroup):
+    """Depthwise, FFN, mixer, depthwise, FFN, each residual, within one more residual.
 
     (B, C, H, W) -> (B, C, H, W).
 
@@ -52,13 +58,17 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = depthwise_ffn(self.dw0, self.ffn0, x)
-        y = mix(self.mixer, y)
-        y = depthwise_ffn(self.dw1, self.ffn1, y)
+        if (y := steps.block(self, x)) is not None:
+            return y
+        y = self.dw0(x)
+        y = self.ffn0(y)
+        y = self.mixer(y)
+        y = self.dw1(y)
+        y = self.ffn1(y)
         return x + self.drop_path(y)
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(steps.StepGroup):
     """Inverted bottleneck of stride 2 with squeeze-excite: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -70,25 +80,31 @@ class PatchMerging(nn.Module):
         self.conv3 = ConvBN(hidden, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = expand_and_stride(self.conv1, self.conv2, x)
-        return pointwise(self.conv3, squeeze_excite(self.se, x))
+        if (y := steps.patch_merging(self, x)) is not None:
+            return y
+        x = F.relu(self.conv1(x), inplace=True)
+        x = F.relu(self.conv2(x), inplace=True)
+        x = self.se(x)
+        return self.conv3(x)
 
 
 def downsample(in_channels: int, out_channels: int) -> list[nn.Module]:
-    """Return what stands between two stages: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
+    """Return the layers between two stages: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
     before = DepthwiseFFN(depthwise(in_channels), Residual(FFN(in_channels)))
     after = DepthwiseFFN(depthwise(out_channels), Residual(FFN(out_channels)))
     return [before, PatchMerging(in_channels, out_channels), after]
 
 
-class Stem(nn.Sequential):
-    """Convolutions of stride 2 with a ReLU between them: (B, C, H, W) -> (B, C', H/16, W/16)."""
+class Stem(steps.StepGroup, nn.Sequential):
+    """3 x 3 convolutions of stride 2 with a ReLU between them: (B, C, H, W) -> (B, C', H/16, W/16)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return stem(self, x)
+        if (y := steps.stem(self, x)) is not None:
+            return y
+        return super().forward(x)
 
 
-def patch_embed(in_channels: int, channels: int) -> nn.Sequential:
+def patch_embed(in_channels: int, channels: int) -> Stem:
     """Return the stem: four 3 x 3 convolutions of stride 2, (B, C_in, H, W) -> (B, C, ceil(H/16), ceil(W/16))."""
     widths = [in_channels, channels // 8, channels // 4, channels // 2, channels]
     layers: list[nn.Module] = []

@@ -1,8 +1,8 @@
-"""Folds that lose nothing at inference: fewer, larger operators with the same result (paper, section 4.1)."""
+"""Lossless folds for inference: fewer, larger operators with the same result (paper, section 4.1)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..layers import FFN, Activation, BatchNormLinear, ConvBN, Residual
 from ..lib_mamba import SS2D
 from .blocks import Block, PatchMerging
-from .folded import (
+from .folded_layers import (
     FoldedConvs,
     FoldedDepthwise,
     FoldedFFN,
@@ -22,10 +22,7 @@ from .folded import (
 from .mixer import Mixer, MKDeConv
 from .wavelet import WTEMamba
 
-if TYPE_CHECKING:
-    from .mobilemamba import MobileMamba
-
-__all__ = ["fuse", "is_folded"]
+__all__ = ["fuse"]
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -50,13 +47,8 @@ def fuse(network: Network) -> Network:
     return network
 
 
-def is_folded(network: MobileMamba) -> bool:
-    """Return whether `fuse` has been at a network."""
-    return isinstance(network.patch_embed, FoldedConvs)
-
-
 def _fold(module: nn.Module) -> nn.Module:
-    """Return what replaces a module whose children are folded already: plain convolutions still, up to here."""
+    """Return the replacement of a module whose children are folded already: to plain convolutions, up to here."""
     if isinstance(module, ConvBN):
         return _conv_bn(module.c, module.bn)
     if isinstance(module, BatchNormLinear):
@@ -80,7 +72,7 @@ def _layer(conv: nn.Conv2d, activation: Activation = Activation.NONE) -> nn.Modu
 
 
 def _sequential(modules: nn.Sequential) -> nn.Module:
-    """Fold the stem as a whole; elsewhere single convolutions, and a depthwise one with the feed-forward behind it."""
+    """Fold the stem as a whole; elsewhere single convolutions, and a depthwise one with the feed-forward after it."""
     convs = [module for module in modules if isinstance(module, nn.Conv2d)]
     if len(convs) > 1:
         return FoldedConvs(convs).eval()
@@ -184,6 +176,6 @@ def _average(head: nn.Module, head_dist: nn.Module) -> nn.Module:
 
 
 def _lay_out_time_steps(module: SS2D) -> None:
-    """Put the channels of dt_projs_weight (K, D, R) side by side in memory, as kernels read them: no copy a call."""
+    """Lay out dt_projs_weight (K, D, R) with its channels side by side, as kernels read it: no copy at every call."""
     weight = module.dt_projs_weight
     weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,7 +1,7 @@
 """The mixer: channels split over a global, a local and an identity branch (paper, section 3.3).
 
 The names `global_op`, `local_op`, `proj`, `dwconv3x3`, `dwconv1x1`, `bn1`, `bn2`, `attn` are those of the released
-checkpoints; `dwconv3x3` has whatever size its stage asks for. B batch, C channels, H height, W width.
+checkpoints; the kernel of `dwconv3x3` has the size of its stage. B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def split_channels(channels: int, global_ratio: float, local_ratio: float) -> tu
     exceed the whole.
 
     Raises:
-        ValueError: If the global share alone exceeds the whole.
+        ValueError: If the global share exceeds the whole.
     """
     num_global = (int(global_ratio * channels) + 8) // 16 * 16
     if num_global > channels:
@@ -93,7 +93,7 @@ class MRFFI(nn.Module):
 
 
 class Mixer(nn.Module):
-    """The level between a block and its MRFFI, kept for the released checkpoints' names."""
+    """A level between a block and its MRFFI, which the names in the released checkpoints ask for."""
 
     def __init__(self, attention: MRFFI) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ MIN_SIZE = 32
 POOLINGS = ("avg", "max", "")
 STEM = "patch_embed"
 
-# What differs between the variants. B2 and B4 are B1 at a larger input.
+# The settings that differ between the variants. B2 and B4 are B1 at a larger input.
 VARIANTS: dict[str, dict[str, Any]] = {
     "MobileMamba_T2": {"img_size": 192, "embed_dim": (144, 272, 368), "depth": (1, 2, 2), "drop_path": 0.0},
     "MobileMamba_T4": {"img_size": 192, "embed_dim": (176, 368, 448), "depth": (1, 2, 2), "drop_path": 0.0},
@@ -41,8 +41,8 @@ class MobileMamba(nn.Module):
 
     Args:
         num_classes: Width of the classifier; 0 returns the pooled features (B, C).
-        global_pool: What makes one position of the last feature map: "avg" (the released networks), "max", or "" for
-            the map itself, with ``num_classes`` 0.
+        global_pool: Pooling of the last feature map: "avg" (the released networks), "max", or "" for none, with
+            ``num_classes`` 0.
         in_chans: Channels of the input.
         img_size: Side of the input in pixels that the variant is trained at; other sizes >= 32 work too.
         embed_dim: Channels of the three stages.
@@ -57,13 +57,13 @@ class MobileMamba(nn.Module):
         drop_rate: Probability with which a pooled feature is zeroed in training.
         distillation: A second head for a teacher's answers: both are returned in training, averaged in evaluation.
 
-    The methods and attributes beside `forward` and `fuse` are those of timm's networks.
+    The methods and attributes other than `forward` and `fuse` are those of timm's networks.
 
     Attributes:
         feature_info: What `forward_intermediates` can return, in order: ``num_chs`` channels at the stride
             ``reduction``, from the attribute ``module``.
-        default_cfg: What timm notes of a network, `pretrained_cfg` too: the size and normalisation of its input, where
-            its weights come from. Empty where neither `create_model` nor timm has built it.
+        default_cfg: timm's record of a network, as is `pretrained_cfg`: size and normalisation of its input, origin of
+            its weights. Empty unless `create_model` or timm built it.
         model_args: The arguments that differ from the variant's, as `create_model` or timm was given them.
 
     Raises:
@@ -147,7 +147,7 @@ class MobileMamba(nn.Module):
         return nn.ModuleList([self.head, self.head_dist]) if self.distillation else self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh head (or pair of heads) for ``num_classes`` in place, on the device of the rest; 0 removes it.
+        """Replace the head (or pair of heads) by a fresh one for ``num_classes``, on the same device; 0 removes it.
 
         Args:
             num_classes: Width of the classifier.
@@ -172,11 +172,11 @@ class MobileMamba(nn.Module):
             self.head_dist = head()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: keep activations between layers alone, and compute the rest again."""
+        """Trade time for memory in training: keep only the activations between layers and recompute the rest."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of parameters that weight decay leaves alone beside biases and 1-D parameters: none."""
+        """Return the names of parameters without weight decay besides biases and 1-D parameters: none."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class MobileMamba(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the feature maps of stages, and unless ``intermediates_only`` the last one beside them.
+        """Return the feature maps of stages, and unless ``intermediates_only`` the last one with them.
 
         Args:
             x: Images, (B, in_chans, H, W).
@@ -202,7 +202,7 @@ class MobileMamba(nn.Module):
             norm: There is no normalisation after a stage: changes nothing.
             stop_early: Do not compute what follows the last of them; implied by ``intermediates_only``.
             output_fmt: "NCHW", the only one.
-            intermediates_only: Return the list alone.
+            intermediates_only: Return only the list.
 
         Returns:
             Feature maps (B, C, H / stride, W / stride), rounded up, strides 16, 16, 32, 64.
@@ -269,7 +269,7 @@ class MobileMamba(nn.Module):
         return x
 
     def _run(self, name: str, x: Tensor) -> Tensor:
-        """Run a stage; with gradient checkpointing, keep what stands between its layers and compute the rest again."""
+        """Run a stage; with gradient checkpointing, keep what passes between its layers and recompute the rest."""
         stage = getattr(self, name)
         if name == STEM or not self.grad_checkpointing or not torch.is_grad_enabled():
             return stage(x)
@@ -297,7 +297,7 @@ class MobileMamba(nn.Module):
         """Fold for inference, in place: batch norms, scales and residual depthwise convolutions into their neighbours.
 
         The output stays the same; the state dict does not, so load weights before. Puts the network into evaluation
-        mode, which a folded network cannot leave usefully.
+        mode, the only useful one of a folded network.
 
         Returns:
             The network itself.
@@ -307,7 +307,7 @@ class MobileMamba(nn.Module):
 
 @register_notrace_function  # as torch.fx cannot follow what depends on sizes
 def check_images(x: Tensor, in_chans: int) -> Tensor:
-    """Check the input and lay it out channels-last, which all that follows keeps: the scan reads it uncopied."""
+    """Check the input and lay it out channels-last, which all layers keep: the scan reads it without a copy."""
     if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
         expected = f"(B, {in_chans}, H, W) with H and W of {MIN_SIZE} pixels or more"
         raise ValueError(f"input must be {expected}, got {tuple(x.shape)}")

@@ -1,10 +1,12 @@
-"""WTE-Mamba: a global scan beside a convolution in the wavelet domain (paper, section 3.3).
+"""WTE-Mamba: a global scan, enhanced by a convolution in the wavelet domain (paper, section 3.3).
 
 The names `global_atten`, `wavelet_convs`, `wavelet_scale`, `base_scale`, `wt_filter`, `iwt_filter` are those of the
 released checkpoints. B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from ..lib_mamba import SS2D
 
-__all__ = ["ChannelScale", "WTEMamba", "band_taps", "haar_filters", "is_haar", "through_bands"]
+__all__ = ["ChannelScale", "WTEMamba", "haar_bands", "haar_filters", "haar_pixels", "is_haar"]
 
 BANDS = 4
 # One level of Haar (db1) on 2 x 2 pixels: low-low, low-high, high-low, high-high.
@@ -37,11 +39,6 @@ def is_haar(filters: Tensor) -> bool:
     """Return whether filters are those of `haar_filters`, as they are unless someone has changed them."""
     bands = filters.reshape(-1, BANDS, 2, 2)
     return bands[0].tolist() == HAAR and torch.equal(bands, bands[:1].expand_as(bands))
-
-
-def band_taps(weight: Tensor) -> Tensor:
-    """Return the bands' depthwise weight (4C, 1, H, W) as the compiled kernels read it, (H, W, 4C) band by band."""
-    return weight.unflatten(0, (-1, BANDS)).squeeze(2).permute(2, 3, 1, 0).flatten(2).contiguous()
 
 
 class ChannelScale(nn.Module):
@@ -88,27 +85,38 @@ class WTEMamba(nn.Module):
         self.wavelet_scale = nn.ModuleList([ChannelScale(bands, 0.1)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base_scale(self.global_atten(x)) + self.enhance(x)
+        y = self.base_scale(self.global_atten(x))
+        bands = haar_bands(x, self.wt_filter)
+        bands = self.wavelet_convs[0](bands)
+        bands = self.wavelet_scale[0](bands)
+        return y + haar_pixels(bands, self.iwt_filter, x.shape)
 
-    def enhance(self, x: Tensor) -> Tensor:
-        """Return the wavelet branch, (B, C, H, W) -> (B, C, H, W)."""
-        return through_bands(x, self.wt_filter, self.iwt_filter, self.wavelet_convs[0], self.wavelet_scale[0])
 
-
-def through_bands(x: Tensor, wt_filter: Tensor, iwt_filter: Tensor, *layers: nn.Module) -> Tensor:
-    """Take a map to its Haar bands, through layers, and back; odd sides are padded by a zero, then cropped.
+def haar_bands(x: Tensor, filters: Tensor) -> Tensor:
+    """Take a map to its Haar bands (DWT); odd sides are padded by a zero on the right and at the bottom.
 
     Args:
         x: (B, C, H, W).
-        wt_filter: See `haar_filters`.
-        iwt_filter: Likewise, for the way back.
-        *layers: What happens to the bands (B, 4C, H/2, W/2), one after the other.
+        filters: See `haar_filters`.
+
+    Returns:
+        (B, 4C, ceil(H/2), ceil(W/2)): the four bands of the first channel, of the second, ...
+    """
+    channels, height, width = x.shape[1:]
+    padded = F.pad(x, (0, width % 2, 0, height % 2))
+    return F.conv2d(padded, filters, stride=2, groups=channels)
+
+
+def haar_pixels(bands: Tensor, filters: Tensor, shape: Sequence[int]) -> Tensor:
+    """Take Haar bands back to the map (IDWT), without what was padded.
+
+    Args:
+        bands: (B, 4C, ceil(H/2), ceil(W/2)).
+        filters: See `haar_filters`.
+        shape: That of the map, (B, C, H, W).
 
     Returns:
         (B, C, H, W).
     """
-    channels, height, width = x.shape[1:]
-    bands = F.conv2d(F.pad(x, (0, width % 2, 0, height % 2)), wt_filter, stride=2, groups=channels)
-    for layer in layers:
-        bands = layer(bands)
-    return F.conv_transpose2d(bands, iwt_filter, stride=2, groups=channels)[..., :height, :width]
+    _, channels, height, width = shape
+    return F.conv_transpose2d(bands, filters, stride=2, groups=channels)[..., :height, :width]

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from model import create_model
-from model.lib_mamba import SS2D, backends, compiled, info, reference, self_check
+from model.lib_mamba import SS2D, backends, compiled, info, library, reference, trial
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "model" / "lib_mamba" / "kernels" / "selective_scan"
-CACHES = (backends.availability, backends._load, backends._choose, backends._warn, compiled.build_info, compiled.load)
+CACHES = (backends.availability, backends._load, backends._choose, backends._warn, library.build_info, library.load)
 
 
 def forget():
@@ -41,12 +41,12 @@ def package(tmp_path, monkeypatch):
     """Make a package `mobilemamba_kernels` of a given build.json, whose library is no library."""
 
     def make(**build):
-        folder = tmp_path / compiled.PACKAGE
+        folder = tmp_path / library.PACKAGE
         folder.mkdir()
         (folder / "__init__.py").touch()
         (folder / "_C.so").write_text("not a library")
         running = torch.__version__.split("+")[0]
-        fields = {"version": "1.0.0", "schema": compiled.SCHEMA, "library": "_C.so", "torch": running, "cuda": None}
+        fields = {"version": "1.0.0", "schema": library.SCHEMA, "library": "_C.so", "torch": running, "cuda": None}
         (folder / "build.json").write_text(json.dumps(fields | build))
         monkeypatch.syspath_prepend(tmp_path)
         return folder
@@ -57,8 +57,8 @@ def package(tmp_path, monkeypatch):
 @pytest.fixture
 def checked_on_cpu(monkeypatch):
     """Let what is to run on a GPU be tried on the CPU."""
-    problem_of = self_check.problem_of
-    monkeypatch.setattr(self_check, "problem_of", lambda backend, device: problem_of(backend, torch.device("cpu")))
+    problem_of = trial.problem_of
+    monkeypatch.setattr(trial, "problem_of", lambda backend, device: problem_of(backend, torch.device("cpu")))
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_a_backend_that_takes_the_gpu_along_is_an_error_that_tells_the_way_out(o
         raise RuntimeError("an illegal memory access was encountered")
 
     only("cuda", "triton")
-    monkeypatch.setattr(self_check, "problem_of", lambda backend, device: "an illegal memory access was encountered")
+    monkeypatch.setattr(trial, "problem_of", lambda backend, device: "an illegal memory access was encountered")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch, "zeros", fail)
@@ -218,7 +218,7 @@ def test_real_backends_pass(name):
     is_available, reason = backends.availability(name)
     if not is_available:
         pytest.skip(reason)
-    assert self_check.problem_of(backends._load(name), torch.device("cpu")) == ""
+    assert trial.problem_of(backends._load(name), torch.device("cpu")) == ""
 
 
 def test_a_forced_backend_that_is_missing_is_an_error_that_tells_the_way_out(monkeypatch):
@@ -271,7 +271,7 @@ def test_a_library_for_another_pytorch_is_never_loaded(package, monkeypatch):
 
 
 def test_a_library_for_another_version_of_the_operators_is_never_loaded(package):
-    package(schema=compiled.SCHEMA + 1)
+    package(schema=library.SCHEMA + 1)
     assert "of another version" in compiled.cpu.is_available()[1]
 
 
@@ -355,9 +355,9 @@ def test_a_cuda_part_that_fails_to_build_leaves_the_rest(tmp_path):
     environment = os.environ | {"CUDA_HOME": str(tmp_path / "cuda"), "MAX_JOBS": "2"}
     environment.pop("FORCE_CUDA", None)
     subprocess.run(command, cwd=source, env=environment, check=True)
-    build = json.loads((target / compiled.PACKAGE / "build.json").read_text())
+    build = json.loads((target / library.PACKAGE / "build.json").read_text())
     assert build["cuda"] is None
     assert "the CUDA part failed to build" in build["without_cuda"]
-    assert (target / compiled.PACKAGE / build["library"]).is_file()
+    assert (target / library.PACKAGE / build["library"]).is_file()
     forced = subprocess.run(command, cwd=source, env=environment | {"FORCE_CUDA": "1"}, check=False)
     assert forced.returncode != 0

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import create_model
-from model.lib_mamba import layer_kernels as layer_kernels_module
-from model.lib_mamba import use_backend
-from model.lib_mamba.layer_kernels import layer_kernels
-from model.mobilemamba.folded import Activation, FoldedConvs, FoldedDepthwise, FoldedFFN, FoldedPointwise
-from model.mobilemamba.wavelet import haar_filters, through_bands
+from model.lib_mamba import cpu_layers, layouts, use_backend
+from model.lib_mamba.cpu_layers import serve
+from model.mobilemamba.folded_layers import Activation, FoldedConvs, FoldedDepthwise, FoldedFFN, FoldedPointwise
+from model.mobilemamba.wavelet import haar_bands, haar_filters, haar_pixels
 
 TOLERANCE = 2e-6
 # A map of one pixel, odd sides, images that do and do not divide among the threads.
@@ -100,10 +99,10 @@ def test_depthwise(kernels, shape, channels, side, stride):
 def test_wavelet(kernels, shape, channels, side):
     bands = nn.Conv2d(4 * channels, 4 * channels, side, padding="same", groups=4 * channels, bias=False)
     x, base = feature_map(*shape, channels, extra=2), feature_map(*shape, channels)
-    taps = bands.weight.view(channels, 4, side, side).permute(2, 3, 1, 0).flatten(2).contiguous()
     filters = haar_filters(channels).double()
-    expected = base.double() + through_bands(x.double(), filters, filters, copy.deepcopy(bands).double())
-    assert_close(kernels.wavelet(x, taps, base), expected)
+    convolved = copy.deepcopy(bands).double()(haar_bands(x.double(), filters))
+    expected = base.double() + haar_pixels(convolved, filters, x.shape)
+    assert_close(kernels.wavelet(x, layouts.bands(bands.weight), base), expected)
 
 
 WHOLE_NETWORK = """
@@ -150,34 +149,34 @@ def test_results_do_not_depend_on_the_threads(kernels, threads):
 
 def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
     x = torch.zeros(1, 2, 3, 3)
-    assert layer_kernels(x) is not None
-    assert layer_kernels(x.half()) is None
-    assert layer_kernels(x.to("meta")) is None
+    assert serve(x) is not None
+    assert serve(x.half()) is None
+    assert serve(x.to("meta")) is None
     with torch.autocast("cpu", dtype=torch.float16):
-        assert layer_kernels(x) is None
+        assert serve(x) is None
     with torch.inference_mode(False), torch.enable_grad():
-        assert layer_kernels(torch.zeros(1, 2, 3, 3, requires_grad=True)) is None
-        assert layer_kernels(torch.zeros(1, 2, 3, 3)) is not None
+        assert serve(torch.zeros(1, 2, 3, 3, requires_grad=True)) is None
+        assert serve(torch.zeros(1, 2, 3, 3)) is not None
     with use_backend("reference"):
-        assert layer_kernels(x) is None
+        assert serve(x) is None
 
 
 def pretend_amx(monkeypatch, is_there):
     """Make this an x86 processor with AMX, or without; nothing of it is kept."""
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: is_there)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    uncached = layer_kernels_module._lacks_matrix_unit.__wrapped__
-    monkeypatch.setattr(layer_kernels_module, "_lacks_matrix_unit", uncached)
+    uncached = cpu_layers._lacks_matrix_unit.__wrapped__
+    monkeypatch.setattr(cpu_layers, "_lacks_matrix_unit", uncached)
 
 
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_bfloat16_is_left_to_processors_that_are_fast_at_it(kernels, monkeypatch, is_slow):
     pretend_amx(monkeypatch, not is_slow)
     x = torch.zeros(1, 2, 3, 3)
-    assert (layer_kernels(x.bfloat16()) is not None) == is_slow
+    assert (serve(x.bfloat16()) is not None) == is_slow
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (layer_kernels(x) is not None) == (layer_kernels(x.bfloat16()) is not None) == is_slow
-    assert layer_kernels(x) is not None
+        assert (serve(x) is not None) == (serve(x.bfloat16()) is not None) == is_slow
+    assert serve(x) is not None
 
 
 def test_nothing_is_said_of_kernels_that_are_not_chosen(kernels, monkeypatch, caplog):
@@ -185,15 +184,15 @@ def test_nothing_is_said_of_kernels_that_are_not_chosen(kernels, monkeypatch, ca
     pretend_amx(monkeypatch, False)
     x = torch.zeros(1, 2, 3, 3).bfloat16()
     with use_backend("reference"):
-        assert layer_kernels(x) is None
+        assert serve(x) is None
         assert "compiled layers" not in caplog.text
-    assert layer_kernels(x) is not None
+    assert serve(x) is not None
     assert "compiled layers compute in float32" in caplog.text
 
 
 @pytest.fixture
 def slow_in_bfloat16(kernels, monkeypatch):
-    monkeypatch.setattr(layer_kernels_module, "_is_slow_in_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_layers, "_is_slow_in_bfloat16", lambda: True)
 
 
 def folded_layers(channels):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import create_model
 from model.layers import FFN, Residual
 from model.lib_mamba import use_backend
+from model.lib_mamba.cpu_layers import serve_training
+from model.mobilemamba import steps as steps_module
 from model.mobilemamba.blocks import Block, DepthwiseFFN, PatchMerging, depthwise, patch_embed
 from model.mobilemamba.fuse import fuse
-from model.mobilemamba.training import mix, runs_as_step
 from model.mobilemamba.wavelet import haar_filters, is_haar
 
 STEPS = {"depthwise_ffn", "pointwise", "expand_and_stride", "squeeze_excite", "stem", "mixer"}
@@ -208,7 +210,8 @@ def test_one_value_a_channel_is_refused_as_by_pytorch(kernels):
         block()(feature_map(1, 1, 1, 38))
 
 
-def change(module, what):
+def change(block, what):
+    module = block.mixer
     if what == "a hook":
         module.m.attn.proj[1].bn.register_forward_hook(lambda *_: None)
     elif what == "a norm in evaluation":
@@ -217,6 +220,7 @@ def change(module, what):
         nn.SyncBatchNorm.convert_sync_batchnorm(module.m.attn.proj)
     elif what == "dilation":
         module.m.attn.local_op.dwconv3x3.dilation, module.m.attn.local_op.dwconv3x3.padding = (2, 2), (4, 4)
+        block.train()
     elif what == "other filters":
         with torch.no_grad():
             module.m.attn.global_op.wt_filter *= 0.5
@@ -225,7 +229,7 @@ def change(module, what):
     elif what == "an adapter":
         module.m.attn.proj[1].c = nn.Sequential(module.m.attn.proj[1].c)
     elif what == "half precision":
-        module.bfloat16()
+        block.bfloat16()
 
 
 @pytest.mark.parametrize(
@@ -242,11 +246,34 @@ def change(module, what):
     ],
 )
 def test_what_is_changed_or_watched_runs_layer_by_layer(kernels, what):
-    mixer, x = block().mixer, feature_map(2, 4, 4, 38)
-    assert "mixer" in steps_of(mix(mixer, x))
-    change(mixer, what)
-    y = mix(mixer, x.bfloat16() if what == "half precision" else x)
-    assert "mixer" not in steps_of(y)
+    module, x = block(), feature_map(2, 4, 4, 38)
+    assert "mixer" in steps_of(module(x))
+    change(module, what)
+    y = module(x.bfloat16() if what == "half precision" else x)
+    assert not STEPS & steps_of(y)
+
+
+def test_the_decision_is_made_once_until_something_changes(kernels, monkeypatch):
+    decided = []
+    decide = steps_module._decide
+    monkeypatch.setattr(steps_module, "_decide", lambda *arguments: decided.append(1) or decide(*arguments))
+    module, x = block(), feature_map(2, 4, 4, 38)
+    for _ in range(3):
+        module(x)
+    assert len(decided) == 1
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert STEPS & steps_of(copied(x))
+        copied.mixer.m.attn.local_op.bn1.eval()
+        assert not STEPS & steps_of(copied(x))
+        assert STEPS & steps_of(module(x))
+    module.eval()
+    with torch.no_grad():
+        module(x)
+    module.train()
+    hook = module.ffn0.m.register_forward_hook(lambda *_: None)
+    assert not STEPS & steps_of(module(x))
+    hook.remove()
+    assert STEPS & steps_of(module(x))
 
 
 @pytest.mark.parametrize("settings", [{"scan": "cross"}, {"global_ratio": 0.0}, {"local_ratio": 0.0}], ids=str)
@@ -257,22 +284,22 @@ def test_mixers_of_other_kinds_run_layer_by_layer(kernels, settings):
 
 def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
     x = feature_map(1, 3, 3, 2)
-    assert runs_as_step(x)
-    assert not runs_as_step(x.double())
-    assert not runs_as_step(x[:0])
-    assert not runs_as_step(x.to("meta"))
-    assert not runs_as_step(nn.Parameter(x))
-    assert not runs_as_step(torch.fx.Proxy(torch.fx.Node(torch.fx.Graph(), "x", "placeholder", "x", (), {})))
+    assert serve_training(x)
+    assert not serve_training(x.double())
+    assert not serve_training(x[:0])
+    assert not serve_training(x.to("meta"))
+    assert not serve_training(nn.Parameter(x))
+    assert not serve_training(torch.fx.Proxy(torch.fx.Node(torch.fx.Graph(), "x", "placeholder", "x", (), {})))
     with torch.autocast("cpu", dtype=torch.float16):
-        assert not runs_as_step(x)
+        assert not serve_training(x)
     with use_backend("reference"):
-        assert not runs_as_step(x)
+        assert not serve_training(x)
     with FlopCounterMode(display=False):
-        assert not runs_as_step(x)
+        assert not serve_training(x)
     seen = []
 
     def watched(value):
-        seen.append(runs_as_step(value))
+        seen.append(serve_training(value))
         return value.sum()
 
     torch.func.grad(watched)(x)
@@ -281,7 +308,7 @@ def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
 
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_under_bfloat16_autocast_steps_compute_in_float32_or_are_left_to_pytorch(kernels, monkeypatch, is_slow):
-    monkeypatch.setattr("model.lib_mamba.layer_kernels._is_slow_in_bfloat16", lambda: is_slow)
+    monkeypatch.setattr("model.lib_mamba.cpu_layers._is_slow_in_bfloat16", lambda: is_slow)
     modules = [block(), with_random_parameters(PatchMerging(38, 21)), with_random_parameters(patch_embed(3, 24))]
     for module, width in zip(modules, (38, 38, 3), strict=True):
         x = feature_map(3, 32, 32, width)

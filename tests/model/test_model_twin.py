@@ -44,7 +44,7 @@ images = torch.randn(2, 3, 64, 64)
 assert torch.equal(networks[0](images), networks[1](images))
 for package in packages:
     folded = package.create_model("mobilemamba_t2").fuse().patch_embed
-    assert type(folded).__module__ == f"{package.__name__}.mobilemamba.folded"
+    assert type(folded).__module__ == f"{package.__name__}.mobilemamba.folded_layers"
 """
 
 

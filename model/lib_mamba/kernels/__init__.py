@@ -1,1 +1,1 @@
-"""Kernels for the scans: Triton here, C++ and CUDA C++ in a package of their own under selective_scan/."""
+"""Kernels for the scans: Triton here, C++ and CUDA C++ in their own package under selective_scan/."""

@@ -65,7 +65,7 @@ def norm_gate_backward_kernel(
 
 @triton.jit
 def compose_before(decay_1, added_1, decay_before_1, before_1, decay_2, added_2, decay_before_2, before_2):
-    """Compose two maps as `compose` does, and beside them what comes out before the last of their elements."""
+    """Compose two maps as `compose` does, and return with it their composition without the last element."""
     decay, added = compose(decay_1, added_1, decay_2, added_2)
     decay_before, before = compose(decay_1, added_1, decay_before_2, before_2)
     return decay, added, decay_before, before

@@ -6,7 +6,7 @@ the last to the first) and one state component. A program holds a tile of BLOCK_
 Notable:
   - delta is rebuilt from its low-rank form tile by tile; a direction that runs backwards indexes from the end.
   - Within a tile the recurrence is an associative scan, from tile to tile a carried state.
-  - The sum of the directions waits in the output itself, so that no other tensor is needed.
+  - The output itself holds the sum of the directions in between: no other tensor is needed.
 """
 
 import triton
@@ -128,7 +128,7 @@ def scan_kernel(
             if direction == 0:
                 total += tl.load(y_tile, mask=is_inside, other=0.0).to(tl.float32) + skip[None, :] * x_tile
             tl.store(y_tile, total.to(y.dtype.element_ty), mask=is_inside)
-        # What one thread has stored, another may load.
+        # Another thread may load what this one has stored.
         tl.debug_barrier()
 
 

@@ -62,7 +62,7 @@ def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 class _Scan:
-    """What the kernels of one scan share: its inputs as they take them, its sizes and its tiles."""
+    """The common arguments of the kernels of one scan: inputs, sizes and tiles."""
 
     def __init__(self, max_block_l: int, x: Tensor, projection: Tensor, *parameters: Tensor) -> None:
         self.batch, self.length, self.channels = x.shape
@@ -80,7 +80,7 @@ class _Scan:
             "BLOCK_D": _BLOCK_D,
             "BLOCK_R": max(triton.next_power_of_2(self.rank), 16),
             "NUM_TILES": self.num_tiles if is_known else 0,
-            # What is 16 bits wide loses nothing to tf32; float32 would.
+            # 16-bit values lose nothing in tf32; float32 would.
             "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         }
 
@@ -152,7 +152,7 @@ def gated_scan_backward(
     eps: float,
     reverse: Sequence[int],
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of `gated_scan` for its nine tensors, each in its tensor's type; NotImplemented likewise."""
+    """Return the gradients of `gated_scan` for its nine tensors, each in its tensor's type, or NotImplemented."""
     if not _covers(x, dt_weight, A_log, reverse):
         return NotImplemented
     scan = _Scan(_MAX_BLOCK_L_BACKWARD, x, projection, dt_weight, dt_bias, A_log, D_skip)

@@ -1,6 +1,6 @@
 """Layers of a folded network: convolutions with the bias, activation and residual that belong to them.
 
-Each runs on the compiled kernels where they are at hand (`layer_kernels`), and on PyTorch everywhere else.
+Each runs on the compiled kernels where these serve (`cpu_layers`), and on PyTorch everywhere else.
 B batch, C channels, H height, W width.
 """
 
@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Activation
-from ..lib_mamba import SS2D
+from ..lib_mamba import SS2D, cpu_layers, layouts
 from ..lib_mamba.backends import without_autocast
-from ..lib_mamba.layer_kernels import depthwise_taps, layer_kernels, pack_columns
-from .wavelet import band_taps, is_haar, through_bands
+from .wavelet import haar_bands, haar_pixels, is_haar
 
 __all__ = [
     "FoldedConvs",
@@ -26,7 +25,13 @@ __all__ = [
     "FoldedPointwise",
     "FoldedSqueezeExcite",
     "FoldedWTEMamba",
+    "is_folded",
 ]
+
+
+def is_folded(network: nn.Module) -> bool:
+    """Return whether a MobileMamba is folded."""
+    return isinstance(network.patch_embed, FoldedConvs)
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter:
@@ -35,9 +40,9 @@ def _frozen(tensor: Tensor | None) -> nn.Parameter:
 
 
 class _Packed(nn.Module):
-    """A layer with its weights as the kernels read them beside those that PyTorch reads.
+    """A layer that keeps a copy of its weights in the layout of the kernels.
 
-    The copies follow the weights wherever these go, and are no part of the state dict or of what is exported.
+    The copies follow the weights wherever these go, and are neither in the state dict nor exported.
     """
 
     def __init__(self) -> None:
@@ -45,7 +50,7 @@ class _Packed(nn.Module):
         self.register_load_state_dict_post_hook(_pack_again)
 
     def pack(self) -> None:
-        """Make the copies, on a CPU; on other devices nothing reads them."""
+        """Make the copies, where a kernel reads them."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
@@ -63,7 +68,7 @@ class FoldedPointwise(_Packed):
 
     Args:
         conv: 1 x 1, of stride 1, with bias.
-        activation: What follows, before the residual is added.
+        activation: Applied before the residual is added.
     """
 
     def __init__(self, conv: nn.Conv2d, activation: Activation = Activation.NONE) -> None:
@@ -74,11 +79,10 @@ class FoldedPointwise(_Packed):
         self.pack()
 
     def pack(self) -> None:
-        self.panels = pack_columns(self.weight.t()) if self.weight.is_cpu else None
+        self.panels = layouts.columns(self.weight.t())
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        kernels = layer_kernels(x)
-        if kernels is not None:
+        if (kernels := cpu_layers.serve(x)) is not None:
             return kernels.pointwise(x, self.panels, self.bias, residual, int(self.activation))
         y = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
         y = self.activation.apply(y)
@@ -86,11 +90,11 @@ class FoldedPointwise(_Packed):
 
 
 class FoldedDepthwise(_Packed):
-    """Depthwise convolution: (B, C, H, W) -> (B, C, H', W'), then scaled and shifted if so asked.
+    """Depthwise convolution: (B, C, H, W) -> (B, C, H', W'), then optionally scaled and shifted.
 
     Args:
         conv: Depthwise, with a square kernel and bias.
-        activation: What follows.
+        activation: Applied to the result.
         affine: Depthwise 1 x 1 convolution with bias that follows the activation.
     """
 
@@ -107,11 +111,10 @@ class FoldedDepthwise(_Packed):
         self.pack()
 
     def pack(self) -> None:
-        self.taps = depthwise_taps(self.weight) if self.weight.is_cpu else None
+        self.taps = layouts.depthwise(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = layer_kernels(x)
-        if kernels is not None:
+        if (kernels := cpu_layers.serve(x)) is not None:
             affine = (self.scale, self.shift, self.stride, self.padding, int(self.activation))
             return kernels.depthwise(x, self.taps, self.bias, *affine)
         groups = len(self.weight)
@@ -132,8 +135,7 @@ class FoldedFFN(nn.Module):
         self.narrow = narrow
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = layer_kernels(x)
-        if kernels is not None:
+        if (kernels := cpu_layers.serve(x)) is not None:
             before = (None, None) if self.depthwise is None else (self.depthwise.taps, self.depthwise.bias)
             products = (self.widen.panels, self.widen.bias, self.narrow.panels, self.narrow.bias)
             return kernels.ffn(x, *before, *products)
@@ -159,13 +161,10 @@ class FoldedConvs(_Packed):
 
     def pack(self) -> None:
         # As matrices (height * width * C, C').
-        self.panels = [
-            pack_columns(weight.permute(2, 3, 1, 0).flatten(0, 2)) for weight in self.weights if weight.is_cpu
-        ]
+        self.panels = [layouts.columns(weight.permute(2, 3, 1, 0).flatten(0, 2)) for weight in self.weights]
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = layer_kernels(x)
-        if kernels is not None:
+        if (kernels := cpu_layers.serve(x)) is not None:
             return kernels.convs(x, self.panels, list(self.biases), *self.shape)
         _, stride, padding = self.shape
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -174,7 +173,7 @@ class FoldedConvs(_Packed):
 
 
 class FoldedSqueezeExcite(nn.Module):
-    """Squeeze-excite: every channel times what the means of all say: (B, C, H, W) -> (B, C, H, W)."""
+    """Squeeze-excite: every channel times a gate made of the means of all: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, reduce: FoldedPointwise, expand: FoldedPointwise) -> None:
         super().__init__()
@@ -182,7 +181,9 @@ class FoldedSqueezeExcite(nn.Module):
         self.expand = expand
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.expand(self.reduce(x.mean((2, 3), keepdim=True)))
+        gate = x.mean((2, 3), keepdim=True)
+        gate = self.reduce(gate)
+        gate = self.expand(gate)
         return x * gate.sigmoid()
 
 
@@ -199,14 +200,16 @@ class FoldedWTEMamba(_Packed):
         self.pack()
 
     def pack(self) -> None:
-        self.taps = band_taps(self.bands.weight) if self.bands.weight.is_cpu else None
+        self.taps = layouts.bands(self.bands.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = layer_kernels(x)
-        if kernels is None or not self.has_haar_filters:
-            return self.global_atten(x) + through_bands(x, self.wt_filter, self.iwt_filter, self.bands)
-        with without_autocast("cpu"):
-            return kernels.wavelet(x, self.taps, self.global_atten(x))
+        if self.has_haar_filters and (kernels := cpu_layers.serve(x)) is not None:
+            with without_autocast("cpu"):
+                return kernels.wavelet(x, self.taps, self.global_atten(x))
+        y = self.global_atten(x)
+        bands = haar_bands(x, self.wt_filter)
+        bands = self.bands(bands)
+        return y + haar_pixels(bands, self.iwt_filter, x.shape)
 
 
 class FoldedMixer(nn.Module):
@@ -223,5 +226,7 @@ class FoldedMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_global, x_local, x_identity = x.split(self.split, dim=1)
-        y = torch.cat([self.global_op(x_global), self.local_op(x_local), x_identity], dim=1)
+        x_global = self.global_op(x_global)
+        x_local = self.local_op(x_local)
+        y = torch.cat([x_global, x_local, x_identity], dim=1)
         return self.proj(F.relu(y, inplace=True), x)
