@@ -17,7 +17,7 @@ import torch
 from model import create_model
 from model.lib_mamba import SS2D, backends, compiled, info, reference, self_check
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 KERNELS = ROOT / "model" / "lib_mamba" / "kernels" / "selective_scan"
 CACHES = (backends.availability, backends._load, backends._choose, backends._warn, compiled.build_info, compiled.load)
 
@@ -214,10 +214,8 @@ def test_on_the_cpu_nothing_is_tried(only, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
-def test_real_backends_pass(name):
-    is_available, reason = backends.availability(name)
-    if not is_available:
-        pytest.skip(reason)
+def test_real_backends_pass(name, require_backend):
+    require_backend(name)
     assert self_check.problem_of(backends._load(name), torch.device("cpu")) == ""
 
 
@@ -303,22 +301,15 @@ def test_info_fails_on_a_backend_that_is_wrong(only, capsys):
     assert "self-check of cpu on cpu: FAILED" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_is_exact(capability):
-    """PyTorch's switch chooses among the kernels' instruction sets, too; it is read once a process."""
-    is_available, reason = backends.availability("cpu")
-    if not is_available:
-        pytest.skip(reason)
-    widest = torch.backends.cpu.get_cpu_capability().lower()
-    if {"avx2": widest not in ("avx2", "avx512"), "avx512": widest != "avx512"}.get(capability, False):
-        pytest.skip(f"PyTorch uses {widest} here")
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "model.lib_mamba.info"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    expected = {"default": "portable", "avx2": "AVX2", "avx512": "AVX-512"}[capability]
-    assert f", {expected})" in result.stdout
-    assert "self-check of cpu on cpu: passed" in result.stdout
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [("default", "portable"), ("avx2", "AVX2"), ("avx512", "AVX-512")],
+    ids=["default", "avx2", "avx512"],
+)
+def test_every_instruction_set_is_exact(capability, name, run_with_capability):
+    output = run_with_capability(capability, "from model.lib_mamba import info; assert info.main() == 0; import torch")
+    assert f", {name})" in output
+    assert "self-check of cpu on cpu: passed" in output
 
 
 @pytest.mark.slow

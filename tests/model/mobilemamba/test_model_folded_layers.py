@@ -1,4 +1,4 @@
-"""The compiled layers of a folded network against float64, and when they run."""
+"""The layers of a folded network on the compiled kernels, against float64 in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
+from layer_cases import feature_map
 from torch import nn
 
 from model import create_model
-from model.lib_mamba import layer_kernels as layer_kernels_module
-from model.lib_mamba import use_backend
-from model.lib_mamba.layer_kernels import layer_kernels
 from model.mobilemamba.folded import Activation, FoldedConvs, FoldedDepthwise, FoldedFFN, FoldedPointwise
 from model.mobilemamba.wavelet import haar_filters, through_bands
 
@@ -22,19 +19,7 @@ TOLERANCE = 2e-6
 MAPS = [(1, 1, 1), (4, 1, 1), (1, 3, 3), (2, 5, 7), (5, 8, 8), (1, 12, 12), (3, 17, 1)]
 
 
-@pytest.fixture
-def kernels(compiled_kernels):
-    with torch.inference_mode():
-        yield compiled_kernels
-
-
-def feature_map(batch, height, width, channels, *, extra=0):
-    """Random features; with ``extra``, a slice of the channels of a larger map."""
-    whole = torch.randn(batch, channels + extra, height, width).contiguous(memory_format=torch.channels_last)
-    return whole[:, :channels]
-
-
-def test_a_map_of_one_pixel_in_either_layout(kernels):
+def test_a_map_of_one_pixel_in_either_layout(inference_kernels):
     layer = FoldedPointwise(nn.Conv2d(5, 3, 1))
     x = torch.randn(4, 5, 1, 1)
     assert_close(layer(x), exactly(layer, x))
@@ -55,7 +40,7 @@ def exactly(module, *inputs):
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 @pytest.mark.parametrize(("channels", "out"), [(5, 3), (37, 16), (64, 49), (72, 130), (9, 66), (8, 96)])
 @pytest.mark.parametrize("activation", Activation)
-def test_pointwise(kernels, shape, channels, out, activation):
+def test_pointwise(inference_kernels, shape, channels, out, activation):
     layer = FoldedPointwise(nn.Conv2d(channels, out, 1), activation)
     x, residual = feature_map(*shape, channels, extra=4), feature_map(*shape, out, extra=1)
     assert_close(layer(x), exactly(layer, x))
@@ -65,7 +50,7 @@ def test_pointwise(kernels, shape, channels, out, activation):
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 @pytest.mark.parametrize("channels", [5, 48, 75])
 @pytest.mark.parametrize("has_depthwise", [False, True])
-def test_ffn(kernels, shape, channels, has_depthwise):
+def test_ffn(inference_kernels, shape, channels, has_depthwise):
     depthwise = FoldedDepthwise(nn.Conv2d(channels, channels, 3, padding=1, groups=channels)) if has_depthwise else None
     widen = FoldedPointwise(nn.Conv2d(channels, 2 * channels, 1), Activation.RELU)
     layer = FoldedFFN(depthwise, widen, FoldedPointwise(nn.Conv2d(2 * channels, channels, 1)))
@@ -74,7 +59,7 @@ def test_ffn(kernels, shape, channels, has_depthwise):
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (2, 33, 47), (8, 40, 35), (3, 1, 2)], ids=str)
-def test_convs(kernels, shape):
+def test_convs(inference_kernels, shape):
     widths = [3, 9, 18, 40]
     convs = [nn.Conv2d(narrow, wide, 3, 2, 1) for narrow, wide in pairwise(widths)]
     layer = FoldedConvs(convs)
@@ -85,7 +70,7 @@ def test_convs(kernels, shape):
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 @pytest.mark.parametrize("channels", [5, 16, 75, 134])
 @pytest.mark.parametrize(("side", "stride"), [(3, 1), (3, 2), (5, 1), (7, 1)])
-def test_depthwise(kernels, shape, channels, side, stride):
+def test_depthwise(inference_kernels, shape, channels, side, stride):
     conv = nn.Conv2d(channels, channels, side, stride, side // 2, groups=channels)
     x = feature_map(*shape, channels, extra=2)
     for activation in Activation:
@@ -97,13 +82,13 @@ def test_depthwise(kernels, shape, channels, side, stride):
 
 @pytest.mark.parametrize("shape", [*MAPS, (1, 32, 50)], ids=str)
 @pytest.mark.parametrize(("channels", "side"), [(5, 3), (32, 5), (37, 7)])
-def test_wavelet(kernels, shape, channels, side):
+def test_wavelet(inference_kernels, shape, channels, side):
     bands = nn.Conv2d(4 * channels, 4 * channels, side, padding="same", groups=4 * channels, bias=False)
     x, base = feature_map(*shape, channels, extra=2), feature_map(*shape, channels)
     taps = bands.weight.view(channels, 4, side, side).permute(2, 3, 1, 0).flatten(2).contiguous()
     filters = haar_filters(channels).double()
     expected = base.double() + through_bands(x.double(), filters, filters, copy.deepcopy(bands).double())
-    assert_close(kernels.wavelet(x, taps, base), expected)
+    assert_close(inference_kernels.wavelet(x, taps, base), expected)
 
 
 WHOLE_NETWORK = """
@@ -125,75 +110,28 @@ print(((actual - expected).abs().max() / expected.abs().max()).item())
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set(kernels, run_with_capability, capability):
+def test_every_instruction_set(inference_kernels, run_with_capability, capability):
     """Sides and channels leave parts of vectors."""
     assert float(run_with_capability(capability, WHOLE_NETWORK)) < 1e-5
 
 
-def test_empty_batch(kernels):
+def test_empty_batch(inference_kernels):
     network = create_model("MobileMamba_T2", num_classes=3).fuse()
     assert network(torch.zeros(0, 3, 64, 64)).shape == (0, 3)
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
-def test_results_do_not_depend_on_the_threads(kernels, threads):
+def test_results_do_not_depend_on_the_threads(inference_kernels, restored_threads, threads):
     network = create_model("MobileMamba_T2", num_classes=3).fuse()
     images = torch.randn(3, 3, 64, 96)
-    before = torch.get_num_threads()
     expected = network(images)
-    try:
-        torch.set_num_threads(threads)
-        torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-6)
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
-    x = torch.zeros(1, 2, 3, 3)
-    assert layer_kernels(x) is not None
-    assert layer_kernels(x.half()) is None
-    assert layer_kernels(x.to("meta")) is None
-    with torch.autocast("cpu", dtype=torch.float16):
-        assert layer_kernels(x) is None
-    with torch.inference_mode(False), torch.enable_grad():
-        assert layer_kernels(torch.zeros(1, 2, 3, 3, requires_grad=True)) is None
-        assert layer_kernels(torch.zeros(1, 2, 3, 3)) is not None
-    with use_backend("reference"):
-        assert layer_kernels(x) is None
-
-
-def pretend_amx(monkeypatch, is_there):
-    """Make this an x86 processor with AMX, or without; nothing of it is kept."""
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: is_there)
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    uncached = layer_kernels_module._lacks_matrix_unit.__wrapped__
-    monkeypatch.setattr(layer_kernels_module, "_lacks_matrix_unit", uncached)
-
-
-@pytest.mark.parametrize("is_slow", [False, True])
-def test_bfloat16_is_left_to_processors_that_are_fast_at_it(kernels, monkeypatch, is_slow):
-    pretend_amx(monkeypatch, not is_slow)
-    x = torch.zeros(1, 2, 3, 3)
-    assert (layer_kernels(x.bfloat16()) is not None) == is_slow
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (layer_kernels(x) is not None) == (layer_kernels(x.bfloat16()) is not None) == is_slow
-    assert layer_kernels(x) is not None
-
-
-def test_nothing_is_said_of_kernels_that_are_not_chosen(kernels, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    pretend_amx(monkeypatch, False)
-    x = torch.zeros(1, 2, 3, 3).bfloat16()
-    with use_backend("reference"):
-        assert layer_kernels(x) is None
-        assert "compiled layers" not in caplog.text
-    assert layer_kernels(x) is not None
-    assert "compiled layers compute in float32" in caplog.text
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
-def slow_in_bfloat16(kernels, monkeypatch):
-    monkeypatch.setattr(layer_kernels_module, "_is_slow_in_bfloat16", lambda: True)
+def slow_in_bfloat16(inference_kernels, pretend_slow_bfloat16):
+    pretend_slow_bfloat16(True)
 
 
 def folded_layers(channels):
@@ -239,7 +177,7 @@ def test_bfloat16_compiles_without_graph_breaks(what):
         torch.testing.assert_close(compiled(images), network(images))
 
 
-def test_gradients_of_the_image_flow_through_a_folded_network(kernels):
+def test_gradients_of_the_image_flow_through_a_folded_network(inference_kernels):
     with torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         network = create_model("MobileMamba_T2", num_classes=3).eval()
@@ -249,35 +187,7 @@ def test_gradients_of_the_image_flow_through_a_folded_network(kernels):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    ("operator", "arguments"),
-    [
-        ("pointwise", (torch.randn(2, 5, 3, 4), torch.zeros(5 * 16), torch.randn(7), torch.randn(2, 7, 3, 4), 1)),
-        (
-            "ffn",
-            (
-                torch.randn(2, 5, 3, 4),
-                torch.randn(3, 3, 5),
-                torch.randn(5),
-                torch.zeros(5 * 16),
-                torch.randn(10),
-                torch.zeros(10 * 16),
-                torch.randn(5),
-            ),
-        ),
-        ("convs", (torch.randn(2, 3, 9, 8), [torch.zeros(27 * 16)], [torch.randn(4)], 3, 2, 1)),
-        ("depthwise", (torch.randn(2, 5, 4, 4), torch.randn(3, 3, 5), torch.randn(5), None, None, 2, 1, 2)),
-        ("wavelet", (torch.randn(2, 5, 4, 3), torch.randn(3, 3, 20), torch.randn(2, 5, 4, 3))),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_opcheck(kernels, operator, arguments):
-    with torch.inference_mode(False), torch.no_grad():
-        checks = ("test_schema", "test_faketensor")
-        torch.library.opcheck(getattr(kernels, operator).default, arguments, test_utils=checks)
-
-
-def test_compiles_without_graph_breaks(kernels):
+def test_compiles_without_graph_breaks(inference_kernels):
     with torch.inference_mode(False), torch.no_grad():
         network = create_model("MobileMamba_T2", num_classes=3).fuse()
         images = torch.randn(2, 3, 64, 64)
@@ -285,17 +195,7 @@ def test_compiles_without_graph_breaks(kernels):
         torch.testing.assert_close(compiled(images), network(images))
 
 
-def test_misshapen_arguments_are_refused(kernels):
-    x = feature_map(1, 4, 4, 5)
-    with pytest.raises(RuntimeError, match="weight, in panels, must be 80 floats"):
-        kernels.pointwise(x, torch.zeros(5 * 7), torch.zeros(7), None, 0)
-    with pytest.raises(RuntimeError, match="weight must be"):
-        kernels.depthwise(x, torch.zeros(3, 3, 4), torch.zeros(5), None, None, 1, 1, 0)
-    with pytest.raises(RuntimeError, match="base must be"):
-        kernels.wavelet(x, torch.zeros(3, 3, 20), F.pad(x, (0, 1)))
-
-
-def test_saved_and_loaded_folded_network_agrees(kernels):
+def test_saved_and_loaded_folded_network_agrees(inference_kernels):
     torch.manual_seed(1)
     network = create_model("MobileMamba_T2", num_classes=3).fuse()
     other = create_model("MobileMamba_T2", num_classes=3).fuse()
@@ -304,7 +204,7 @@ def test_saved_and_loaded_folded_network_agrees(kernels):
     torch.testing.assert_close(other(images), network(images), rtol=0, atol=0)
 
 
-def test_weights_for_the_kernels_follow_and_are_no_second_state(kernels):
+def test_weights_for_the_kernels_follow_and_are_no_second_state(inference_kernels):
     """Loaded, cast there and back, copied; the state dict holds weights alone."""
     torch.manual_seed(2)
     network, other = (create_model("MobileMamba_T2", num_classes=3).fuse() for _ in range(2))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import create_model, variant_shapes
+from model import create_model, list_models, variant_shapes
 from model.mobilemamba.mixer import split_channels
 from model.mobilemamba.wavelet import haar_filters
 
@@ -176,6 +176,10 @@ def test_variant_shapes_allocate_nothing_and_agree():
     assert shapes["MobileMamba_T2"] == {
         k: v.shape for k, v in create_model("MobileMamba_T2", num_classes=7).state_dict().items()
     }
+
+
+def test_variants_are_listed_in_the_order_of_their_size():
+    assert list_models() == [f"MobileMamba_{name}" for name in ("T2", "T4", "S6", "B1", "B2", "B4")]
 
 
 def test_compiled_and_exported_networks_agree():

@@ -1,0 +1,57 @@
+"""The backends that the tests of the scan run over."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from cuda_as_cpp import FEW, H200_SHARED, MANY, as_backend, build
+from scan_cases import Backend
+
+from model.lib_mamba import backends, use_backend
+
+# The CUDA kernels as C++, by how their work is cut up: into as many blocks as images, or into more.
+CUDA_AS_CPP = {"cuda as C++, a block an image": FEW, "cuda as C++, images cut up": MANY}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreted: short enough for Triton's interpreter (TRITON_INTERPRET=1)")
+
+
+@pytest.fixture(scope="session")
+def cuda_operators(tmp_path_factory):
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    return build(tmp_path_factory.mktemp("cuda_on_cpu"), compiler)
+
+
+@pytest.fixture
+def cuda_as_cpp(cuda_operators, monkeypatch):
+    """Run the scans on the CUDA kernels compiled as C++; return their operators."""
+    choice = backends.Choice("cuda", as_backend(cuda_operators), "on the CPU")
+    monkeypatch.setattr(backends, "choose", lambda device: choice)
+    yield cuda_operators
+    cuda_operators.set_order(0)
+    cuda_operators.set_device(MANY, H200_SHARED)
+
+
+@pytest.fixture(
+    params=[
+        "reference",
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.gpu),
+        "triton",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in CUDA_AS_CPP),
+    ]
+)
+def backend(request, require_backend):
+    """Every backend, on its device; one that cannot run here is skipped and says why. Triton's may be interpreted."""
+    if request.param in CUDA_AS_CPP:
+        request.getfixturevalue("cuda_as_cpp").set_device(CUDA_AS_CPP[request.param], H200_SHARED)
+        yield Backend("cuda", torch.device("cpu"))
+        return
+    require_backend(request.param)
+    with use_backend(request.param):
+        yield Backend(request.param, torch.device("cpu" if backends.serves(request.param, "cpu") else "cuda"))
