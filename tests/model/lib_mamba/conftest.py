@@ -11,8 +11,8 @@ from scan_cases import Backend
 
 from model.lib_mamba import backends, use_backend
 
-# The CUDA kernels as C++, by how their work is cut up: into as many blocks as images, or into more.
-CUDA_AS_CPP = {"cuda as C++, a block an image": FEW, "cuda as C++, images cut up": MANY}
+# The CUDA kernels as C++ on a device that gets a block an image, and on one for which images are cut up.
+CUDA_AS_CPP = {"cuda_as_cpp_whole_images": FEW, "cuda_as_cpp_images_cut_up": MANY}
 
 
 def pytest_configure(config):

@@ -14,7 +14,7 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parents[3]
-SHIM = Path(__file__).parents[1] / "cuda_on_cpu"
+SHIM = Path(__file__).parent / "cuda_on_cpu"
 KERNELS = ROOT / "model" / "lib_mamba" / "kernels" / "selective_scan" / "csrc"
 SOURCES = [KERNELS / "gated_scan.cu", KERNELS / "selective_scan.cu", SHIM / "fibers.cpp", SHIM / "operators.cpp"]
 OPERATORS = ("gated_scan", "gated_scan_backward", "selective_scan", "selective_scan_backward")

@@ -34,7 +34,7 @@ def type_name(dtype):
 
 def marks(length, dtype):
     slow = [pytest.mark.slow] if length in (576, 4000) else []
-    return slow + [INTERPRETED] if length in INTERPRETED_CASES[dtype] else slow
+    return [*slow, INTERPRETED] if length in INTERPRETED_CASES[dtype] else slow
 
 
 @pytest.mark.parametrize(
