@@ -1,4 +1,4 @@
-"""The backends that the tests of the scan run over."""
+"""The backends that the tests of the scans run over."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cuda_as_cpp import FEW, H200_SHARED, MANY, as_backend, build
 from scan_cases import Backend
 
 from model.lib_mamba import backends, use_backend
+from model.lib_mamba import compiled as library
 
 # The CUDA kernels as C++ on a device that gets a block an image, and on one for which images are cut up.
 CUDA_AS_CPP = {"cuda_as_cpp_whole_images": FEW, "cuda_as_cpp_images_cut_up": MANY}
@@ -17,6 +18,21 @@ CUDA_AS_CPP = {"cuda_as_cpp_whole_images": FEW, "cuda_as_cpp_images_cut_up": MAN
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "interpreted: short enough for Triton's interpreter (TRITON_INTERPRET=1)")
+
+
+@pytest.fixture
+def fresh_choice():
+    """Start, and leave, as if no backend had been chosen yet."""
+
+    def forget():
+        caches = (backends.availability, backends._load, backends._choose, backends._warn)
+        for cache in (*caches, library.build_info, library.load):
+            cache.cache_clear()
+        backends._request.name = None
+
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture(scope="session")

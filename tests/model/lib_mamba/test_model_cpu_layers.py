@@ -26,7 +26,7 @@ def test_kernels_run_where_they_serve_and_nowhere_else(inference_kernels):
 
 
 def pretend_amx(monkeypatch, is_there):
-    """Make this an x86 processor with AMX, or without; nothing of it is kept."""
+    """Make this an x86 processor with AMX, or without, and cache nothing of it."""
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: is_there)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     uncached = cpu_layers._lacks_matrix_unit.__wrapped__

@@ -63,7 +63,7 @@ def test_output_and_every_gradient_against_float64(length, dtype, backend, poiso
     ],
 )
 def test_any_number_of_channels(batch, channels, rank, backend, poisoned_memory):
-    """Whole vectors and parts of one, for vectors of any width."""
+    """Full and partly filled vectors, of any width."""
     tensors = arguments(19, batch=batch, channels=channels, rank=rank, device=backend.device)
     if channels == 1:
         tensors[7] = torch.zeros_like(tensors[7])  # the normalised value of a single channel is zero but for rounding
@@ -171,8 +171,8 @@ def test_an_image_does_not_depend_on_its_batch(backend):
     tensors = arguments(30, batch=4, device=backend.device)
     together = gated_scan(*tensors)
     for index in range(4):
-        alone = gated_scan(*(tensor[index : index + 1] for tensor in tensors[:3]), *tensors[3:])
-        torch.testing.assert_close(alone[0], together[index], rtol=0, atol=1e-6)
+        single = gated_scan(*(tensor[index : index + 1] for tensor in tensors[:3]), *tensors[3:])
+        torch.testing.assert_close(single[0], together[index], rtol=0, atol=1e-6)
 
 
 @INTERPRETED

@@ -33,7 +33,7 @@ def assert_close(actual, expected):
 
 
 def exactly(module, *inputs):
-    """What a module gives in float64, where no kernel runs."""
+    """The output of a module in float64, for which there are no kernels."""
     return copy.deepcopy(module).double()(*(x.double() for x in inputs))
 
 
@@ -111,7 +111,7 @@ print(((actual - expected).abs().max() / expected.abs().max()).item())
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(inference_kernels, run_with_capability, capability):
-    """Sides and channels leave parts of vectors."""
+    """With sides and channels that do not fill whole vectors."""
     assert float(run_with_capability(capability, WHOLE_NETWORK)) < 1e-5
 
 
@@ -135,7 +135,7 @@ def slow_in_bfloat16(inference_kernels, pretend_slow_bfloat16):
 
 
 def folded_layers(channels):
-    """One of each kind, and the map that it takes."""
+    """One of each kind, for maps of these channels."""
     conv, affine = (nn.Conv2d(channels, channels, side, padding=side // 2, groups=channels) for side in (3, 1))
     depthwise = FoldedDepthwise(conv, Activation.RELU, affine=affine)
     widen = FoldedPointwise(nn.Conv2d(channels, 2 * channels, 1), Activation.RELU)
@@ -145,7 +145,7 @@ def folded_layers(channels):
 
 
 @pytest.mark.usefixtures("slow_in_bfloat16")
-def test_layers_in_bfloat16_round_their_result_alone():
+def test_layers_in_bfloat16_round_only_their_result():
     for layer in folded_layers(21):
         x = feature_map(3, 9, 8, 21).bfloat16()
         actual, expected = layer.bfloat16()(x), exactly(layer, x)
@@ -205,7 +205,7 @@ def test_saved_and_loaded_folded_network_agrees(inference_kernels):
 
 
 def test_weights_for_the_kernels_follow_and_are_no_second_state(inference_kernels):
-    """Loaded, cast there and back, copied; the state dict holds weights alone."""
+    """After loading, casting there and back, and copying; the state dict holds only weights."""
     torch.manual_seed(2)
     network, other = (create_model("MobileMamba_T2", num_classes=3).fuse() for _ in range(2))
     images = torch.randn(2, 3, 64, 64)

@@ -31,7 +31,7 @@ def relative_error(actual, expected):
 
 @pytest.fixture
 def figures_of(parity_arrays):
-    """Return the figures of one unit or case, by the name that is left."""
+    """Return a function that selects the figures of one unit or case, and drops its name from theirs."""
 
     def select(file, owner):
         arrays = parity_arrays(file)
@@ -148,5 +148,5 @@ def test_an_image_does_not_depend_on_its_batch(parity_fill):
     images = parity_fill.image(3, 96, 64, 5)
     with torch.no_grad():
         together = network(images)
-        alone = torch.cat([network(image[None]) for image in images])
-    assert relative_error(together, alone) < 2e-6
+        one_by_one = torch.cat([network(image[None]) for image in images])
+    assert relative_error(together, one_by_one) < 2e-6

@@ -1,4 +1,4 @@
-"""Layers in training on the compiled kernels, against float64 in plain PyTorch, and when they run there."""
+"""Steps of training on the compiled kernels, against float64 in plain PyTorch, and when they run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAPS = [(9, 1, 1), (1, 3, 3), (2, 5, 7), (5, 8, 8), (3, 17, 1), (17, 4, 6)]
 
 
 def with_random_parameters(module):
-    """No branch is nothing at the start, and no two channels are alike."""
+    """No branch starts at zero, and no two channels are alike."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.dim() == 1:
             nn.init.uniform_(parameter, 0.5, 1.5)
@@ -64,7 +64,7 @@ def errors(results, exact):
     """How far output, gradients and buffers are from those in float64, by name and relative to their size."""
     scale = max(gradient.abs().max() for gradient in exact[2].values())
     named = [dict(zip(("y", "dx"), result[:2], strict=True)) | result[2] | result[3] for result in (results, exact)]
-    # What comes before a batch norm may have hardly any gradient but for what is rounded.
+    # In front of a batch norm a gradient may be hardly more than rounding.
     sizes = {name: max(value.abs().max().item(), 1e-2 * scale.item()) for name, value in named[1].items()}
     return {
         name: (named[0][name].double() - value).abs().max().item() / sizes[name] for name, value in named[1].items()
@@ -72,7 +72,7 @@ def errors(results, exact):
 
 
 def assert_as_in_float64(module, x, *, steps, tolerance=5e-5):
-    """Or nearly as near as the layers one by one in float32: norms of a few like pixels magnify what is rounded."""
+    """Or nearly as close as layer by layer in float32: norms of a few similar pixels magnify rounding."""
     exact = run(copy.deepcopy(module).double(), x.double())
     with use_backend("reference"):
         one_by_one = run(copy.deepcopy(module), x)
@@ -147,7 +147,7 @@ print(worst)
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(compiled_kernels, run_with_capability, capability):
-    """Sides and channels leave parts of vectors."""
+    """With sides and channels that do not fill whole vectors."""
     assert float(run_with_capability(capability, WHOLE_NETWORK)) < 1e-3
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo_cases import NAME, REMOTE, begun, leftovers, released_weights
+from zoo_cases import NAME, REMOTE, leftovers, released_weights, unfinished
 
 from model.zoo import DownloadError, fetch, find, local_path
 from model.zoo.verification import record_path
@@ -44,7 +44,7 @@ def test_an_interrupted_connection_resumes(server, file, contents):
 
 
 def test_a_killed_download_resumes(server, file, contents):
-    begun(file, f"{server.url}{REMOTE}", contents[:5_000_000])
+    unfinished(file, f"{server.url}{REMOTE}", contents[:5_000_000])
     fetch(NAME, source=server.url)
     assert file.read_bytes() == contents
     assert server.requests == [(REMOTE, "bytes=5000000-")]
@@ -52,7 +52,7 @@ def test_a_killed_download_resumes(server, file, contents):
 
 
 def test_a_download_killed_after_its_last_byte_is_not_repeated(server, file, contents):
-    begun(file, f"{server.url}{REMOTE}", contents)
+    unfinished(file, f"{server.url}{REMOTE}", contents)
     fetch(NAME, source=server.url)
     assert file.read_bytes() == contents
 
@@ -66,7 +66,7 @@ def test_a_server_without_ranges_starts_over(server, file, contents):
 
 @pytest.mark.parametrize("length", [3_000_000, 40_000_000])
 def test_the_start_of_another_file_is_discarded(server, file, contents, length):
-    begun(file, f"{server.url}{REMOTE}", b"\1" * length)
+    unfinished(file, f"{server.url}{REMOTE}", b"\1" * length)
     fetch(NAME, source=server.url)
     assert file.read_bytes() == contents
 
@@ -113,7 +113,7 @@ def test_an_empty_file(server, file):
 
 
 def test_a_web_page_is_named_and_does_not_spoil_a_started_download(server, file, contents):
-    aside = begun(file, f"{server.url}{REMOTE}", contents[:1_000_000])
+    aside = unfinished(file, f"{server.url}{REMOTE}", contents[:1_000_000])
     server.page = b"<!DOCTYPE html><html><head><title>Quota exceeded</title></head></html>"
     with pytest.raises(DownloadError, match=r"gives a web page \('Quota exceeded'\) .* quota"):
         fetch(NAME, source=server.url)

@@ -34,8 +34,8 @@ def leftovers(file: Path) -> list[str]:
     return [path.name for path in file.parent.glob("*.part*")]
 
 
-def begun(file: Path, url: str, contents: bytes) -> Path:
-    """Leave an unfinished download from a URL, killed after these bytes; return its file."""
+def unfinished(file: Path, url: str, contents: bytes) -> Path:
+    """Leave a download from a URL that was killed after these bytes; return its file."""
     file.parent.mkdir(parents=True)
     aside = file.with_name(f"{file.name}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part")
     aside.write_bytes(contents)
