@@ -1,4 +1,4 @@
-"""What several test folders share: the parity kit and small threads."""
+"""Fixtures of several test folders: the parity kit, weights' folders, logs, threads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def own_log():
-    """Take away the handlers that a run or a command leaves, its log file's among them."""
+    """Remove the handlers that a run or a command leaves, its log file's among them."""
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
     yield

@@ -1,3 +1,5 @@
+"""Reading checkpoints: other files, damaged ones, code, old layouts; which weights are taken."""
+
 from __future__ import annotations
 
 import argparse
@@ -13,43 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoint_cases import Net, same, saved
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from model.checkpoint import load_checkpoint, read_checkpoint, select_state_dict
-
-
-class Head(nn.Module):
-    def __init__(self, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm1d(width)
-        self.l = nn.Linear(width, num_classes)
-
-
-class Net(nn.Module):
-    """The names of MobileMamba's modules at a toy size."""
-
-    def __init__(self, width: int = 8, depth: int = 2, num_classes: int = 5) -> None:
-        super().__init__()
-        self.patch_embed = nn.Conv2d(3, width, 3)
-        self.blocks1 = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
-        self.head = Head(width, num_classes)
-
-
-VARIANTS = {"Small": {"width": 8}, "Large": {"width": 16, "depth": 6}, "LargeToo": {"width": 16, "depth": 6}}
-
-
-def variant_shapes() -> dict[str, dict[str, torch.Size]]:
-    return {name: {k: v.shape for k, v in Net(**kw).state_dict().items()} for name, kw in VARIANTS.items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def saved(folder: Path, contents: object, name: str = "file.pth", **kwargs: object) -> Path:
-    torch.save(contents, folder / name, **kwargs)
-    return folder / name
 
 
 class Payload:
@@ -60,9 +30,6 @@ class Payload:
 
     def __reduce__(self):
         return os.system, (f"touch '{self.marker}'",)
-
-
-# ---- files that are no checkpoints
 
 
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
@@ -152,9 +119,6 @@ def test_no_dictionary(tmp_path: Path, contents: object) -> None:
         read_checkpoint(saved(tmp_path, contents))
 
 
-# ---- files that hold code
-
-
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_code_is_refused_and_not_run(tmp_path: Path, zipped: bool) -> None:
     marker = tmp_path / "marker"
@@ -197,9 +161,6 @@ def test_torchscript_is_refused(tmp_path: Path) -> None:
     torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "file.pth"))
     with pytest.raises(ValueError, match=r"holds code \(a TorchScript program\)"):
         read_checkpoint(tmp_path / "file.pth")
-
-
-# ---- old layouts
 
 
 def rename_in_pickle(path: Path, old: bytes, new: bytes) -> None:
@@ -296,144 +257,3 @@ def test_wrapper_prefixes_are_stripped(prefix: str) -> None:
 def test_no_weights(checkpoint: dict, ema: bool, cause: str) -> None:
     with pytest.raises(ValueError, match=cause):
         select_state_dict(checkpoint, ema=ema, origin="x.pth")
-
-
-# ---- loading into a network
-
-
-@pytest.mark.parametrize("ema", [False, True])
-def test_load_takes_what_was_asked_for(tmp_path: Path, ema: bool) -> None:
-    plain, averaged, network = Net(), Net(), Net()
-    path = saved(tmp_path, {"net": plain.state_dict(), "net_E": averaged.state_dict(), "epoch": 1})
-    report = load_checkpoint(network, path, ema=ema)
-    assert report.source == ("net_E" if ema else "net")
-    assert report.fits
-    assert same(network.state_dict(), (averaged if ema else plain).state_dict())
-    path.write_bytes(b"")  # the weights are copies, no longer tied to the file
-    assert same(network.state_dict(), (averaged if ema else plain).state_dict())
-
-
-def test_half_precision_weights_become_the_networks(tmp_path: Path) -> None:
-    source, network = Net().half(), Net()
-    load_checkpoint(network, saved(tmp_path, source.state_dict()))
-    assert network.patch_embed.weight.dtype == torch.float32
-    assert torch.equal(network.patch_embed.weight, source.patch_embed.weight.float())
-
-
-def test_report_is_grouped_and_network_untouched(tmp_path: Path) -> None:
-    network, other = Net(depth=40), Net(depth=40)
-    weights = {
-        name: value for name, value in other.state_dict().items() if not name.startswith(("blocks1.1", "patch_embed"))
-    }
-    weights |= {"neck.a": torch.zeros(1), "blocks1.0.weight": torch.zeros(3, 8)}
-    before = copy.deepcopy(network.state_dict())
-    path = saved(tmp_path, {"net": weights})
-    with pytest.raises(ValueError, match="does not fit Net-40") as caught:
-        load_checkpoint(network, path, name="Net-40")
-    message = str(caught.value)
-    assert message.startswith(f"{path} (net) does not fit Net-40.")
-    assert (
-        "24 missing from the file: patch_embed 2 (patch_embed.weight, patch_embed.bias); "
-        "blocks1 22 (blocks1.1.weight, blocks1.1.bias, ...)." in message
-    )
-    assert "1 unexpected in the file: neck 1 (neck.a)." in message
-    assert "1 of another shape, the file's for the network's: blocks1 1 (blocks1.0.weight 3x8 for 8x8)." in message
-    assert len(message) < 600 + len(str(path))
-    assert same(network.state_dict(), before)
-
-
-def test_not_strict_loads_what_fits_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    network, other = Net(), Net(depth=3, num_classes=7)
-    weights = other.state_dict()
-    del weights["patch_embed.bias"]
-    kept = {name: network.state_dict()[name].clone() for name in ("patch_embed.bias", "head.l.weight", "head.l.bias")}
-    report = load_checkpoint(network, saved(tmp_path, weights), strict=False)
-    assert report.missing == ("patch_embed.bias",)
-    assert report.unexpected == ("blocks1.2.weight", "blocks1.2.bias")
-    assert report.mismatched == ("head.l.weight", "head.l.bias")
-    expected = {name: kept.get(name, weights.get(name)) for name in network.state_dict()}
-    assert same(network.state_dict(), expected)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "1 missing from the file" in caplog.text
-    assert "2 unexpected in the file" in caplog.text
-
-
-def test_not_strict_still_refuses_a_file_of_which_nothing_fits(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not fit"):
-        load_checkpoint(Net(), saved(tmp_path, {"fc.weight": torch.zeros(2, 2)}), strict=False)
-
-
-def test_head_of_another_size_names_both_counts(tmp_path: Path) -> None:
-    path = saved(tmp_path, Net(num_classes=1000).state_dict())
-    with pytest.raises(ValueError, match=r"head\.l has 1000 classes in the file and 10 in the network") as caught:
-        load_checkpoint(Net(num_classes=10), path, variants=variant_shapes)
-    assert "model.model_kwargs.num_classes=1000" in str(caught.value)
-    assert "-m ft" in str(caught.value)
-    assert "looks like" not in str(caught.value)
-
-
-def test_reset_head_keeps_the_fresh_head(tmp_path: Path) -> None:
-    network, other = Net(num_classes=10), Net(num_classes=1000)
-    nn.init.constant_(other.head.bn.running_mean, 3.0)
-    fresh = copy.deepcopy(network.head.l.state_dict())
-    report = load_checkpoint(network, saved(tmp_path, other.state_dict()), reset_head=True)
-    assert report.fits
-    assert report.reset == ("head.l.weight", "head.l.bias")
-    assert same(network.head.l.state_dict(), fresh)
-    assert torch.equal(network.head.bn.running_mean, other.head.bn.running_mean)
-    assert torch.equal(network.patch_embed.weight, other.patch_embed.weight)
-
-
-def test_reset_head_loads_a_head_of_the_same_size(tmp_path: Path) -> None:
-    network, other = Net(), Net()
-    report = load_checkpoint(network, saved(tmp_path, other.state_dict()), reset_head=True)
-    assert report.reset == ()
-    assert same(network.state_dict(), other.state_dict())
-
-
-def test_reset_head_forgives_nothing_but_the_head(tmp_path: Path) -> None:
-    path = saved(tmp_path, Net(width=16, num_classes=9).state_dict())
-    with pytest.raises(ValueError, match=r"of another shape, .*: patch_embed 2"):
-        load_checkpoint(Net(), path, reset_head=True)
-
-
-def test_head_of_a_timm_network(tmp_path: Path) -> None:
-    def build(num_classes: int) -> nn.Module:
-        network = nn.Sequential(OrderedDict(stem=nn.Linear(3, 4), fc=nn.Linear(4, num_classes)))
-        network.default_cfg = {"classifier": "fc"}
-        return network
-
-    path = saved(tmp_path, build(7).state_dict())
-    with pytest.raises(ValueError, match="fc has 7 classes in the file and 2 in the network"):
-        load_checkpoint(build(2), path)
-    assert load_checkpoint(build(2), path, reset_head=True).reset == ("fc.weight", "fc.bias")
-    assert load_checkpoint(build(2), path, reset_head=True, heads=["fc"]).reset == ("fc.weight", "fc.bias")
-    with pytest.raises(ValueError, match=r"2 of another shape, .*: fc 2"):
-        load_checkpoint(build(2), path, reset_head=True, heads=["head.l"])
-
-
-def test_closest_variant_is_guessed(tmp_path: Path) -> None:
-    path = saved(tmp_path, Net(**VARIANTS["Large"], num_classes=3).state_dict())
-    with pytest.raises(ValueError, match=r"looks like Large or LargeToo: set model\.name=Large"):
-        load_checkpoint(Net(), path, variants=variant_shapes)
-    path = saved(tmp_path, {"layer1.0.weight": torch.zeros(64, 3), "fc.bias": torch.zeros(10)})
-    with pytest.raises(ValueError, match="looks like none of Small, Large, LargeToo"):
-        load_checkpoint(Net(), path, variants=variant_shapes)
-
-
-def test_variants_are_asked_for_only_to_explain(tmp_path: Path) -> None:
-    def never() -> dict:
-        raise AssertionError("building every variant costs time")
-
-    assert load_checkpoint(Net(), saved(tmp_path, Net().state_dict()), variants=never).fits
-
-
-def test_released_names_of_each_variant_are_told_apart(tmp_path: Path) -> None:
-    from model import create_model, variant_shapes
-
-    shapes = variant_shapes()
-    network = create_model("MobileMamba_T2")
-    for name in ("MobileMamba_T4", "MobileMamba_B1"):
-        weights = {entry: torch.zeros(()).expand(shape) for entry, shape in shapes[name].items()}
-        with pytest.raises(ValueError, match=rf"looks like {name}\b"):
-            load_checkpoint(network, saved(tmp_path, weights), variants=variant_shapes)

@@ -1,4 +1,4 @@
-"""Weights between layouts: bit for bit there and back, nothing overwritten, what is left out said."""
+"""Weights between layouts: bit for bit there and back, nothing overwritten, omissions reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's hub, and torch.hub: what is saved comes back, through timm too."""
+"""Hugging Face's hub and torch.hub: a saved network loads again, through timm too."""
 
 from __future__ import annotations
 

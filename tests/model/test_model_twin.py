@@ -56,7 +56,7 @@ def installed(tmp_path):
 
 
 def run(script, installed, *arguments):
-    # UserWarning is what timm says where an entry point is registered a second time.
+    # timm gives a UserWarning where an entry point is registered a second time.
     command = [sys.executable, "-W", "error::UserWarning:timm", "-W", "error:Overwriting", "-c", script, *arguments]
     environment = {"PYTHONPATH": f"{installed}:{ROOT}", "PATH": "/usr/bin:/bin", "HOME": str(installed)}
     return subprocess.run(command, env=environment, cwd=installed, capture_output=True, text=True, timeout=300)

@@ -1,8 +1,9 @@
-"""Inputs for the gated scan, its definition as a loop over the positions, and how far a backend may be from it."""
+"""Inputs for the scans, their definition as a loop over the positions, and how far a backend may be from it."""
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,21 @@ NAMES = ["x", "z", "projection", "dt_weight", "dt_bias", "A_log", "D_skip", "nor
 TOLERANCES = {torch.float32: (3e-6, 2e-5), torch.bfloat16: (4e-3, 1e-2), torch.float16: (7e-4, 2e-3)}
 
 
-def arguments(length, *, batch=2, channels=37, rank=3, num_states=1, num_directions=2, dtype=torch.float32, seed=0):
-    """Random inputs; z is a view of a tensor twice as wide, as in the network."""
-    generator = torch.Generator().manual_seed(seed)
+class Backend(NamedTuple):
+    """A backend of `model.lib_mamba.backends`, and the device that its tensors are on."""
+
+    name: str
+    device: torch.device
+
+
+def arguments(
+    length, *, batch=2, channels=37, rank=3, num_states=1, num_directions=2, dtype=torch.float32, device="cpu"
+):
+    """Random inputs of the gated scan; z is a view of a tensor twice as wide, as in the network."""
+    generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(device)
 
     return [
         normal(batch, length, channels).to(dtype),
@@ -32,8 +42,14 @@ def arguments(length, *, batch=2, channels=37, rank=3, num_states=1, num_directi
     ]
 
 
-def loop(x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, *, reverse=(False, True)):
-    """The definition, one position after the other, differentiated by autograd."""
+def scan_arguments(length, **sizes):
+    """Random inputs of the plain scan: those without gate and norm."""
+    x, _, *others = arguments(length, **sizes)
+    return [x, *others[:5]]
+
+
+def scan_loop(x, projection, dt_weight, dt_bias, A_log, D_skip, *, reverse=(False, True)):
+    """The definition of the scan, one position after the other, differentiated by autograd."""
     num_directions, channels, rank = dt_weight.shape
     num_states = A_log.shape[1]
     A = -A_log.exp().view(num_directions, channels, num_states)
@@ -46,19 +62,25 @@ def loop(x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_
         for t in reversed(range(x.shape[1])) if reverse[k] else range(x.shape[1]):
             states[t] = state = torch.addcmul(inputs[:, t], decay[:, t], state)
         total = total + (torch.stack(states, 1) * C[:, :, None]).sum(-1)
-    return F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, 1e-5) * F.silu(z)
+    return total
+
+
+def gated_scan_loop(x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, **options):
+    """The definition of the gated scan: the loop, the norm over the channels, the gate."""
+    y = scan_loop(x, projection, dt_weight, dt_bias, A_log, D_skip, **options)
+    return F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, 1e-5) * F.silu(z)
 
 
 def output_and_gradients(function, tensors, **options):
     inputs = [tensor.detach().requires_grad_() for tensor in tensors]
     y = function(*inputs, **options)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).cos().view_as(y).to(y.dtype)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).cos().view_as(y).to(y)
     return [y.detach(), *torch.autograd.grad(y, inputs, weights)]
 
 
-def exact(tensors, **options):
-    """Output and gradients of the definition in float64, on the rounded inputs."""
-    return output_and_gradients(loop, [tensor.double() for tensor in tensors], **options)
+def exact(tensors, definition=gated_scan_loop, **options):
+    """Output and gradients of a definition in float64 on the CPU, for the rounded inputs."""
+    return output_and_gradients(definition, [tensor.double().cpu() for tensor in tensors], **options)
 
 
 @functools.cache
@@ -66,12 +88,13 @@ def exact_of_case(length, dtype, batch):
     return exact(arguments(length, dtype=dtype, batch=batch))
 
 
-def relative_errors(actual, expected):
+def relative_errors(actual, expected, names=NAMES):
+    """By name, the largest error of the output and of every gradient relative to the largest exact value."""
     errors = [
-        ((one.double() - other).abs().max() / other.abs().max().clamp(min=1e-12)).item()
+        ((one.double().cpu() - other).abs().max() / other.abs().max().clamp(min=1e-12)).item()
         for one, other in zip(actual, expected, strict=True)
     ]
-    return dict(zip(["y", *NAMES], errors, strict=True))
+    return dict(zip(["y", *names], errors, strict=True))
 
 
 def assert_accurate(actual, expected, dtype, backend=""):

@@ -1,122 +1,19 @@
-"""The released checkpoints: what is listed, where they lie, and what a file must hold."""
+"""Checkpoint files: what one must hold, and what mmengine keeps next to the weights."""
 
 from __future__ import annotations
 
-import functools
 import json
 import pickle
-import re
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
+from zoo_cases import released_weights, saved
 
-from model.mobilemamba import variant_shapes
-from model.zoo import find, local_path, models_of, read_zoo, released_entry, verify
+from model.zoo import find, verify
 from model.zoo.verification import DOWNSTREAM_ENTRIES, record_path
-
-shapes_of_variants = functools.cache(variant_shapes)
-
-
-def released_weights(entry, downstream=None):
-    """Return zeros under the names that a released file has."""
-    shapes = shapes_of_variants()[entry.network]
-    if entry.task != "imagenet":
-        backbone = {f"backbone.{name}": shape for name, shape in shapes.items() if not name.startswith("head.")}
-        shapes = {**backbone, **downstream[entry.name]["not_backbone"]}
-    return {name: torch.zeros(tuple(shape)) for name, shape in shapes.items()}
-
-
-def saved(file, contents, **options):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(contents, file, **options)
-    return file
-
-
-# ---- the list
-
-
-def test_every_published_figure_source_and_place_is_listed(parity_json):
-    published = parity_json("published.json")
-    models = read_zoo()
-    assert list(models) == [*published["imagenet"], *published["downstream"]]
-    for name, facts in {**published["imagenet"], **published["downstream"]}.items():
-        entry = models[name]
-        assert (entry.path, entry.config, entry.drive_id) == (facts["path"], facts["config"], facts["drive_id"])
-        assert (entry.params, entry.macs) == (facts["params"], facts["flops"])
-        assert entry.task == facts.get("task", "imagenet")
-        assert entry.published == facts.get("metrics", {"top1": facts.get("top1"), "top5": facts.get("top5")})
-        assert entry.in_table.get("top1") == facts.get("table_top1")
-    assert models["mobilemamba_t2"].also_known == {"top1": [73.634]}
-    assert not any(entry.also_known for name, entry in models.items() if name != "mobilemamba_t2")
-
-
-def test_names_are_found_in_any_case_in_groups_and_each_once():
-    assert find("MobileMamba_T2s").name == "mobilemamba_t2s"
-    assert [entry.name for entry in models_of(["seg", "maskrcnn", "fpn"])] == ["fpn", "deeplabv3", "pspnet", "maskrcnn"]
-    assert len(models_of(["imagenet"])) == 12
-    assert len(models_of(["all"])) == 19
-
-
-def test_an_unknown_name_gets_the_nearest():
-    with pytest.raises(ValueError, match=r"no released checkpoint 'mobilmamba_b4s'; the nearest is 'mobilemamba_b4s'"):
-        find("mobilmamba_b4s")
-
-
-def test_each_variant_has_its_own_and_its_distilled_checkpoint():
-    assert released_entry("MobileMamba_B1").name == "mobilemamba_b1"
-    assert released_entry("mobilemamba_b1", "MobileMamba_B1s").name == "mobilemamba_b1s"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda zoo: zoo["models"]["mine"].update(flops="1G"), "unknown key 'flops'"),
-        (lambda zoo: zoo["models"]["mine"].pop("config"), "config"),
-        (lambda zoo: zoo["models"]["mine"].update(network="MobileMamba_T3"), "'MobileMamba_T3', expected one of"),
-        (lambda zoo: zoo["models"]["mine"].update(dataset="imagenet"), "data set 'imagenet', which is not listed"),
-        (lambda zoo: zoo["models"]["mine"].update(task="det"), "'entries' belongs to"),
-        (lambda zoo: zoo.pop("datasets"), "expected an object with the objects"),
-    ],
-)
-def test_a_faulty_list_of_ones_own_is_refused(tmp_path, change, message):
-    zoo = {
-        "datasets": {"mine": {"title": "Mine", "num_images": 3, "num_classes": 3, "tolerance": 0.1}},
-        "models": {
-            "mine": {
-                "task": "imagenet",
-                "dataset": "mine",
-                "network": "MobileMamba_T2",
-                "path": "mine.pth",
-                "config": "configs/mobilemamba/mobilemamba_t2",
-                "published": {"top1": 50.0, "top5": 100.0},
-            }
-        },
-    }
-    (tmp_path / "good.json").write_text(json.dumps(zoo))
-    assert local_path(read_zoo(tmp_path / "good.json")["mine"]) == tmp_path / "mine.pth"
-    change(zoo)
-    (tmp_path / "bad.json").write_text(json.dumps(zoo))
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        read_zoo(tmp_path / "bad.json")
-    assert "bad.json" in str(caught.value)
-
-
-# ---- places
-
-
-def test_checkpoints_lie_in_the_repository_and_else_in_torch_hub(weights_folder, monkeypatch):
-    entry = find("maskrcnn")
-    assert local_path(entry) == weights_folder / "downstream" / "det" / "maskrcnn.pth"
-    (weights_folder / "README.md").unlink()
-    monkeypatch.setenv("TORCH_HOME", "/cache")
-    monkeypatch.setattr("torch.hub._hub_dir", None)
-    assert str(local_path(entry)) == "/cache/hub/checkpoints/mobilemamba/downstream/det/maskrcnn.pth"
-
-
-# ---- what a file must hold
 
 
 @pytest.mark.parametrize("name", ["mobilemamba_t2s", "mobilemamba_b4", "maskrcnn", "ssdlite_512", "pspnet"])
@@ -154,7 +51,7 @@ def test_a_file_with_other_entries_is_refused(name, spoil, message, tmp_path):
     assert not record_path(file).exists()
 
 
-def test_averaged_weights_beside_the_plain_ones_are_verified_too(tmp_path):
+def test_averaged_weights_next_to_the_plain_ones_are_verified_too(tmp_path):
     weights = released_weights(find("mobilemamba_t2"))
     averaged = {name: value for name, value in weights.items() if name != "head.l.bias"}
     with pytest.raises(ValueError, match=r"\(net_E\) is not mobilemamba_t2"):
@@ -191,7 +88,7 @@ def test_a_damaged_record_is_named(tmp_path):
         verify(find("mobilemamba_t2"), file)
 
 
-def test_a_file_that_cannot_be_recorded_beside_is_good_all_the_same(tmp_path, monkeypatch):
+def test_a_file_whose_record_cannot_be_written_is_good_all_the_same(tmp_path, monkeypatch):
     entry = find("mobilemamba_t2")
     file = saved(tmp_path / "file.pth", {"net": released_weights(entry)})
 
@@ -203,11 +100,8 @@ def test_a_file_that_cannot_be_recorded_beside_is_good_all_the_same(tmp_path, mo
     assert not record_path(file).exists()
 
 
-# ---- what mmengine keeps beside the weights
-
-
 class _History:
-    """As mmengine's: arrays, and functions of its own that pickle looks up by getattr."""
+    """Like mmengine's: arrays, and its own functions, which pickle looks up by getattr."""
 
     def __init__(self):
         self._log_history = np.arange(3.0)
@@ -222,7 +116,7 @@ class _History:
 
 @pytest.fixture
 def history(monkeypatch):
-    """A log history that says it is mmengine's, with the module there only to save it."""
+    """A log history that claims to be mmengine's; the module exists only while it is saved."""
     name = "mmengine.logging.history_buffer"
     kind = type("HistoryBuffer", (_History,), {"__module__": name, "__qualname__": "HistoryBuffer"})
     kind.mean = types.FunctionType(_History.mean.__code__, globals(), "mean")

@@ -1,4 +1,4 @@
-"""The compiled layers of a folded network against float64, and when they run."""
+"""The layers of a folded network on the compiled kernels, against float64 in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
+from layer_cases import feature_map
 from torch import nn
 
 from model import create_model
-from model.lib_mamba import cpu_layers, layouts, use_backend
-from model.lib_mamba.cpu_layers import serve
+from model.lib_mamba import layouts
 from model.mobilemamba.folded_layers import Activation, FoldedConvs, FoldedDepthwise, FoldedFFN, FoldedPointwise
 from model.mobilemamba.wavelet import haar_bands, haar_filters, haar_pixels
 
@@ -21,19 +20,7 @@ TOLERANCE = 2e-6
 MAPS = [(1, 1, 1), (4, 1, 1), (1, 3, 3), (2, 5, 7), (5, 8, 8), (1, 12, 12), (3, 17, 1)]
 
 
-@pytest.fixture
-def kernels(compiled_kernels):
-    with torch.inference_mode():
-        yield compiled_kernels
-
-
-def feature_map(batch, height, width, channels, *, extra=0):
-    """Random features; with ``extra``, a slice of the channels of a larger map."""
-    whole = torch.randn(batch, channels + extra, height, width).contiguous(memory_format=torch.channels_last)
-    return whole[:, :channels]
-
-
-def test_a_map_of_one_pixel_in_either_layout(kernels):
+def test_a_map_of_one_pixel_in_either_layout(inference_kernels):
     layer = FoldedPointwise(nn.Conv2d(5, 3, 1))
     x = torch.randn(4, 5, 1, 1)
     assert_close(layer(x), exactly(layer, x))
@@ -47,14 +34,14 @@ def assert_close(actual, expected):
 
 
 def exactly(module, *inputs):
-    """What a module gives in float64, where no kernel runs."""
+    """The output of a module in float64, for which there are no kernels."""
     return copy.deepcopy(module).double()(*(x.double() for x in inputs))
 
 
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 @pytest.mark.parametrize(("channels", "out"), [(5, 3), (37, 16), (64, 49), (72, 130), (9, 66), (8, 96)])
 @pytest.mark.parametrize("activation", Activation)
-def test_pointwise(kernels, shape, channels, out, activation):
+def test_pointwise(inference_kernels, shape, channels, out, activation):
     layer = FoldedPointwise(nn.Conv2d(channels, out, 1), activation)
     x, residual = feature_map(*shape, channels, extra=4), feature_map(*shape, out, extra=1)
     assert_close(layer(x), exactly(layer, x))
@@ -64,7 +51,7 @@ def test_pointwise(kernels, shape, channels, out, activation):
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 @pytest.mark.parametrize("channels", [5, 48, 75])
 @pytest.mark.parametrize("has_depthwise", [False, True])
-def test_ffn(kernels, shape, channels, has_depthwise):
+def test_ffn(inference_kernels, shape, channels, has_depthwise):
     depthwise = FoldedDepthwise(nn.Conv2d(channels, channels, 3, padding=1, groups=channels)) if has_depthwise else None
     widen = FoldedPointwise(nn.Conv2d(channels, 2 * channels, 1), Activation.RELU)
     layer = FoldedFFN(depthwise, widen, FoldedPointwise(nn.Conv2d(2 * channels, channels, 1)))
@@ -73,7 +60,7 @@ def test_ffn(kernels, shape, channels, has_depthwise):
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (2, 33, 47), (8, 40, 35), (3, 1, 2)], ids=str)
-def test_convs(kernels, shape):
+def test_convs(inference_kernels, shape):
     widths = [3, 9, 18, 40]
     convs = [nn.Conv2d(narrow, wide, 3, 2, 1) for narrow, wide in pairwise(widths)]
     layer = FoldedConvs(convs)
@@ -84,7 +71,7 @@ def test_convs(kernels, shape):
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 @pytest.mark.parametrize("channels", [5, 16, 75, 134])
 @pytest.mark.parametrize(("side", "stride"), [(3, 1), (3, 2), (5, 1), (7, 1)])
-def test_depthwise(kernels, shape, channels, side, stride):
+def test_depthwise(inference_kernels, shape, channels, side, stride):
     conv = nn.Conv2d(channels, channels, side, stride, side // 2, groups=channels)
     x = feature_map(*shape, channels, extra=2)
     for activation in Activation:
@@ -96,13 +83,13 @@ def test_depthwise(kernels, shape, channels, side, stride):
 
 @pytest.mark.parametrize("shape", [*MAPS, (1, 32, 50)], ids=str)
 @pytest.mark.parametrize(("channels", "side"), [(5, 3), (32, 5), (37, 7)])
-def test_wavelet(kernels, shape, channels, side):
+def test_wavelet(inference_kernels, shape, channels, side):
     bands = nn.Conv2d(4 * channels, 4 * channels, side, padding="same", groups=4 * channels, bias=False)
     x, base = feature_map(*shape, channels, extra=2), feature_map(*shape, channels)
     filters = haar_filters(channels).double()
     convolved = copy.deepcopy(bands).double()(haar_bands(x.double(), filters))
     expected = base.double() + haar_pixels(convolved, filters, x.shape)
-    assert_close(kernels.wavelet(x, layouts.bands(bands.weight), base), expected)
+    assert_close(inference_kernels.wavelet(x, layouts.bands(bands.weight), base), expected)
 
 
 WHOLE_NETWORK = """
@@ -124,79 +111,32 @@ print(((actual - expected).abs().max() / expected.abs().max()).item())
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set(kernels, run_with_capability, capability):
-    """Sides and channels leave parts of vectors."""
+def test_every_instruction_set(inference_kernels, run_with_capability, capability):
+    """With sides and channels that do not fill whole vectors."""
     assert float(run_with_capability(capability, WHOLE_NETWORK)) < 1e-5
 
 
-def test_empty_batch(kernels):
+def test_empty_batch(inference_kernels):
     network = create_model("MobileMamba_T2", num_classes=3).fuse()
     assert network(torch.zeros(0, 3, 64, 64)).shape == (0, 3)
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
-def test_results_do_not_depend_on_the_threads(kernels, threads):
+def test_results_do_not_depend_on_the_threads(inference_kernels, restored_threads, threads):
     network = create_model("MobileMamba_T2", num_classes=3).fuse()
     images = torch.randn(3, 3, 64, 96)
-    before = torch.get_num_threads()
     expected = network(images)
-    try:
-        torch.set_num_threads(threads)
-        torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-6)
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
-    x = torch.zeros(1, 2, 3, 3)
-    assert serve(x) is not None
-    assert serve(x.half()) is None
-    assert serve(x.to("meta")) is None
-    with torch.autocast("cpu", dtype=torch.float16):
-        assert serve(x) is None
-    with torch.inference_mode(False), torch.enable_grad():
-        assert serve(torch.zeros(1, 2, 3, 3, requires_grad=True)) is None
-        assert serve(torch.zeros(1, 2, 3, 3)) is not None
-    with use_backend("reference"):
-        assert serve(x) is None
-
-
-def pretend_amx(monkeypatch, is_there):
-    """Make this an x86 processor with AMX, or without; nothing of it is kept."""
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: is_there)
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    uncached = cpu_layers._lacks_matrix_unit.__wrapped__
-    monkeypatch.setattr(cpu_layers, "_lacks_matrix_unit", uncached)
-
-
-@pytest.mark.parametrize("is_slow", [False, True])
-def test_bfloat16_is_left_to_processors_that_are_fast_at_it(kernels, monkeypatch, is_slow):
-    pretend_amx(monkeypatch, not is_slow)
-    x = torch.zeros(1, 2, 3, 3)
-    assert (serve(x.bfloat16()) is not None) == is_slow
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (serve(x) is not None) == (serve(x.bfloat16()) is not None) == is_slow
-    assert serve(x) is not None
-
-
-def test_nothing_is_said_of_kernels_that_are_not_chosen(kernels, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    pretend_amx(monkeypatch, False)
-    x = torch.zeros(1, 2, 3, 3).bfloat16()
-    with use_backend("reference"):
-        assert serve(x) is None
-        assert "compiled layers" not in caplog.text
-    assert serve(x) is not None
-    assert "compiled layers compute in float32" in caplog.text
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
-def slow_in_bfloat16(kernels, monkeypatch):
-    monkeypatch.setattr(cpu_layers, "_is_slow_in_bfloat16", lambda: True)
+def slow_in_bfloat16(inference_kernels, pretend_slow_bfloat16):
+    pretend_slow_bfloat16(True)
 
 
 def folded_layers(channels):
-    """One of each kind, and the map that it takes."""
+    """One of each kind, for maps of these channels."""
     conv, affine = (nn.Conv2d(channels, channels, side, padding=side // 2, groups=channels) for side in (3, 1))
     depthwise = FoldedDepthwise(conv, Activation.RELU, affine=affine)
     widen = FoldedPointwise(nn.Conv2d(channels, 2 * channels, 1), Activation.RELU)
@@ -206,7 +146,7 @@ def folded_layers(channels):
 
 
 @pytest.mark.usefixtures("slow_in_bfloat16")
-def test_layers_in_bfloat16_round_their_result_alone():
+def test_layers_in_bfloat16_round_only_their_result():
     for layer in folded_layers(21):
         x = feature_map(3, 9, 8, 21).bfloat16()
         actual, expected = layer.bfloat16()(x), exactly(layer, x)
@@ -238,7 +178,7 @@ def test_bfloat16_compiles_without_graph_breaks(what):
         torch.testing.assert_close(compiled(images), network(images))
 
 
-def test_gradients_of_the_image_flow_through_a_folded_network(kernels):
+def test_gradients_of_the_image_flow_through_a_folded_network(inference_kernels):
     with torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         network = create_model("MobileMamba_T2", num_classes=3).eval()
@@ -248,35 +188,7 @@ def test_gradients_of_the_image_flow_through_a_folded_network(kernels):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    ("operator", "arguments"),
-    [
-        ("pointwise", (torch.randn(2, 5, 3, 4), torch.zeros(5 * 16), torch.randn(7), torch.randn(2, 7, 3, 4), 1)),
-        (
-            "ffn",
-            (
-                torch.randn(2, 5, 3, 4),
-                torch.randn(3, 3, 5),
-                torch.randn(5),
-                torch.zeros(5 * 16),
-                torch.randn(10),
-                torch.zeros(10 * 16),
-                torch.randn(5),
-            ),
-        ),
-        ("convs", (torch.randn(2, 3, 9, 8), [torch.zeros(27 * 16)], [torch.randn(4)], 3, 2, 1)),
-        ("depthwise", (torch.randn(2, 5, 4, 4), torch.randn(3, 3, 5), torch.randn(5), None, None, 2, 1, 2)),
-        ("wavelet", (torch.randn(2, 5, 4, 3), torch.randn(3, 3, 20), torch.randn(2, 5, 4, 3))),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_opcheck(kernels, operator, arguments):
-    with torch.inference_mode(False), torch.no_grad():
-        checks = ("test_schema", "test_faketensor")
-        torch.library.opcheck(getattr(kernels, operator).default, arguments, test_utils=checks)
-
-
-def test_compiles_without_graph_breaks(kernels):
+def test_compiles_without_graph_breaks(inference_kernels):
     with torch.inference_mode(False), torch.no_grad():
         network = create_model("MobileMamba_T2", num_classes=3).fuse()
         images = torch.randn(2, 3, 64, 64)
@@ -284,17 +196,7 @@ def test_compiles_without_graph_breaks(kernels):
         torch.testing.assert_close(compiled(images), network(images))
 
 
-def test_misshapen_arguments_are_refused(kernels):
-    x = feature_map(1, 4, 4, 5)
-    with pytest.raises(RuntimeError, match="weight, in panels, must be 80 floats"):
-        kernels.pointwise(x, torch.zeros(5 * 7), torch.zeros(7), None, 0)
-    with pytest.raises(RuntimeError, match="weight must be"):
-        kernels.depthwise(x, torch.zeros(3, 3, 4), torch.zeros(5), None, None, 1, 1, 0)
-    with pytest.raises(RuntimeError, match="base must be"):
-        kernels.wavelet(x, torch.zeros(3, 3, 20), F.pad(x, (0, 1)))
-
-
-def test_saved_and_loaded_folded_network_agrees(kernels):
+def test_saved_and_loaded_folded_network_agrees(inference_kernels):
     torch.manual_seed(1)
     network = create_model("MobileMamba_T2", num_classes=3).fuse()
     other = create_model("MobileMamba_T2", num_classes=3).fuse()
@@ -303,8 +205,8 @@ def test_saved_and_loaded_folded_network_agrees(kernels):
     torch.testing.assert_close(other(images), network(images), rtol=0, atol=0)
 
 
-def test_weights_for_the_kernels_follow_and_are_no_second_state(kernels):
-    """Loaded, cast there and back, copied; the state dict holds weights alone."""
+def test_weights_for_the_kernels_follow_and_are_no_second_state(inference_kernels):
+    """After loading, casting there and back, and copying; the state dict holds only weights."""
     torch.manual_seed(2)
     network, other = (create_model("MobileMamba_T2", num_classes=3).fuse() for _ in range(2))
     images = torch.randn(2, 3, 64, 64)

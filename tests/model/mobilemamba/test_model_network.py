@@ -1,9 +1,8 @@
-"""The network's doors: sizes, heads, folding, features, initialisation, names."""
+"""The whole network: sizes, features, folding, initialisation, export, compilation."""
 
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -12,10 +11,6 @@ from torch import nn
 from model import create_model, list_models, variant_shapes
 from model.mobilemamba.mixer import split_channels
 from model.mobilemamba.wavelet import haar_filters
-from model.profile import count_macs
-
-PUBLISHED_MACS = {"T2": 255e6, "T4": 413e6, "S6": 652e6, "B1": 1080e6, "B2": 2427e6, "B4": 4313e6}
-SIZES = {"T2": 192, "T4": 192, "S6": 224, "B1": 256, "B2": 384, "B4": 512}
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +28,6 @@ def lively(network):
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return network
-
-
-@pytest.mark.parametrize("variant", PUBLISHED_MACS)
-def test_macs_are_within_two_percent_of_the_published(variant):
-    assert list_models() == [f"MobileMamba_{name}" for name in SIZES]
-    network = create_model(f"MobileMamba_{variant}")
-    assert count_macs(network, SIZES[variant]) == pytest.approx(PUBLISHED_MACS[variant], rel=0.02)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (64, 1030), (97, 65), (160, 224)])
@@ -183,71 +171,15 @@ def test_haar_transform_is_orthogonal():
     assert filters.tolist()[1] == [0.5, 0.5, -0.5, -0.5]
 
 
-def test_timm_models_come_through_the_same_door():
-    network = create_model("timm_resnet10t", num_classes=4)
-    assert network(torch.randn(2, 3, 64, 64)).shape == (2, 4)
-
-
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [("MobileMamba_T3", "MobileMamba_T2"), ("timm_resnet49", "timm_resnet"), ("mobilmamba_b4", "MobileMamba_B4")],
-)
-def test_unknown_name_names_the_nearest(name, nearest):
-    with pytest.raises(ValueError, match=nearest):
-        create_model(name)
-
-
-def test_fuse_is_refused_for_other_networks():
-    with pytest.raises(ValueError, match="fuse"):
-        create_model("timm_resnet10t", fuse=True)
-
-
-def test_missing_released_weights_say_where_they_belong(weights_folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gdown", None)
-    with pytest.raises(OSError, match=r"pip install gdown.*MobileMamba_B2/mobilemamba_b2\.pth"):
-        create_model("MobileMamba_B2", pretrained=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "pretrained", "message"),
-    [
-        ("MobileMamba_T2", "mobilemamba_t2x", "the nearest is 'mobilemamba_t2"),
-        ("MobileMamba_T2", "mobilemamba_b1s", "use mobilemamba_t2 or mobilemamba_t2s"),
-        ("MobileMamba_B1", "maskrcnn", "a detector or segmentor"),
-        ("timm_resnet10t", "mobilemamba_t2", "takes True or False"),
-    ],
-)
-def test_a_checkpoint_of_another_network_is_refused_by_name(name, pretrained, message):
-    with pytest.raises(ValueError, match=message):
-        create_model(name, pretrained=pretrained)
-
-
-def test_unknown_argument_names_the_nearest():
-    with pytest.raises(ValueError, match="'drop_path'"):
-        create_model("MobileMamba_T2", droppath=0.1)
-
-
-@pytest.mark.parametrize(("pretrained", "name"), [(True, "T2"), ("MobileMamba_T2s", "T2s")])
-def test_released_weights_are_loaded_by_name_and_a_head_can_start_anew(weights_folder, pretrained, name):
-    released = create_model("MobileMamba_T2")
-    (weights_folder / f"MobileMamba_{name}").mkdir()
-    torch.save(released.state_dict(), weights_folder / f"MobileMamba_{name}" / f"mobilemamba_{name.lower()}.pth")
-
-    loaded = create_model("mobilemamba_t2", pretrained=pretrained).state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in released.state_dict().items())
-
-    with pytest.raises(ValueError, match="num_classes"):
-        create_model("mobilemamba_t2", pretrained=pretrained, num_classes=3)
-    tuned = create_model("mobilemamba_t2", pretrained=pretrained, num_classes=3, reset_head=True).state_dict()
-    assert tuned["head.l.weight"].shape == (3, 368)
-    assert torch.equal(tuned["patch_embed.0.c.weight"], loaded["patch_embed.0.c.weight"])
-
-
 def test_variant_shapes_allocate_nothing_and_agree():
     shapes = variant_shapes(num_classes=7)
     assert shapes["MobileMamba_T2"] == {
         k: v.shape for k, v in create_model("MobileMamba_T2", num_classes=7).state_dict().items()
     }
+
+
+def test_variants_are_listed_in_the_order_of_their_size():
+    assert list_models() == [f"MobileMamba_{name}" for name in ("T2", "T4", "S6", "B1", "B2", "B4")]
 
 
 def test_compiled_and_exported_networks_agree():

@@ -10,14 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serves ``files`` and does wrong what the other attributes say.
+    """Serves ``files``, with the faults that the other attributes ask for.
 
     Attributes:
         files: By path, without the slash in front.
-        cuts: For each coming request, bytes after which the connection is closed.
-        statuses: For each coming request, a status in place of the file.
-        has_ranges: Whether it knows them.
-        has_length: Whether it says how long a file is.
+        cuts: For each of the next requests, bytes after which the connection is closed.
+        statuses: For each of the next requests, a status in place of the file.
+        has_ranges: Whether it supports them.
+        has_length: Whether it sends the length of a file.
         page: A web page, sent with status 200 whatever is asked for.
         requests: Path and ``Range`` of every request so far.
     """

@@ -1,4 +1,4 @@
-"""Layers in training on the compiled kernels, against float64 in plain PyTorch, and when they run there."""
+"""Steps of training on the compiled kernels, against float64 in plain PyTorch, and when they run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from layer_cases import feature_map
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,13 +25,8 @@ STEPS = {"depthwise_ffn", "pointwise", "expand_and_stride", "squeeze_excite", "s
 MAPS = [(9, 1, 1), (1, 3, 3), (2, 5, 7), (5, 8, 8), (3, 17, 1), (17, 4, 6)]
 
 
-@pytest.fixture
-def kernels(compiled_kernels):
-    return compiled_kernels
-
-
 def with_random_parameters(module):
-    """No branch is nothing at the start, and no two channels are alike."""
+    """No branch starts at zero, and no two channels are alike."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.dim() == 1:
             nn.init.uniform_(parameter, 0.5, 1.5)
@@ -42,10 +38,6 @@ def with_random_parameters(module):
 def block(channels=38, **mixer):
     shares = {"global_ratio": 0.5, "local_ratio": 0.25, "kernel_size": 5} | mixer
     return with_random_parameters(Block(channels, **shares))
-
-
-def feature_map(batch, height, width, channels):
-    return torch.randn(batch, channels, height, width).contiguous(memory_format=torch.channels_last)
 
 
 def steps_of(tensor):
@@ -74,7 +66,7 @@ def errors(results, exact):
     """How far output, gradients and buffers are from those in float64, by name and relative to their size."""
     scale = max(gradient.abs().max() for gradient in exact[2].values())
     named = [dict(zip(("y", "dx"), result[:2], strict=True)) | result[2] | result[3] for result in (results, exact)]
-    # What comes before a batch norm may have hardly any gradient but for what is rounded.
+    # In front of a batch norm a gradient may be hardly more than rounding.
     sizes = {name: max(value.abs().max().item(), 1e-2 * scale.item()) for name, value in named[1].items()}
     return {
         name: (named[0][name].double() - value).abs().max().item() / sizes[name] for name, value in named[1].items()
@@ -82,7 +74,7 @@ def errors(results, exact):
 
 
 def assert_as_in_float64(module, x, *, steps, tolerance=5e-5):
-    """Or nearly as near as the layers one by one in float32: norms of a few like pixels magnify what is rounded."""
+    """Or nearly as close as layer by layer in float32: norms of a few similar pixels magnify rounding."""
     exact = run(copy.deepcopy(module).double(), x.double())
     with use_backend("reference"):
         one_by_one = run(copy.deepcopy(module), x)
@@ -97,13 +89,13 @@ def assert_as_in_float64(module, x, *, steps, tolerance=5e-5):
 
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 @pytest.mark.parametrize("channels", [5, 48, 75])
-def test_depthwise_and_feed_forward(kernels, shape, channels):
+def test_depthwise_and_feed_forward(compiled_kernels, shape, channels):
     module = with_random_parameters(DepthwiseFFN(depthwise(channels), Residual(FFN(channels))))
     assert_as_in_float64(module, feature_map(*shape, channels), steps={"depthwise_ffn"})
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 3), (2, 5, 7), (5, 8, 8), (17, 4, 6)], ids=str)
-def test_downsampling(kernels, shape):
+def test_downsampling(compiled_kernels, shape):
     module = with_random_parameters(PatchMerging(9, 21))
     steps = {"expand_and_stride", "squeeze_excite", "pointwise"}
     assert_as_in_float64(module, feature_map(*shape, 9), steps=steps)
@@ -111,7 +103,7 @@ def test_downsampling(kernels, shape):
 
 @pytest.mark.parametrize("shape", [(2, 33, 47), (3, 64, 32), (5, 32, 40)], ids=str)
 @pytest.mark.parametrize("channels", [24, 136])
-def test_stem(kernels, shape, channels):
+def test_stem(compiled_kernels, shape, channels):
     module = with_random_parameters(patch_embed(3, channels))
     assert_as_in_float64(module, feature_map(*shape, 3), steps={"stem"})
 
@@ -127,7 +119,7 @@ def test_stem(kernels, shape, channels):
     ],
     ids=str,
 )
-def test_block(kernels, shape, settings):
+def test_block(compiled_kernels, shape, settings):
     module = block(**settings)
     steps = {"depthwise_ffn", "mixer"}
     assert_as_in_float64(module, feature_map(*shape, module.dw0.m.c.in_channels), steps=steps, tolerance=2e-4)
@@ -156,30 +148,26 @@ print(worst)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set(kernels, run_with_capability, capability):
-    """Sides and channels leave parts of vectors."""
+def test_every_instruction_set(compiled_kernels, run_with_capability, capability):
+    """With sides and channels that do not fill whole vectors."""
     assert float(run_with_capability(capability, WHOLE_NETWORK)) < 1e-3
 
 
-def test_gradients_are_identical_from_run_to_run(kernels):
+def test_gradients_are_identical_from_run_to_run(compiled_kernels):
     module, x = block(), feature_map(4, 6, 6, 38)
     first, second = run(copy.deepcopy(module), x), run(copy.deepcopy(module), x)
     torch.testing.assert_close(second, first, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
-def test_gradients_do_not_depend_on_the_threads(kernels, threads):
+def test_gradients_do_not_depend_on_the_threads(compiled_kernels, restored_threads, threads):
     module, x = block(), feature_map(3, 6, 6, 38)
     expected = run(copy.deepcopy(module), x)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        torch.testing.assert_close(run(copy.deepcopy(module), x), expected, rtol=1e-3, atol=1e-4)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(run(copy.deepcopy(module), x), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_frozen_has_no_gradient_and_the_rest_has_its_own(kernels):
+def test_what_is_frozen_has_no_gradient_and_the_rest_has_its_own(compiled_kernels):
     module, x = block(), feature_map(2, 6, 6, 38)
     expected = run(copy.deepcopy(module), x)[2]
     module.ffn0.requires_grad_(False)
@@ -189,7 +177,7 @@ def test_what_is_frozen_has_no_gradient_and_the_rest_has_its_own(kernels):
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.7, None])
-def test_running_statistics(kernels, momentum):
+def test_running_statistics(compiled_kernels, momentum):
     module = block()
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -205,7 +193,7 @@ def test_running_statistics(kernels, momentum):
         torch.testing.assert_close(actual[name].double(), buffer.double(), rtol=1e-4, atol=1e-5)
 
 
-def test_one_value_a_channel_is_refused_as_by_pytorch(kernels):
+def test_one_value_a_channel_is_refused_as_by_pytorch(compiled_kernels):
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         block()(feature_map(1, 1, 1, 38))
 
@@ -245,7 +233,7 @@ def change(block, what):
         "half precision",
     ],
 )
-def test_what_is_changed_or_watched_runs_layer_by_layer(kernels, what):
+def test_what_is_changed_or_watched_runs_layer_by_layer(compiled_kernels, what):
     module, x = block(), feature_map(2, 4, 4, 38)
     assert "mixer" in steps_of(module(x))
     change(module, what)
@@ -253,7 +241,7 @@ def test_what_is_changed_or_watched_runs_layer_by_layer(kernels, what):
     assert not STEPS & steps_of(y)
 
 
-def test_the_decision_is_made_once_until_something_changes(kernels, monkeypatch):
+def test_the_decision_is_made_once_until_something_changes(compiled_kernels, monkeypatch):
     decided = []
     decide = steps_module._decide
     monkeypatch.setattr(steps_module, "_decide", lambda *arguments: decided.append(1) or decide(*arguments))
@@ -266,23 +254,21 @@ def test_the_decision_is_made_once_until_something_changes(kernels, monkeypatch)
         copied.mixer.m.attn.local_op.bn1.eval()
         assert not STEPS & steps_of(copied(x))
         assert STEPS & steps_of(module(x))
-    module.eval()
-    with torch.no_grad():
-        module(x)
-    module.train()
     hook = module.ffn0.m.register_forward_hook(lambda *_: None)
     assert not STEPS & steps_of(module(x))
     hook.remove()
     assert STEPS & steps_of(module(x))
+    assert not STEPS & steps_of(module.eval()(x))
+    assert STEPS & steps_of(module.train()(x))
 
 
 @pytest.mark.parametrize("settings", [{"scan": "cross"}, {"global_ratio": 0.0}, {"local_ratio": 0.0}], ids=str)
-def test_mixers_of_other_kinds_run_layer_by_layer(kernels, settings):
+def test_mixers_of_other_kinds_run_layer_by_layer(compiled_kernels, settings):
     module = block(64, **settings)
     assert "mixer" not in steps_of(module(feature_map(2, 4, 4, 64)))
 
 
-def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
+def test_kernels_run_where_they_serve_and_nowhere_else(compiled_kernels):
     x = feature_map(1, 3, 3, 2)
     assert serve_training(x)
     assert not serve_training(x.double())
@@ -307,8 +293,8 @@ def test_kernels_run_where_they_serve_and_nowhere_else(kernels):
 
 
 @pytest.mark.parametrize("is_slow", [False, True])
-def test_under_bfloat16_autocast_steps_compute_in_float32_or_are_left_to_pytorch(kernels, monkeypatch, is_slow):
-    monkeypatch.setattr("model.lib_mamba.cpu_layers._is_slow_in_bfloat16", lambda: is_slow)
+def test_bfloat16_autocast_leaves_steps_in_float32_or_to_pytorch(compiled_kernels, pretend_slow_bfloat16, is_slow):
+    pretend_slow_bfloat16(is_slow)
     modules = [block(), with_random_parameters(PatchMerging(38, 21)), with_random_parameters(patch_embed(3, 24))]
     for module, width in zip(modules, (38, 38, 3), strict=True):
         x = feature_map(3, 32, 32, width)
@@ -322,7 +308,7 @@ def test_under_bfloat16_autocast_steps_compute_in_float32_or_are_left_to_pytorch
             torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_a_changed_filter_is_used_in_a_folded_network_too(kernels):
+def test_a_changed_filter_is_used_in_a_folded_network_too(compiled_kernels):
     module = block().eval()
     with torch.no_grad():
         module.mixer.m.attn.global_op.wt_filter *= 0.5
@@ -331,19 +317,19 @@ def test_a_changed_filter_is_used_in_a_folded_network_too(kernels):
         torch.testing.assert_close(fuse(nn.Sequential(module))(x), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_training_compiles_without_graph_breaks(kernels):
+def test_training_compiles_without_graph_breaks(compiled_kernels):
     network = create_model("MobileMamba_T2", num_classes=3).train()
     compiled = torch.compile(copy.deepcopy(network), fullgraph=True, backend="aot_eager")
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(compiled(images), network(images), rtol=1e-3, atol=1e-4)
 
 
-def test_misshapen_arguments_are_refused(kernels):
+def test_misshapen_arguments_are_refused(compiled_kernels):
     x, g, vector = feature_map(2, 4, 4, 5), feature_map(2, 4, 4, 7), torch.ones(5)
 
     def pointwise(weight, *, mean=vector, scale=vector):
         running = [mean, torch.ones(5), torch.tensor(0)]
-        return kernels.pointwise_step(x, [weight, scale, vector], running, [0.1], [1e-5])
+        return compiled_kernels.pointwise_step(x, [weight, scale, vector], running, [0.1], [1e-5])
 
     with pytest.raises(RuntimeError, match="running_mean must be 5 floats"):
         pointwise(torch.ones(5, 5, 1, 1), mean=torch.ones(4))
@@ -352,25 +338,25 @@ def test_misshapen_arguments_are_refused(kernels):
     with pytest.raises(RuntimeError, match=r"weight must be .C', 5, 1, 1."):
         pointwise(torch.ones(5, 4, 1, 1))
     with pytest.raises(RuntimeError, match="2 parameters instead of 3"):
-        kernels.pointwise_step(x, [vector, vector], [vector, vector, torch.tensor(0)], [0.1], [1e-5])
+        compiled_kernels.pointwise_step(x, [vector, vector], [vector, vector, torch.tensor(0)], [0.1], [1e-5])
     with pytest.raises(RuntimeError, match="1 running tensors, 1 momenta and 0 eps for 1 norms"):
-        kernels.pointwise_step(x, [torch.ones(5, 5, 1, 1), vector, vector], [vector], [0.1], [])
+        compiled_kernels.pointwise_step(x, [torch.ones(5, 5, 1, 1), vector, vector], [vector], [0.1], [])
     _, saved = pointwise(torch.ones(5, 5, 1, 1))
     with pytest.raises(RuntimeError, match="grad must be"):
-        kernels.pointwise_step_backward(g, x, saved, [torch.ones(5, 5, 1, 1), vector, vector])
+        compiled_kernels.pointwise_step_backward(g, x, saved, [torch.ones(5, 5, 1, 1), vector, vector])
     with pytest.raises(RuntimeError, match="1 saved tensors instead of 2"):
-        kernels.pointwise_step_backward(x, x, saved[:1], [torch.ones(5, 5, 1, 1), vector, vector])
+        compiled_kernels.pointwise_step_backward(x, x, saved[:1], [torch.ones(5, 5, 1, 1), vector, vector])
 
 
-def test_schemas(kernels):
+def test_schemas(compiled_kernels):
     running = [torch.zeros(7), torch.ones(7), torch.tensor(0)]
     parameters = [torch.randn(7, 5, 1, 1), torch.ones(7), torch.zeros(7)]
     x = feature_map(2, 3, 4, 5)
     forward = (x, parameters, running, [0.1], [1e-5])
-    torch.library.opcheck(kernels.pointwise_step.default, forward, test_utils="test_schema")
-    y, saved = kernels.pointwise_step(*forward)
+    torch.library.opcheck(compiled_kernels.pointwise_step.default, forward, test_utils="test_schema")
+    y, saved = compiled_kernels.pointwise_step(*forward)
     backward = (torch.randn_like(y), x, saved, parameters)
-    torch.library.opcheck(kernels.pointwise_step_backward.default, backward, test_utils="test_schema")
+    torch.library.opcheck(compiled_kernels.pointwise_step_backward.default, backward, test_utils="test_schema")
 
 
 @pytest.mark.parametrize("band", [1, 9])

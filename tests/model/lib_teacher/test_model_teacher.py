@@ -1,3 +1,5 @@
+"""The teacher of the recipes: built, loaded from files in the published naming, and refused with a reason."""
+
 from __future__ import annotations
 
 import pytest
