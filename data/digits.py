@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from model.files import replacing_folder
 
 __all__ = ["write_digits"]
 
@@ -48,12 +49,10 @@ def write_digits(out: Path) -> bool:
         if found == set(places.values()):
             return False
         raise ValueError(f"{out} holds other files than the digits; give another folder, or remove it first")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for index, place in places.items():
-        pixels = np.rint(digits.images[index] * (255 / MAX_INTENSITY)).astype(np.uint8)
-        path = partial / place
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    partial.replace(out)
+    with replacing_folder(out) as aside:
+        for index, place in places.items():
+            pixels = np.rint(digits.images[index] * (255 / MAX_INTENSITY)).astype(np.uint8)
+            path = aside / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
     return True

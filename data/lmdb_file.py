@@ -18,6 +18,8 @@ from typing import Any
 import lmdb
 import numpy as np
 
+from model.files import remove_leftovers, replacing
+
 from .base import BytesTable
 from .folders import checked_label
 
@@ -197,17 +199,14 @@ def write_lmdb(
     Raises:
         OSError: If the disk is full or the folder cannot be written to.
     """
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
+    remove_leftovers(path.parent, path.name)
     try:
-        with lmdb.open(str(partial), subdir=False, map_size=map_size, lock=False, sync=False) as environment:
-            num_records = _write(environment, records, class_names)
-            environment.sync(True)
-        partial.replace(path)
+        with replacing(path) as aside:
+            with lmdb.open(str(aside), subdir=False, map_size=map_size, lock=False, sync=False) as environment:
+                num_records = _write(environment, records, class_names)
+                environment.sync(True)
     except lmdb.Error as error:
         raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return num_records
 
 

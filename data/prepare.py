@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
+
+from model.files import replacing_folder
 
 from .base import FileDataset, index_names, listed
 from .datasets import check_same_classes
@@ -78,20 +79,8 @@ def lmdb_to_folder(root: Path, out: Path, *, is_forced: bool = False) -> dict[st
     targets = {split: out / split for split in files}
     _refuse_replacing(targets.values(), is_forced=is_forced)
     for split, file in files.items():
-        partial = out / f"{split}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for class_name in file.class_names or ():
-            (partial / _inside(class_name, file)).mkdir()
-        for index in _progress(file, f"{split}: unpacking"):
-            data, label = file.record(index)
-            path = partial / _unpacked_path(file, index, data, label)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("xb") as stream:
-                stream.write(data)
-        if targets[split].exists():
-            shutil.rmtree(targets[split])
-        partial.replace(targets[split])
+        with replacing_folder(targets[split]) as aside:
+            _unpack(file, aside, split=split)
     return {split: len(file) for split, file in files.items()}
 
 
@@ -225,6 +214,17 @@ def _pack(dataset: FileDataset, target: Path, *, class_names: list[str], split: 
         for index in _progress(dataset, f"{split}: packing")
     )
     return write_lmdb(target, records, class_names=class_names)
+
+
+def _unpack(file: LmdbFile, folder: Path, *, split: str) -> None:
+    for class_name in file.class_names or ():
+        (folder / _inside(class_name, file)).mkdir()
+    for index in _progress(file, f"{split}: unpacking"):
+        data, label = file.record(index)
+        path = folder / _unpacked_path(file, index, data, label)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as stream:
+            stream.write(data)
 
 
 def _packed_path(dataset: FileDataset, index: int, class_names: Sequence[str]) -> str:

@@ -6,6 +6,8 @@ import random
 import shutil
 from pathlib import Path
 
+from model.files import replacing_folder
+
 from .base import listed
 from .folders import class_folders, images_below
 
@@ -32,14 +34,12 @@ def split_folder(root: Path, out: Path, *, share: float, seed: int = 0) -> dict[
     if out.exists():
         raise ValueError(f"{out} is there already; give another folder, or remove it first")
     chosen = _choose(root, share=share, seed=seed)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for split, names in chosen.items():
-        for name in names:
-            target = partial / split / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, target)
-    partial.replace(out)
+    with replacing_folder(out) as aside:
+        for split, names in chosen.items():
+            for name in names:
+                target = aside / split / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, target)
     return {split: len(names) for split, names in chosen.items()}
 
 

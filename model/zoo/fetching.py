@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..files import sync_folder
+from ..files import SUFFIX, move_into_place
 from .entries import Entry, find
 from .places import local_path
 from .sources import find_sources
@@ -70,16 +70,15 @@ def _locked(file: Path) -> Iterator[None]:
 def _download(entry: Entry, file: Path, sources: list[Source]) -> None:
     """Get a file from the first source that has it, aside, check it, and put it in its place."""
     for number, source in enumerate(sources, start=1):
-        # What was begun from one source is not gone on with from another.
-        aside = file.with_name(f"{file.name}.{source.tag}.part")
+        # The name is the same for every attempt, so that a later one resumes, but only from the same source.
+        aside = file.with_name(f"{file.name}.{source.tag}{SUFFIX}")
         try:
             _get_checked(entry, source, file, aside)
         except FileNotFoundError:
             if number == len(sources):
                 raise
             continue
-        aside.replace(file)
-        sync_folder(file.parent)
+        move_into_place(aside, file)
         return
 
 

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import logging
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import AVERAGED, HEADS, read_checkpoint, select_state_dict
+from ..files import replacing
 from ..mismatch import compare, explain
 from ..mobilemamba import VARIANTS, MobileMamba, variant_shapes
 from .entries import Entry
@@ -114,11 +114,9 @@ def _record(entry: Entry, file: Path, checksum: Checksum) -> None:
         "sha256": checksum.sha256,
         "verified": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    record = record_path(file)
-    temporary = record.with_name(f".{record.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(record)
+        with replacing(record_path(file)) as aside:
+            aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     except OSError as error:  # somebody else's folder, say: the file is good all the same
         logger.info("%s is verified, but that cannot be recorded beside it: %s", file, error)
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tool_cases import DOWNSTREAM, REPOSITORY, arguments_of, run_script, tiny
 
-from downstream.data.made_up import write_ade20k, write_coco
+from downstream.data.synthetic import write_ade20k, write_coco
 
 pytest.importorskip("mmdet", reason="needs OpenMMLab: make downstream")
 pytest.importorskip("mmseg", reason="needs OpenMMLab: make downstream")
@@ -52,8 +52,8 @@ def own_visualizers(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder of both made-up sets, its name holding a space."""
-    folder = tmp_path_factory.mktemp("made up")
+    """A folder of both synthetic sets, its name holding a space."""
+    folder = tmp_path_factory.mktemp("synthetic data")
     write_coco(folder / "coco", num_train=4, num_val=2, size=(64, 64))
     write_ade20k(folder / "ade20k", num_train=4, num_val=2, size=(64, 64))
     return folder
