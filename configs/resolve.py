@@ -130,6 +130,11 @@ def _share_batches(run: _Run, world_size: int) -> None:
     shares = world_size * run.config.trainer.accumulation_steps
     is_test = run.config.mode in _TEST_MODES
     pair = 2 if run.config.trainer.mixup_kwargs.is_active and not is_test else 1
+    if pair == 2 and not data.drop_last:
+        raise ValueError(
+            "trainer.data.drop_last=False may leave a last batch of odd size, but mixup mixes images in pairs: keep "
+            "it True, or turn mixup off with trainer.mixup_kwargs.prob=0"
+        )
     is_share_given = "trainer.data.batch_size_per_gpu" in run.given
     is_total_given = "batch_size" in run.given or "trainer.data.batch_size" in run.given
     if data.batch_size_per_gpu is not None and (is_share_given or not is_total_given):

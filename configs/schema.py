@@ -15,7 +15,20 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from .tree import Node
-from .values import Count, Decay, NonNegative, Positive, PositiveCount, Range, Share, Side
+from .values import (
+    Count,
+    Decay,
+    NonNegative,
+    Pair,
+    PartialShare,
+    Positive,
+    PositiveCount,
+    PositiveShare,
+    Range,
+    Seed,
+    Share,
+    Side,
+)
 
 __all__ = [
     "AnyLossTerm",
@@ -72,8 +85,8 @@ class TimmTrainTransform(Transform):
     color_jitter: NonNegative | None = 0.4
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     interpolation: Literal["random", Interpolation] = "random"
-    scale: list[Share] | None = None  # range of the crop's area; timm's (0.08, 1) when None
-    ratio: list[Positive] | None = None  # range of the crop's aspect; timm's (3/4, 4/3) when None
+    scale: Pair[PositiveShare] | None = None  # range of the crop's area; timm's (0.08, 1) when None
+    ratio: Pair[Positive] | None = None  # range of the crop's aspect; timm's (3/4, 4/3) when None
     hflip: Share = 0.5
     vflip: Share = 0.0
     mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
@@ -89,7 +102,7 @@ class Resize(Transform):
 
     type: Literal["Resize"] = "Resize"
     size: PositiveCount | None = None  # pixels; follows `size`: int(size / crop_pct)
-    crop_pct: Annotated[float, Range(above=0, at_most=1)] = 0.875  # share of the resized side that is kept
+    crop_pct: PositiveShare = 0.875  # share of the resized side that is kept
     interpolation: Interpolation = "bicubic"
 
 
@@ -182,7 +195,7 @@ class OptimKwargs(Node):
     """The optimiser by its timm name, with its own arguments."""
 
     name: str = "adamw"
-    betas: list[Share] | None = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[PartialShare] | None = field(default_factory=lambda: [0.9, 0.999])
     eps: NonNegative | None = 1e-8
     weight_decay: NonNegative | None = None  # follows `weight_decay`; not applied to 1-D parameters and biases
     amsgrad: bool = False
@@ -205,7 +218,7 @@ class Scheduler(Node):
     """The learning rate over time; iterations are optimiser steps."""
 
     name: Literal["cosine", "tanh", "step", "multistep", "plateau", "poly", "none"] = "cosine"
-    lr_noise: list[Share] | None = None  # fractions of the run between which noise is added
+    lr_noise: Pair[Share] | None = None  # fractions of the run between which noise is added
     noise_pct: NonNegative = 0.67
     noise_std: NonNegative = 1.0
     noise_seed: Count | None = None  # follows `seed`
@@ -245,12 +258,12 @@ class Mixup(Node):
 
     mixup_alpha: NonNegative = 0.8
     cutmix_alpha: NonNegative = 1.0
-    cutmix_minmax: list[Share] | None = None
+    cutmix_minmax: Pair[Share] | None = None
     prob: Share = 1.0
     switch_prob: Share = 0.5
     mode: Literal["batch", "pair", "elem"] = "batch"
     correct_lam: bool = True
-    label_smoothing: Share = 0.1
+    label_smoothing: PartialShare = 0.1
     num_classes: PositiveCount | None = None  # tied to `nb_classes`
 
     @property
@@ -312,7 +325,7 @@ class LabelSmoothingTerm(LossTerm):
     """Cross-entropy with class indices, a share of the target spread over all classes."""
 
     type: Literal["LabelSmoothingCE"] = "LabelSmoothingCE"
-    smoothing: Share | None = None  # follows trainer.mixup_kwargs.label_smoothing
+    smoothing: PartialShare | None = None  # follows trainer.mixup_kwargs.label_smoothing
 
 
 @dataclass(kw_only=True, slots=True)
@@ -358,7 +371,7 @@ class Loss(Node):
 
     # Without mixup, SoftTargetCE becomes LabelSmoothingCE, or CE where trainer.mixup_kwargs.label_smoothing is 0.
     loss_terms: list[AnyLossTerm] = field(default_factory=lambda: [SoftTargetTerm()])
-    clip_grad: NonNegative | None = 5.0
+    clip_grad: Annotated[float, Range(above=0, without="no clipping")] | None = 5.0
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     create_graph: bool = False
     retain_graph: bool = False
@@ -428,7 +441,7 @@ class Config(Node):
     """One run. The entries at the top are shorthands that the entries below follow."""
 
     mode: Literal["train", "ft", "test", "test_net", "predict"] = "train"  # given by -m
-    seed: Count = 42
+    seed: Seed = 42
     size: Side = 224  # pixels, the side of the square input
     epoch_full: PositiveCount = 300
     warmup_epochs: Count = 20

@@ -15,14 +15,12 @@ class CrossEntropy(nn.Module):
     """Mean cross-entropy with class indices.
 
     Args:
-        smoothing: Share of the target that is spread evenly over all classes.
+        smoothing: Share of the target that is spread evenly over all classes, below 1.
         fp32: Compute in single precision whatever the logits' type.
     """
 
     def __init__(self, *, smoothing: float = 0.0, fp32: bool = True) -> None:
         super().__init__()
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
         self.smoothing = smoothing
         self.fp32 = fp32
 

@@ -19,14 +19,12 @@ __all__ = ["get_rng_state", "seed_everything", "set_rng_state"]
 
 logger = logging.getLogger(__name__)
 
-MAX_SEED = 2**32 - 1  # numpy's limit, the narrowest of the three
-
 
 def seed_everything(seed: int, *, rank: int = 0, deterministic: bool = False) -> int:
     """Seed python, numpy and torch, and choose how cuDNN picks its algorithms.
 
     Args:
-        seed: The run's seed, the same on every process.
+        seed: The run's seed, the same on every process; NumPy takes 0 to 2**32 - 1, the narrowest of the three.
         rank: The process's rank; each process draws other numbers.
         deterministic: Use deterministic algorithms wherever there are some, at the cost of speed; an operation without
             one warns and runs all the same.
@@ -38,8 +36,6 @@ def seed_everything(seed: int, *, rank: int = 0, deterministic: bool = False) ->
         ValueError: The seed of this process is negative or does not fit 32 bits.
     """
     process_seed = seed + rank
-    if not 0 <= process_seed <= MAX_SEED:
-        raise ValueError(f"seed={seed} (rank {rank}): the seed must lie between 0 and {MAX_SEED} on every process")
     random.seed(process_seed)
     np.random.seed(process_seed)
     torch.manual_seed(process_seed)

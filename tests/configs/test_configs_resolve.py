@@ -118,6 +118,13 @@ class TestBatches:
     def test_mixup_needs_pairs(self):
         with pytest.raises(ValueError, match=r"batch_size_per_gpu=5 must be a multiple of 2 \(mixup pairs.* 4 or 6"):
             load_config(T2, ["trainer.data.batch_size_per_gpu=5"])
+
+    def test_with_mixup_the_last_batch_is_dropped(self):
+        last = "trainer.data.drop_last=False"
+        with pytest.raises(ValueError, match=r"trainer\.data\.drop_last=False .*in pairs: .*mixup_kwargs\.prob=0"):
+            load_config(T2, [last])
+        assert not load_config(T2, [last, NO_MIXUP]).trainer.data.drop_last
+        assert not load_config(T2, [last], mode="test").trainer.data.drop_last
         assert load_config(T2, ["trainer.data.batch_size_per_gpu=5", NO_MIXUP]).batch_size == 5
 
     def test_override_of_the_total_wins_over_the_share_in_a_file(self, tmp_path):
