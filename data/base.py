@@ -14,14 +14,7 @@ from PIL import Image
 
 from .images import UnreadableImageError, decode
 
-__all__ = ["BytesTable", "FileDataset", "ImageDataset", "index_names", "listed"]
-
-MAX_LISTED = 5
-
-
-def listed(names: Sequence[object], limit: int = MAX_LISTED) -> str:
-    """Return the first names, separated by commas, with an ellipsis where there are more."""
-    return ", ".join(str(name) for name in names[:limit]) + (", ..." if len(names) > limit else "")
+__all__ = ["BytesTable", "FileDataset", "ImageDataset", "index_names"]
 
 
 def index_names(num_classes: int) -> list[str]:

@@ -201,10 +201,12 @@ def write_lmdb(
     """
     remove_leftovers(path.parent, path.name)
     try:
-        with replacing(path) as aside:
-            with lmdb.open(str(aside), subdir=False, map_size=map_size, lock=False, sync=False) as environment:
-                num_records = _write(environment, records, class_names)
-                environment.sync(True)
+        with (
+            replacing(path) as aside,
+            lmdb.open(str(aside), subdir=False, map_size=map_size, lock=False, sync=False) as environment,
+        ):
+            num_records = _write(environment, records, class_names)
+            environment.sync(True)
     except lmdb.Error as error:
         raise OSError(f"{path} could not be written: {error}") from error
     return num_records

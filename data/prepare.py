@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from model.files import replacing_folder
+from model.messages import listed
 
-from .base import FileDataset, index_names, listed
+from .base import FileDataset, index_names
 from .datasets import check_same_classes
 from .digits import write_digits
 from .folders import DefaultCLS

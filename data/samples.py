@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from .base import ImageDataset, listed
+from model.messages import listed
+
+from .base import ImageDataset
 from .images import UnreadableImageError
 from .samplers import Key
 

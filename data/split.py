@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from model.files import replacing_folder
+from model.messages import listed
 
-from .base import listed
 from .folders import class_folders, images_below
 
 __all__ = ["split_folder"]

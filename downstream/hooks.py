@@ -17,13 +17,12 @@ from mmengine.runner import Runner
 from torch import nn
 
 from model.checkpoint import select_state_dict
+from model.messages import listed
 from model.mismatch import compare, explain
 
 from .weights import backbone_entries, check_backbone
 
 __all__ = ["CheckpointFitHook", "ClassCountHook"]
-
-NAMES_SHOWN = 5
 
 
 @HOOKS.register_module(force=True)
@@ -56,10 +55,10 @@ def check_class_counts(model: nn.Module, dataset: Any) -> None:
         return
     for name, count in _class_counts(model):
         if count != len(classes):
-            shown = ", ".join(classes[:NAMES_SHOWN]) + (", ..." if len(classes) > NAMES_SHOWN else "")
             raise ValueError(
-                f"{name} has num_classes={count}, but {type(dataset).__name__} has {len(classes)} classes ({shown}): "
-                f"set model.{name}.num_classes={len(classes)}, or the data set's metainfo.classes to the model's"
+                f"{name} has num_classes={count}, but {type(dataset).__name__} has {len(classes)} classes "
+                f"({listed(classes)}): set model.{name}.num_classes={len(classes)}, or the data set's metainfo.classes "
+                "to the model's"
             )
 
 

@@ -6,7 +6,6 @@ for more than tensors and plain values is refused. A network is changed only onc
 
 from __future__ import annotations
 
-import difflib
 import errno
 import html
 import logging
@@ -24,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .messages import listed, neighbours
 from .mismatch import LoadReport, Variants, compare, explain
 
 __all__ = [
@@ -76,10 +76,10 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        files = ", ".join(sorted(file.name for file in path.iterdir() if file.is_file())[:5]) or "nothing"
+        files = listed(sorted(file.name for file in path.iterdir() if file.is_file())) or "nothing"
         raise ValueError(f"{path} is a folder, not a checkpoint: name a file in it (it holds {files})")
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}; {_neighbours(path)}")
+        raise FileNotFoundError(f"no checkpoint at {path}; {neighbours(path)}")
     with path.open("rb") as file:
         start = file.read(2048)
     if not start:
@@ -100,14 +100,6 @@ def web_page_title(start: bytes) -> str:
     """Return the title of a web page, given its first bytes; empty where it has none."""
     title = re.search(r"<title[^>]*>(.*?)</title>", start.decode(errors="replace"), re.IGNORECASE | re.DOTALL)
     return html.unescape(title[1]).strip() if title else ""
-
-
-def _neighbours(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent} either: check the path"
-    names = [file.name for file in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.0)
-    return f"the nearest in {path.parent}: {', '.join(near)}" if near else f"the folder {path.parent} is empty"
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -219,7 +211,7 @@ def select_state_dict(
         return _bare_names(checkpoint[source], f"{origin} ({source})"), source
     if not present and any(isinstance(value, Tensor) for value in checkpoint.values()):
         return _bare_names(checkpoint, origin), "bare"
-    entries = ", ".join(map(str, list(checkpoint)[:12])) or "nothing"
+    entries = listed(list(checkpoint), 12) or "nothing"
     if present:
         raise ValueError(
             f"{origin} holds no averaged weights ({', '.join(AVERAGED)}), only {entries}: set "

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .checkpoint import read_checkpoint, select_state_dict
 from .files import replacing, save_safetensors
+from .messages import listed
 
 __all__ = ["LAYOUTS", "Conversion", "convert", "main"]
 
@@ -111,8 +112,8 @@ def _backbone(weights: Mapping[str, Tensor], origin: Path) -> tuple[dict[str, Te
     num_outside = len(weights) - len(own) if own else 0
     own = own or dict(weights)
     if not any(name.startswith(STEM) for name in own):
-        names = ", ".join(list(weights)[:4]) or "nothing"
-        raise ValueError(f"{origin} holds no weights of MobileMamba ({names}, ...): name another file")
+        names = listed(list(weights)) or "nothing"
+        raise ValueError(f"{origin} holds no weights of MobileMamba ({names}): name another file")
     return own, num_outside
 
 

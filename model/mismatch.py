@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .messages import listed
+
 __all__ = ["LoadReport", "Variants", "compare", "explain"]
 
 Variants = Callable[[], Mapping[str, Mapping[str, Sequence[int]]]]  # variant -> entry -> shape
@@ -114,8 +116,7 @@ def _grouped(entries: Iterable[str], texts: Mapping[str, str] | None = None) -> 
         groups.setdefault(entry.partition(".")[0], []).append(texts[entry] if texts else entry)
     shown = []
     for prefix, members in list(groups.items())[:MAX_GROUPS]:
-        more = ", ..." if len(members) > NAMES_PER_GROUP else ""
-        shown.append(f"{prefix} {len(members)} ({', '.join(members[:NAMES_PER_GROUP])}{more})")
+        shown.append(f"{prefix} {len(members)} ({listed(members, NAMES_PER_GROUP)})")
     if len(groups) > MAX_GROUPS:
         shown.append(f"and {len(groups) - MAX_GROUPS} modules more")
     return "; ".join(shown)

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from model.messages import listed
+
 from .layout import ADE20K_CLASSES, ADE20K_FOLDER, ADE20K_SPLITS, COCO_CATEGORIES, COCO_SPLITS
 
 __all__ = ["check_ade20k", "check_coco", "label_problem"]
@@ -125,7 +127,7 @@ def _annotation_problems(annotations: Mapping[str, Any], path: Path) -> Iterable
     if categories != COCO_CATEGORIES:
         yield (
             f"{path} has {len(categories)} categories, or other ids, than COCO's {len(COCO_CATEGORIES)}: "
-            f"{', '.join(map(str, list(categories.values())[:NUM_SHOWN]))}, ..."
+            f"{listed(list(categories.values()), NUM_SHOWN)}"
         )
     sizes = {image["id"]: (image["width"], image["height"]) for image in annotations["images"]}
     instances = annotations["annotations"]
@@ -154,8 +156,7 @@ def _count_problem(where: Path, found: int, expected: int) -> Iterable[str]:
 
 def _offenders(title: str, names: Collection[str]) -> Iterable[str]:
     if names:
-        more = ", ..." if len(names) > NUM_SHOWN else ""
-        yield f"{len(names)} {title}: {', '.join(sorted(names)[:NUM_SHOWN])}{more}"
+        yield f"{len(names)} {title}: {listed(sorted(names), NUM_SHOWN)}"
 
 
 def _progress(names: list[str], title: str) -> Iterable[str]:

@@ -85,7 +85,9 @@ def _write_coco_split(root: Path, split: str, scenes: Iterator[Scene]) -> None:
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
         for annotation in _annotations(scene, is_crowded=image_id % CROWD_EVERY == 0):
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **annotation})
-    categories = [{"id": number, "name": name, "supercategory": "synthetic"} for number, name in COCO_CATEGORIES.items()]
+    categories = [
+        {"id": number, "name": name, "supercategory": "synthetic"} for number, name in COCO_CATEGORIES.items()
+    ]
     path = root / "annotations" / f"instances_{split}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))

@@ -12,8 +12,8 @@ from PIL import Image
 from downstream.data.__main__ import main
 from downstream.data.check import check_ade20k, check_coco, label_problem
 from downstream.data.layout import COCO_CATEGORIES
-from downstream.data.synthetic import CATEGORY_IDS, GROUND_LABEL, LABELS, run_lengths, write_ade20k, write_coco
 from downstream.data.shapes import KINDS, draw_scene
+from downstream.data.synthetic import CATEGORY_IDS, GROUND_LABEL, LABELS, run_lengths, write_ade20k, write_coco
 
 SIZE = (96, 128)
 

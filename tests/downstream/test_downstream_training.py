@@ -1,4 +1,4 @@
-"""Training, testing, resuming and drawing, end to end on synthetic data: the configurations' own models and pipelines."""
+"""Training, testing, resuming and drawing, end to end on synthetic data: each configuration's model and pipeline."""
 
 from __future__ import annotations
 

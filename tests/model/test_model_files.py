@@ -34,17 +34,26 @@ def test_folder_is_replaced_at_the_end(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def fail_in_file(path):
+    with replacing(path) as aside:
+        aside.write_text("ne")
+        raise ValueError("half")
+
+
+def fail_in_folder(path):
+    with replacing_folder(path) as aside:
+        fill(aside, "ne")
+        raise ValueError("half")
+
+
 def test_error_leaves_what_was_there(tmp_path):
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_text("old")
     folder.mkdir()
     fill(folder, "old")
-    with pytest.raises(ValueError, match="half"), replacing(file) as aside:
-        aside.write_text("ne")
-        raise ValueError("half")
-    with pytest.raises(ValueError, match="half"), replacing_folder(folder) as aside:
-        fill(aside, "ne")
-        raise ValueError("half")
+    for write, path in ((fail_in_file, file), (fail_in_folder, folder)):
+        with pytest.raises(ValueError, match="half"):
+            write(path)
     assert file.read_text() == (folder / "inner" / "file").read_text() == "old"
     assert sorted(tmp_path.iterdir()) == [file, folder]
 
