@@ -19,7 +19,7 @@ from model import list_models
 from model.lib_mamba import set_backend
 from model.mobilemamba import VARIANTS, MobileMamba
 
-from .weights import FAMILY, load_pretrained, released_checkpoint
+from .pretrained import FAMILY, load_pretrained, released_checkpoint
 
 __all__ = ["MobileMambaBackbone"]
 
@@ -38,7 +38,7 @@ class MobileMambaBackbone(MobileMamba):
         out_indices: Stages whose outputs are returned. Later ones are kept, for released checkpoints have their
             entries, but never computed, and their parameters ask for no gradient.
         pretrained: An ImageNet checkpoint, read when training starts (`init_weights`): a path, or True for the released
-            one in ``weights/``. Entries of a classifier are left out.
+            one, which is downloaded once and verified. Entries of a classifier are left out.
         ema: Take the averaged weights out of that checkpoint.
         frozen_stages: Stages 0 to this one are not trained and stay in evaluation mode; -1 freezes none.
         norm_eval: Batch norms stay in evaluation mode: running statistics are used in training, and not changed.
@@ -50,7 +50,7 @@ class MobileMambaBackbone(MobileMamba):
 
     Raises:
         ValueError: An argument has no meaning, or, in `init_weights`, the checkpoint does not fit.
-        FileNotFoundError: In `init_weights`: there is no such checkpoint.
+        OSError: In `init_weights`: there is no such checkpoint, or it cannot be downloaded.
     """
 
     def __init__(

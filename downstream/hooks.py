@@ -20,7 +20,7 @@ from model.checkpoint import select_state_dict
 from model.messages import listed
 from model.mismatch import compare, explain
 
-from .weights import backbone_entries, check_backbone
+from .pretrained import backbone_entries, check_backbone
 
 __all__ = ["CheckpointFitHook", "ClassCountHook"]
 

@@ -24,7 +24,7 @@ from ..files import replacing
 from ..mismatch import compare, explain
 from ..mobilemamba import VARIANTS, MobileMamba, variant_shapes
 from .entries import Entry
-from .training_state import ignoring_histories
+from .training_state import reading_histories
 
 __all__ = ["Checksum", "check_contents", "record_path", "verify"]
 
@@ -129,7 +129,7 @@ def check_contents(entry: Entry, file: Path) -> None:
         ValueError: If it is no checkpoint, is damaged, or is of another network.
     """
     is_classifier = entry.task == "imagenet"
-    with contextlib.nullcontext() if is_classifier else ignoring_histories():
+    with contextlib.nullcontext() if is_classifier else reading_histories():
         checkpoint = read_checkpoint(file, mmap=True)
     own = _own_entries(entry)
     has_average = any(isinstance(checkpoint.get(name), Mapping) for name in AVERAGED)
