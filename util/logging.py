@@ -18,6 +18,7 @@ __all__ = [
     "ScalarLog",
     "add_log_file",
     "duration",
+    "markdown_table",
     "progress_bar",
     "setup_console",
     "table",
@@ -160,11 +161,29 @@ def duration(seconds: float) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows as aligned columns under a header, the first column to the left, the others to the right."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    lines.insert(1, ["-" * width for width in widths])
-    text = []
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        text.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(text)
+    widths = _widths(header, rows)
+    is_right = [False, *[True] * (len(header) - 1)]
+    rules = ["-" * width for width in widths]
+    return "\n".join("  ".join(_aligned(line, widths, is_right)).rstrip() for line in (header, rules, *rows))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, is_right: Sequence[bool]) -> str:
+    """Return rows as a table in Markdown, whose source is aligned too.
+
+    Args:
+        header: Names of the columns.
+        rows: Cells of each row.
+        is_right: Which columns are aligned to the right.
+    """
+    widths = [max(width, 2) for width in _widths(header, rows)]
+    rules = ["-" * (width - right) + ":" * right for width, right in zip(widths, is_right, strict=True)]
+    return "\n".join(f"| {' | '.join(_aligned(line, widths, is_right))} |" for line in (header, rules, *rows))
+
+
+def _widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int], is_right: Sequence[bool]) -> list[str]:
+    columns = zip(cells, widths, is_right, strict=True)
+    return [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in columns]

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from util.logging import table
+from util.logging import markdown_table, table
 
 from .results import FAIL, Figure, Result
 
@@ -32,10 +32,9 @@ def write(folder: Path, results: Sequence[Result], *, errors: Sequence[str], run
         errors: What could not be measured, and why.
         run: Facts of the run.
     """
-    rows = [list(HEADER), ["---", *["---:"] * (len(HEADER) - 1)], *_rows(results)]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    text = markdown_table(HEADER, _rows(results), is_right=[False, *[True] * (len(HEADER) - 1)])
     said = [f"- {line}" for line in (*notes(results), *errors)]
-    (folder / "check.md").write_text("\n".join([*lines, "", *said]).rstrip() + "\n", encoding="utf-8")
+    (folder / "check.md").write_text("\n".join([text, "", *said]).rstrip() + "\n", encoding="utf-8")
     contents = {**run, "results": [_plain(result) for result in results], "errors": list(errors)}
     (folder / "check.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
 
