@@ -22,8 +22,8 @@ from util.launch import Launch, find_launch
 from util.logging import setup_console
 
 from .classifiers import check_classifier
+from .detectors import Downstream, check_downstream
 from .download import add_zoo_options
-from .downstream import Downstream, check_downstream
 from .report import screen, write
 from .results import FAIL, Result
 

@@ -58,7 +58,7 @@ def material(tmp_path_factory, parity_json) -> Path:
 @pytest.fixture
 def repository(tmp_path, weights_folder, material, monkeypatch) -> Path:
     """A repository with two checkpoints, made-up COCO and ADE20K beside it, and OpenMMLab as good as installed."""
-    monkeypatch.setattr("weights.downstream.ROOT", weights_folder.parent)
+    monkeypatch.setattr("weights.detectors.ROOT", weights_folder.parent)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: types.SimpleNamespace(name=name))
     for name in ("retinanet", "fpn"):
         file = weights_folder.parent / find(name).path
