@@ -13,7 +13,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from .errors import EXIT_INPUT_ERROR
+from util.errors import EXIT_FAILED, EXIT_USER_ERROR
 
 __all__ = ["main"]
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
         run.main(list(arguments))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode not in (1, EXIT_INPUT_ERROR):  # with these, the process has said why itself
+        if failure.exitcode not in (EXIT_FAILED, EXIT_USER_ERROR):  # with these, the process has said why itself
             ending = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
             print(f"error: process {rank} ended with {ending}; what it said stands above", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode

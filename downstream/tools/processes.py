@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import subprocess
 from collections.abc import Iterator, MutableMapping
 from datetime import timedelta
 from typing import Any
@@ -15,6 +14,8 @@ import torch.distributed as dist
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook, LoggerHook
+
+from util.launch import as_environment, find_launch
 
 from .errors import InputError
 
@@ -36,11 +37,13 @@ def prepare_processes(config: Config, launcher: str) -> None:
         launcher: ``none``, ``pytorch`` or ``slurm``.
 
     Raises:
-        InputError: There are fewer GPUs than processes.
+        InputError: There are fewer GPUs than processes, or SLURM has not started this one.
     """
     config.launcher = launcher
     if launcher == "slurm":
-        _name_slurm_ranks()
+        if "SLURM_PROCID" not in os.environ:
+            raise InputError("--launcher slurm: SLURM has not started this process; use tools/slurm_train.sh, or srun")
+        os.environ.update(as_environment(find_launch()))  # for mmengine and the process group
     if torch.cuda.is_available():
         local_rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= num_devices:
@@ -82,20 +85,8 @@ def leave_processes() -> None:
     A thread of gloo that is still at work while Python ends would abort the process.
     """
     if dist.is_initialized():
-        gc.collect()  # a runner goes in circles, and what holds the group keeps its threads alive
+        gc.collect()  # the runner has reference cycles, and what holds the group keeps its threads alive
         dist.destroy_process_group()
-
-
-def _name_slurm_ranks() -> None:
-    """Say what SLURM says in torch's terms."""
-    environment = os.environ
-    environment["RANK"], environment["LOCAL_RANK"] = environment["SLURM_PROCID"], environment["SLURM_LOCALID"]
-    environment["WORLD_SIZE"] = environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]
-    environment.setdefault("MASTER_PORT", environment.get("PORT", "29500"))
-    if "MASTER_ADDR" not in environment:
-        nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
-        environment["MASTER_ADDR"] = listed.stdout.split()[0]
 
 
 def _mappings(node: Any) -> Iterator[MutableMapping[str, Any]]:

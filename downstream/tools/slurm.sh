@@ -26,6 +26,9 @@ shift 4
 
 # shellcheck source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" "$task"
+if [[ -n ${PORT:-} ]]; then
+    export MASTER_PORT=${MASTER_PORT:-$PORT}
+fi
 tasks=${GPUS:-8}
 tasks_per_node=$tasks
 devices=()

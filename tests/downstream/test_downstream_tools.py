@@ -125,7 +125,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("path", "message"),
         [
-            (RETINANET.replace("retinanet_mo", "retinet_mo"), "the nearest beside it: retinanet_mobilemamba"),
+            (RETINANET.replace("retinanet_mo", "retinet_mo"), "the nearest next to it: retinanet_mobilemamba"),
             ("/nowhere/config.py", "there is nothing in /nowhere either"),
         ],
     )
@@ -306,10 +306,19 @@ class TestErrors:
         assert exit_code_of(body) == 2
         assert capsys.readouterr().err.startswith("error: class `X`: no checkpoint at /nowhere/w.pth")
 
-    @pytest.mark.parametrize("body", [lambda: int("x"), lambda: Path("/nowhere").read_text(), lambda: [][1]])
-    def test_what_others_raise_is_raised(self, body):
-        with pytest.raises((ValueError, OSError, IndexError)):
-            exit_code_of(body)
+    @pytest.mark.parametrize(
+        ("body", "kind"),
+        [
+            (lambda: int("x"), ValueError),
+            (lambda: Path("/nowhere").read_text(), FileNotFoundError),
+            (lambda: [][1], IndexError),
+        ],
+    )
+    def test_what_others_raise_keeps_its_traceback(self, capsys, body, kind):
+        assert exit_code_of(body) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("Traceback")
+        assert f"{kind.__name__}: " in error.splitlines()[-1]
 
 
 class TestScripts:
