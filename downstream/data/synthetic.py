@@ -13,7 +13,7 @@ from PIL import Image
 
 from model.files import replacing_folder
 
-from .layout import ADE20K_FOLDER, ADE20K_SPLITS, COCO_CATEGORIES, COCO_SPLITS
+from .layout import ADE20K_FOLDER, ADE20K_SPLITS, COCO_CATEGORIES, COCO_SPLITS, coco_file
 from .shapes import Scene, draw_scene
 
 __all__ = ["write_ade20k", "write_coco"]
@@ -88,7 +88,7 @@ def _write_coco_split(root: Path, split: str, scenes: Iterator[Scene]) -> None:
     categories = [
         {"id": number, "name": name, "supercategory": "synthetic"} for number, name in COCO_CATEGORIES.items()
     ]
-    path = root / "annotations" / f"instances_{split}.json"
+    path = coco_file(root, split)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
 
