@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the machine's description, tables, result files.
+"""Shared by the benchmarks: interleaved timing, the machine's description, tables, result files.
 
 Times are in seconds, sizes in bytes, throughputs in images/s.
 """

@@ -1,9 +1,9 @@
 """The typed tree that describes one run.
 
-Every entry a user can override stands here once, with its unit, its meaning and the values it accepts. An entry whose
-value follows from others is ``None`` until ``configs.resolve`` fills it in after the overrides: the crop size into both
-transforms, the batch size into the learning rate, the learning rate into its minimum. A value given by the user is
-never replaced.
+Every entry a user can override is defined here once, with its unit, its meaning and the values it accepts. An entry
+whose value follows from others is ``None`` until ``configs.resolve`` fills it in after the overrides: the crop size
+into both transforms, the batch size into the learning rate, the learning rate into its minimum. A value given by the
+user is never replaced.
 
 Lists of transforms and loss terms hold one dataclass per kind; its ``type`` names the kind, as in the published
 recipes.
@@ -141,7 +141,7 @@ def evaluation_pipeline() -> list[AnyTransform]:
 
 @dataclass(kw_only=True, slots=True)
 class Data(Node):
-    """What is read, and how an image becomes a tensor."""
+    """The data set, and how an image becomes a tensor."""
 
     type: Literal[
         "DefaultCLS",
@@ -274,11 +274,11 @@ class Mixup(Node):
 
 @dataclass(kw_only=True, slots=True)
 class Trainer(Node):
-    """The loop: how long, how often, in what precision, kept where."""
+    """The training loop: its length, precision, tests and checkpoints."""
 
     name: str = "CLSTrainer"
     checkpoint: str = "runs/mobilemamba"  # folder in which each run makes its own
-    resume_dir: str = ""  # a run's folder; the run goes on from its latest checkpoint
+    resume_dir: str = ""  # a run's folder; training resumes from its latest checkpoint
     resume_rescale: bool = False  # accept another number of processes or batch size at a resume
     cuda_deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -384,7 +384,7 @@ class LogTerm(Node):
     name: str
     fmt: str = ":>5.3f"
     show_name: Literal["val", "avg", "sum"] = "val"  # what is shown
-    add_name: Literal["", "val", "avg", "sum"] = ""  # shown beside it, in brackets
+    add_name: Literal["", "val", "avg", "sum"] = ""  # shown next to it, in brackets
 
 
 def _train_terms() -> list[LogTerm]:
@@ -405,7 +405,7 @@ def _test_terms() -> list[LogTerm]:
 
 @dataclass(kw_only=True, slots=True)
 class Logging(Node):
-    """What is logged, and every how many iterations."""
+    """The columns of log lines, and every how many iterations they are logged."""
 
     log_terms_train: list[LogTerm] = field(default_factory=_train_terms)
     log_terms_test: list[LogTerm] = field(default_factory=_test_terms)
@@ -416,7 +416,7 @@ class Logging(Node):
 
 @dataclass(kw_only=True, slots=True)
 class Finetune(Node):
-    """What mode ft puts in place of the entries of the same name at the top."""
+    """Values that mode ft puts in place of the entries of the same name at the top."""
 
     epoch_full: PositiveCount = 30
     warmup_epochs: Count = 5
@@ -427,7 +427,7 @@ class Finetune(Node):
 
 @dataclass(kw_only=True, slots=True)
 class Predict(Node):
-    """What mode predict reads and leaves; nothing is written where no file is named."""
+    """Input and output of mode predict; nothing is written where no file is named."""
 
     input: str = ""  # an image, a folder with images at any depth, or a glob such as photos/**/*.jpg
     top_k: PositiveCount = 5  # classes that are named for each image
@@ -458,4 +458,4 @@ class Config(Node):
     trainer: Trainer = field(default_factory=Trainer)
     loss: Loss = field(default_factory=Loss)
     logging: Logging = field(default_factory=Logging)
-    derived: list[str] = field(default_factory=list)  # entries that configs.resolve filled in; it fills them anew
+    derived: list[str] = field(default_factory=list)  # entries that configs.resolve filled in, and fills in again

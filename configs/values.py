@@ -1,4 +1,4 @@
-"""How the value of one entry is read and checked against the annotation that stands beside it in ``configs.schema``.
+"""Reading the value of one entry, and checking it against its annotation in ``configs.schema``.
 
 An annotation is a scalar type or a union of these, ``Literal`` for a choice, one of the bounded numbers below, a list,
 a ``Pair``, a dictionary of further arguments, a ``Node`` or a union of nodes told apart by their ``type``; each of them

@@ -1,4 +1,4 @@
-"""Data sets whose labels stand in JSON files."""
+"""Data sets with their labels in JSON files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data sets by type, and what is checked of them before the first step."""
+"""The data sets by type, and the checks before the first step."""
 
 from __future__ import annotations
 

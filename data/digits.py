@@ -19,7 +19,7 @@ SEED = 0
 def write_digits(out: Path) -> bool:
     """Write the 1,797 digits (8 x 8 pixels) as ``<out>/<train|val>/<digit>/<number>.png``.
 
-    The split is stratified, 80 to 20, and always the same. The folder appears when it is whole.
+    The split is stratified, 80 to 20, and always the same. The folder appears only when it is complete.
 
     Args:
         out: Folder to make.

@@ -1,7 +1,7 @@
 """One split of a data set in an LMDB file: how it is laid out, read and written.
 
 Values are pickles of ``(encoded image, class index)``. ``__keys__`` is a pickle of the list of their keys in order and
-``__len__`` one of their number. Files that ``data.prepare`` wrote hold three more, which other readers leave alone:
+``__len__`` one of their number. Files that ``data.prepare`` wrote hold three more, which other readers ignore:
 ``__classes__`` (class names), ``__labels__`` and ``__paths__`` (``class/file`` per image).
 """
 
@@ -185,7 +185,7 @@ def write_lmdb(
     class_names: Sequence[str],
     map_size: int = 1 << 30,
 ) -> int:
-    """Write a split, aside at first and renamed when it is whole.
+    """Write a split; the file appears only when it is complete.
 
     Args:
         path: The file; replaced if it is there.

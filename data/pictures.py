@@ -1,4 +1,4 @@
-"""Images without labels, that a path names: one file, a folder with its subfolders, or a glob."""
+"""Images without labels, named by a path: one file, a folder with its subfolders, or a glob."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _files(path: Path, place: str) -> list[str]:
     names = [name for name in matches if is_image_name(Path(name).name) and Path(name).is_file()]
     if not names:
         raise ValueError(
-            f"{ENTRY}={place}: no image has such a name ({len(matches)} others have); in quotes, the shell leaves "
-            "the pattern alone"
+            f"{ENTRY}={place}: no image has such a name ({len(matches)} others have); in quotes, the shell does "
+            "not expand the pattern"
         )
     return names

@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("root", type=Path, help="folder with the LMDB files")
     check.add_argument("--against", type=Path, metavar="ROOT", help="class folders with the same images")
     check.add_argument("--decode", action="store_true", help="decode the images, too")
-    split = commands.add_parser("split", help="part class folders into training and test images")
+    split = commands.add_parser("split", help="split class folders into training and test images")
     split.set_defaults(command=_run_split)
     split.add_argument("root", type=Path, help="folder with one folder of images per class")
     split.add_argument("out", type=Path, help="folder to make")
@@ -163,7 +163,7 @@ def _run_verify(parsed: argparse.Namespace) -> None:
     counts, problems = verify(parsed.root, against=parsed.against, decodes=parsed.decode)
     if problems:
         raise ValueError(f"{len(problems)} problems: {listed(problems, 20)}")
-    print(f"{parsed.root}: {_summary(counts)}, all as they should be")
+    print(f"{parsed.root}: {_summary(counts)}, all correct")
 
 
 def _share(text: str) -> float:
@@ -180,7 +180,7 @@ def _run_split(parsed: argparse.Namespace) -> None:
 
 def _run_digits(parsed: argparse.Namespace) -> None:
     is_new = write_digits(parsed.out)
-    print(f"{parsed.out}: {'written' if is_new else 'already there and whole'}")
+    print(f"{parsed.out}: {'written' if is_new else 'already there and complete'}")
 
 
 def _summary(counts: dict[str, int]) -> str:

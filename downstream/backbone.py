@@ -35,8 +35,8 @@ class MobileMambaBackbone(MobileMamba):
 
     Args:
         variant: "T2", "T4", "S6", "B1", "B2" or "B4".
-        out_indices: Stages whose outputs are returned. Later ones are kept, for released checkpoints have their
-            entries, but never computed, and their parameters ask for no gradient.
+        out_indices: Stages whose outputs are returned. Later ones are kept, since released checkpoints have their
+            entries, but never computed, and their parameters require no gradient.
         pretrained: An ImageNet checkpoint, read when training starts (`init_weights`): a path, or True for the released
             one, which is downloaded once and verified. Entries of a classifier are left out.
         ema: Take the averaged weights out of that checkpoint.
@@ -94,7 +94,7 @@ class MobileMambaBackbone(MobileMamba):
         return [getattr(self, name) for name in STAGES[: self.frozen_stages + 1]]
 
     def _unused(self) -> list[nn.Module]:
-        """Return the stages after the last output: DistributedDataParallel would wait for gradients of theirs."""
+        """Return the stages after the last output: DistributedDataParallel would wait for their gradients."""
         return [getattr(self, name) for name in STAGES[max(self.out_indices) + 1 :]]
 
     def init_weights(self) -> None:

@@ -1,4 +1,4 @@
-"""Checks before a run's first step, for every task: OpenMMLab itself goes on with what does not fit.
+"""Checks before a run's first step, for every task: OpenMMLab itself continues with what does not fit.
 
 A class count that differs from the data set's ends in an index error, or in silence; entries of a checkpoint that do
 not fit are left out with a line in the log, and the figures that follow are of random weights.
@@ -74,7 +74,7 @@ def _class_counts(model: nn.Module) -> Iterator[tuple[str, int]]:
 class CheckpointFitHook(Hook):
     """Refuse a checkpoint that is not the model's, when it is loaded for testing, to be resumed or to start from.
 
-    To start a training from (`load_from`), heads and neck may differ: they then start anew.
+    To start a training from (`load_from`), heads and neck may differ: they are then initialised again.
 
     Raises:
         ValueError: If it does not fit; entries are counted by module, and the backbone's variant is guessed.
@@ -104,7 +104,7 @@ def check_fit(model: nn.Module, checkpoint: Mapping[str, Any], *, origin: str, b
     report = compare(weights, own, source=source)
     if report.fits or backbone_only:
         return
-    hint = "Heads of another class count or type: set num_classes, or take the configuration it was trained with."
+    hint = "Heads of another class count or type: set num_classes, or use the configuration it was trained with."
     raise ValueError("\n  ".join([title, *explain(report, weights, own, heads=()), hint]))
 
 

@@ -1,4 +1,4 @@
-"""ImageNet weights for a backbone: which entries of a checkpoint are its own, and whether they fit."""
+"""ImageNet weights for a backbone: the released ones, a checkpoint's entries for it, and whether they fit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def released_checkpoint(variant: str) -> Path:
 
 
 def load_pretrained(backbone: nn.Module, path: Path, *, ema: bool = False) -> list[str]:
-    """Load a checkpoint's weights into a backbone, all entries of it; what is left over is logged.
+    """Load a checkpoint's weights into a backbone, all entries of it; entries left over are logged.
 
     Args:
         backbone: MobileMamba without a classifier.

@@ -25,7 +25,7 @@ class CrossEntropy(nn.Module):
         self.fp32 = fp32
 
     def forward(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of logits (B, C) and class indices (B,); images (B, 3, H, W) are not looked at."""
+        """Return the loss of logits (B, C) and class indices (B,); images (B, 3, H, W) are not used."""
         if targets.is_floating_point():
             raise ValueError(
                 f"cross-entropy with class indices got targets of shape {tuple(targets.shape)} and type "
@@ -48,7 +48,7 @@ class SoftTargetCrossEntropy(nn.Module):
         self.fp32 = fp32
 
     def forward(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of logits (B, C) and probabilities (B, C); images (B, 3, H, W) are not looked at."""
+        """Return the loss of logits (B, C) and probabilities (B, C); images (B, 3, H, W) are not used."""
         if targets.shape != logits.shape:
             raise ValueError(
                 f"cross-entropy with target probabilities got targets of shape {tuple(targets.shape)} for logits of "

@@ -26,8 +26,8 @@ class CLSKDLoss(nn.Module):
     Soft: the Kullback-Leibler divergence of the two log-softmax at temperature tau, summed over the classes, averaged
     over the images, times tau^2 (Hinton et al., arXiv 1503.02531). Hard: cross-entropy with the teacher's class.
 
-    The teacher is moved along by ``.to()`` but it is no submodule: it is never in train mode, its parameters are not
-    among ``parameters()`` and its weights are not in ``state_dict()``. It runs under the autocast of the caller.
+    The teacher moves with ``.to()`` but is no submodule: it is never in train mode, its parameters are not among
+    ``parameters()`` and its weights are not in ``state_dict()``. It runs under the autocast of the caller.
 
     Args:
         teacher: Network from (B, 3, S, S) to logits (B, C).
@@ -66,7 +66,7 @@ class CLSKDLoss(nn.Module):
         scale, shift = _renormalisation(mean_s, std_s, mean_t, std_t)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
-        # A tuple hides the teacher from the registration of submodules; _apply below moves it all the same.
+        # A tuple hides the teacher from the registration of submodules; _apply below still moves it.
         self._hidden_teacher = (teacher.eval().requires_grad_(False),)
 
     @property
@@ -87,7 +87,7 @@ class CLSKDLoss(nn.Module):
         return images
 
     def forward(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of the student's logits (B, C) on its input (B, 3, H, W); targets are not looked at."""
+        """Return the loss of the student's logits (B, C) on its input (B, 3, H, W); targets are not used."""
         with torch.no_grad():
             teacher_logits = self.teacher(self.teacher_input(images))
         if teacher_logits.shape != logits.shape:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's entries are a network's, and a report for people where they are not.
+"""Comparison of a checkpoint's entries with a network's, and a readable report where they differ.
 
 A report counts by module, since one wrong variant makes hundreds of entries differ at once.
 """
@@ -23,7 +23,7 @@ NAMES_PER_GROUP = 2
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did.
+    """The result of a load.
 
     Attributes:
         source: Which weights of the file were taken: ``net``, ``net_E``, ..., or ``bare``.
@@ -41,7 +41,7 @@ class LoadReport:
 
     @property
     def fits(self) -> bool:
-        """Whether all that is wanted of the file is the network's, and the other way round."""
+        """Whether the file's entries are exactly the network's, apart from reset heads."""
         return not (self.missing or self.unexpected or self.mismatched)
 
 
@@ -77,7 +77,7 @@ def explain(
     variants: Variants | None = None,
     entry: str = "model.name",
 ) -> list[str]:
-    """Return sentences that say what does not fit, why that may be, and the way out.
+    """Return sentences on what does not fit, the likely reason, and the way out.
 
     Args:
         report: What `compare` found.

@@ -16,7 +16,7 @@ from .launch import Launch
 
 __all__ = ["Process", "choose_device", "init_process", "is_lost_process", "open_store"]
 
-# How gloo and NCCL word it; gloo's errors have no class of their own.
+# Texts of gloo's and NCCL's errors; gloo's have no class of their own.
 SIGNS_OF_LOSS = ("gloo/transport", "Connection closed by peer", "Timed out waiting", "NCCL communicator was aborted")
 
 T = TypeVar("T")
@@ -138,7 +138,7 @@ def open_store(launch: Launch, *, timeout_seconds: float) -> dist.Store:
 def init_process(launch: Launch, *, device: str = "auto", timeout_seconds: float = 1800) -> Iterator[Process]:
     """Join the process group for the time of the context.
 
-    After an error the group is left to the end of the process: tearing it down could wait for processes that are gone.
+    After an error the group lives until the process ends: destroying it could wait for processes that are gone.
 
     Args:
         launch: The place of this process.
@@ -164,7 +164,7 @@ def init_process(launch: Launch, *, device: str = "auto", timeout_seconds: float
         )
     yield Process(**asdict(launch), device=chosen, backend=backend)
     if backend != "none":
-        # What holds the group keeps gloo's threads alive, and one of them at work while Python ends aborts the process.
+        # References to the group keep gloo's threads alive, and one that is busy while Python exits aborts the process.
         gc.collect()
         dist.destroy_process_group()
 

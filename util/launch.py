@@ -1,6 +1,6 @@
-"""Which of how many processes this is, as the launcher tells it through the environment.
+"""The place of this process among those of a run, from the launcher's environment variables.
 
-Understood are ``torchrun`` and ``torch.distributed.launch --use_env`` (RANK, WORLD_SIZE, LOCAL_RANK), ``srun``
+Supported are ``torchrun`` and ``torch.distributed.launch --use_env`` (RANK, WORLD_SIZE, LOCAL_RANK), ``srun``
 (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, the node list) and a plain ``python run.py``.
 """
 

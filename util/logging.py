@@ -1,4 +1,4 @@
-"""Where a run's words and numbers go: console, log file, JSON lines of every epoch, TensorBoard, a progress bar."""
+"""Output of a run: console, log file, JSON lines of every epoch, TensorBoard, progress bars, tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIME = "%Y-%m-%d %H:%M:%S"
 
 # Marks of a record, for the ``extra`` of a logging call.
 FILE_ONLY = {"is_for_file": True}
-PROGRESS = {"is_progress": True}  # says no more than a live progress bar does
+PROGRESS = {"is_progress": True}  # left out where a live progress bar shows the same
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class _Console(logging.Handler):
     """Writes to stdout without tearing a progress bar on the same terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record that is not meant for the file alone."""
+        """Write one record, unless it is meant only for the file."""
         if getattr(record, "is_for_file", False) or (getattr(record, "is_progress", False) and sys.stderr.isatty()):
             return
         try:
@@ -71,7 +71,7 @@ def setup_console(*, is_logging: bool, rank: int = 0) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """The file of the run that goes on in this process."""
+    """The log file of the current run in this process."""
 
 
 def add_log_file(path: Path) -> None:
@@ -90,7 +90,7 @@ class EpochLog:
 
     Args:
         path: The file; made when missing.
-        num_epochs: Epochs done before; later lines, of epochs that a resumed run does again, are dropped.
+        num_epochs: Epochs done before; later lines, of epochs that a resumed run repeats, are dropped.
     """
 
     def __init__(self, path: Path, *, num_epochs: int = 0) -> None:

@@ -1,6 +1,6 @@
 """Seeds and random states of one process: python, numpy, torch on the CPU and on the current CUDA device.
 
-A random state is made of plain containers and tensors alone, so that it can stand in a checkpoint which is loaded with
+A random state is made of plain containers and tensors only, so that it can be saved in a checkpoint that is loaded with
 ``weights_only``.
 """
 
@@ -27,7 +27,7 @@ def seed_everything(seed: int, *, rank: int = 0, deterministic: bool = False) ->
         seed: The run's seed, the same on every process; NumPy takes 0 to 2**32 - 1, the narrowest of the three.
         rank: The process's rank; each process draws other numbers.
         deterministic: Use deterministic algorithms wherever there are some, at the cost of speed; an operation without
-            one warns and runs all the same.
+            one warns and still runs.
 
     Returns:
         The seed of this process, ``seed + rank``.
@@ -67,7 +67,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put back the random states that ``get_rng_state`` returned, in this process or another.
+    """Restore the random states that ``get_rng_state`` returned, in this process or another.
 
     Args:
         state: The states. A CUDA state is skipped, with a warning, on a machine without CUDA.

@@ -37,7 +37,7 @@ DEFAULT_ROOTS = {"det": "data/coco", "seg": f"data/ade/{ADE20K_FOLDER}"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Downstream:
-    """How a detector or segmentor is tested.
+    """Options of a detector's or segmentor's test.
 
     Attributes:
         num_gpus: Processes, one for each GPU; 0 for the CPU, None for all GPUs there are.
@@ -132,15 +132,15 @@ def _doubts(num_images: int, num_classes: int | None, expected: Dataset) -> list
 
 
 def _run_tool(command: Sequence[str], *, folder: Path) -> None:
-    """Run a tool to its end with this interpreter; its words go where ours go."""
+    """Run a tool to its end with this interpreter; its output goes where ours goes."""
     logger.info("running %s", shlex.join(command))
     done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHON": sys.executable}, check=False)
     if done.returncode:
-        raise RunError(f"{command[0]} failed with exit code {done.returncode}; what it said stands above")
+        raise RunError(f"{command[0]} failed with exit code {done.returncode}; its output is above")
 
 
 def _read_metrics(work_dir: Path) -> dict[str, float]:
-    """Return what mmengine logs at the end of a test, in ``<work_dir>/<time>/<time>.json``."""
+    """Return the metrics that mmengine logs at the end of a test, in ``<work_dir>/<time>/<time>.json``."""
     files = [file for file in work_dir.glob("*/*.json") if file.stem == file.parent.name]
     if len(files) != 1:
         raise RunError(

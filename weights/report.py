@@ -19,7 +19,7 @@ ROUNDING = 0.05  # a table of one decimal says no more than this
 
 
 def screen(results: Sequence[Result]) -> str:
-    """Return the table, and below it what is to be said of single checkpoints."""
+    """Return the table, and notes on single checkpoints below it."""
     return "\n".join([table(HEADER, _rows(results)), *notes(results)])
 
 
@@ -40,7 +40,7 @@ def write(folder: Path, results: Sequence[Result], *, errors: Sequence[str], run
 
 
 def notes(results: Sequence[Result]) -> list[str]:
-    """Return what the table cannot show."""
+    """Return notes on what the table cannot show."""
     lines = []
     for result in results:
         title = f"{result.name} ({result.weights})"

@@ -1,4 +1,4 @@
-"""Whether a folder holds COCO or ADE20K, whole and in the layout that mmdet and mmseg read.
+"""Checks that a folder holds COCO or ADE20K, complete and in the layout that mmdet and mmseg read.
 
 Nothing of OpenMMLab is needed. A check returns what it counted and every kind of problem, with the first offenders.
 """

@@ -1,4 +1,4 @@
-"""Where the files of COCO and ADE20K lie, how they are numbered, and what they list."""
+"""The files of COCO and ADE20K: places, classes, and what they list."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def read_coco(root: Path, split: str) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON, or cut off ({error})") from error
+        raise ValueError(f"{path} is not JSON, or is truncated ({error})") from error
     if not isinstance(annotations, dict) or not all(isinstance(annotations.get(name), list) for name in COCO_LISTS):
         raise ValueError(f"{path} lacks one of the lists {', '.join(COCO_LISTS)}")
     return annotations

@@ -18,7 +18,7 @@ from .shapes import Scene, draw_scene
 
 __all__ = ["write_ade20k", "write_coco"]
 
-# What the kinds of shape are called: COCO category ids; ADE20K labels, the first and the last class among them.
+# The classes of the kinds of shape: COCO category ids; ADE20K labels, the first and the last class among them.
 CATEGORY_IDS = (37, 72, 38, 90)  # sports ball, tv, kite, toothbrush
 LABELS = (120, 44, 150, 13)  # ball, signboard, flag, person
 GROUND_LABEL = 1  # wall

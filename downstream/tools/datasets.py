@@ -1,6 +1,6 @@
-"""Whether the data sets that a configuration names are there, and have its classes; asked before anything slow.
+"""Checks, before anything slow, that a configuration's data sets are there and have its classes.
 
-Whether the model has these classes, too, is asked by `downstream.hooks.ClassCountHook`.
+`downstream.hooks.ClassCountHook` checks that the model has these classes too.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def read_categories(path: Path) -> list[dict[str, Any]]:
     """Return the categories of a COCO annotation file; of half a gigabyte, as COCO's is, only these are parsed.
 
     Raises:
-        InputError: The file is no JSON of COCO's kind, or is cut off.
+        InputError: The file is no JSON of COCO's kind, or is truncated.
     """
     key = b'"categories"'
     with path.open("rb") as file:
@@ -109,7 +109,7 @@ def read_categories(path: Path) -> list[dict[str, Any]]:
             return list(categories)
     except (ValueError, TypeError):
         pass
-    raise InputError(f"{path} is no annotation file of COCO's kind, or cut off: it has no whole list of categories")
+    raise InputError(f"{path} is no annotation file of COCO's kind, or truncated: it has no whole list of categories")
 
 
 def _check_labels(folder: Path, num_classes: int) -> None:

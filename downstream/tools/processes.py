@@ -1,4 +1,4 @@
-"""The processes of a run: NCCL between GPUs, as mmengine does it, and gloo between CPUs, which it does not."""
+"""The processes of a run: NCCL between GPUs, as mmengine sets it up, and gloo between CPUs, which it does not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_processes(config: Config, launcher: str) -> None:
-    """Settle on devices; without a GPU, join the process group and change what needs one in the configuration.
+    """Choose devices; without a GPU, join the process group and change what needs one in the configuration.
 
     With GPUs, the runner joins the group.
 
@@ -80,9 +80,9 @@ def log_once(hooks: list[Hook]) -> None:
 
 
 def leave_processes() -> None:
-    """Leave the process group, if there is one, once the run is over and its runner let go.
+    """Leave the process group, if there is one, once the run is over and its runner is released.
 
-    A thread of gloo that is still at work while Python ends would abort the process.
+    A thread of gloo that is still busy while Python exits would abort the process.
     """
     if dist.is_initialized():
         gc.collect()  # the runner has reference cycles, and what holds the group keeps its threads alive

@@ -1,8 +1,8 @@
 """Reading the checkpoints of mmengine without running code that they may hold.
 
 Next to the weights of a detector or segmentor stand the histories of its log: objects of a class of mmengine's, numpy
-arrays, and functions looked up by ``getattr``. These are allowed for, and whatever else a file asks for is refused as
-ever.
+arrays, and functions looked up by ``getattr``. These are allowed, and whatever else a file asks for is still
+refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOOK_UP = ("__builtin__.getattr", "builtins.getattr")  # the first by older prot
 
 
 class _Ignored:
-    """Made of anything, and takes over nothing."""
+    """Inert: takes any arguments and any state, and keeps none."""
 
     def __new__(cls, *arguments: Any) -> _Ignored:
         return super().__new__(cls)

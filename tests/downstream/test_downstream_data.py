@@ -155,7 +155,7 @@ def test_published_numbers_are_expected(coco, ade20k):
         (lambda root: (root / "annotations" / "instances_val2017.json").unlink(), "instances_val2017.json is missing"),
         (lambda root: (root / "train2017").rename(root / "train"), "train2017 is missing"),
         (lambda root: (root / "train2017" / f"{3:012d}.jpg").unlink(), "1 images of .*: 000000000003.jpg"),
-        (lambda root: (root / "annotations" / "instances_train2017.json").write_text('{"images": ['), "cut off"),
+        (lambda root: (root / "annotations" / "instances_train2017.json").write_text('{"images": ['), "truncated"),
         (lambda root: (root / "annotations" / "instances_train2017.json").write_text("[]"), "lacks one of the lists"),
         (lambda root: change(root, lambda a: a["categories"].pop(0)), "79 categories"),
         (

@@ -210,7 +210,7 @@ class TestData:
     )
     def test_annotations_that_are_none(self, tmp_path, text):
         (tmp_path / "a.json").write_text(text)
-        with pytest.raises(InputError, match=r"empty|cut off"):
+        with pytest.raises(InputError, match=r"empty|truncated"):
             read_categories(tmp_path / "a.json")
 
     def test_categories_anywhere_in_the_file(self, tmp_path):
@@ -228,7 +228,7 @@ class TestCheckpoints:
         [
             (b"<!DOCTYPE html><title>Quota exceeded</title>", r"a web page \('Quota exceeded'\)"),
             (b"", "is empty"),
-            (b"PK\x03\x04 cut off", "is cut off or damaged"),
+            (b"PK\x03\x04 cut off", "is truncated or damaged"),
             (pickle.dumps([1]), "holds a list|no checkpoint"),
             (None, "no checkpoint at"),
         ],
@@ -358,9 +358,9 @@ class TestScripts:
             (
                 "rank and os.kill(os.getpid(), 9)",
                 137,
-                "error: process 1 ended with signal 9; what it said stands above\n",
+                "error: process 1 ended with signal 9; its output is above\n",
             ),
-            ("sys.exit(5)", 5, "ended with exit code 5; what it said stands above\n"),
+            ("sys.exit(5)", 5, "ended with exit code 5; its output is above\n"),
         ],
     )
     def test_two_processes_end_in_one_message(self, tmp_path, statement, code, stderr):

@@ -1,3 +1,5 @@
+"""The distillation loss, and the frozen teacher inside it: its input, its place and its weights."""
+
 from __future__ import annotations
 
 import logging

@@ -1,3 +1,5 @@
+"""The loss terms against their definitions in double precision, their weighted sum, and mixup."""
+
 from __future__ import annotations
 
 import math

@@ -127,7 +127,7 @@ def test_passing_faults_of_a_server_are_waited_out(server, file, contents, caplo
 
 def test_a_server_that_stays_away_is_an_error_with_the_way_out(server, file):
     server.cuts = [1_000_000] + [0] * 9
-    with pytest.raises(DownloadError, match=r"after 5 attempts .* goes on after 1,000,000 bytes"):
+    with pytest.raises(DownloadError, match=r"after 5 attempts .* resumes after 1,000,000 bytes"):
         fetch(NAME, source=server.url)
     assert not file.exists()
     assert len(leftovers(file)) == 1
@@ -145,7 +145,7 @@ def test_a_refusal_is_not_asked_again(server, file, status, kind):
 def test_a_file_that_the_server_ends_early_without_saying_its_length(server, file, contents):
     server.has_length = False
     server.files[REMOTE] = contents[:1_000_000]
-    with pytest.raises(ValueError, match=r"does not give mobilemamba_t2: .* is cut off or damaged \(1,000,000 bytes"):
+    with pytest.raises(ValueError, match=r"does not give mobilemamba_t2: .* is truncated or damaged \(1,000,000 bytes"):
         fetch(NAME, source=server.url)
     assert not file.exists()
     assert leftovers(file) == []
@@ -254,7 +254,7 @@ def test_a_disk_that_fills_up_keeps_what_was_got(server, file, contents, monkeyp
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(full))
-        with pytest.raises(DownloadError, match=r"no room for .*free some space and try again; the download goes on"):
+        with pytest.raises(DownloadError, match=r"no room for .*free some space and try again; the download resumes"):
             fetch(NAME, source=server.url)
     assert not file.exists()
     assert len(leftovers(file)) == 1

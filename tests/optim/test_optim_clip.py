@@ -1,3 +1,5 @@
+"""Clipping of gradients by norm, by value and adaptively, against the definitions."""
+
 from __future__ import annotations
 
 import torch

@@ -1,3 +1,5 @@
+"""The learning rate of every step: schedules against closed forms and PyTorch, resuming, faulty entries."""
+
 from __future__ import annotations
 
 import logging

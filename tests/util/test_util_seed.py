@@ -1,3 +1,5 @@
+"""Seeds and random states: repeatable, different on every rank, put back exactly."""
+
 from __future__ import annotations
 
 import random
