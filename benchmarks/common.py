@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the machine's description, tables, result files.
+"""Shared by the benchmarks: interleaved timing, the machine's description, tables, result files.
 
 Times are in seconds, sizes in bytes, throughputs in images/s.
 """
@@ -24,6 +24,7 @@ import timm
 import torch
 
 from model.lib_mamba import choose
+from util.logging import markdown_table
 
 __all__ = [
     "FULL",
@@ -287,10 +288,8 @@ def summary_line(machine: Mapping[str, Any]) -> str:
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     """Return a Markdown table: floats to three significant digits, None as a dash, numbers to the right."""
     cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max(2, *map(len, column)) for column in zip(header, *cells, strict=True)]
     is_number = [all(not isinstance(row[i], str) for row in rows) for i in range(len(header))]
-    rules = ["-" * (width - right) + ":" * right for width, right in zip(widths, is_number, strict=True)]
-    return "\n".join(_line(row, widths, is_number) for row in (header, rules, *cells))
+    return markdown_table(header, cells, is_right=is_number)
 
 
 def _cell(value: Any) -> str:
@@ -299,11 +298,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], is_number: Sequence[bool]) -> str:
-    columns = zip(cells, widths, is_number, strict=True)
-    return "| " + " | ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in columns) + " |"
 
 
 def result_path(arguments: argparse.Namespace, benchmark: str, machine: Mapping[str, Any]) -> Path:

@@ -42,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, mode: str = 
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write ``config`` as YAML; ``load_config`` reads it again, and what follows from other entries follows anew."""
+    """Write ``config`` as YAML; ``load_config`` reads it, and fills in again what follows from other entries."""
     Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 

@@ -22,7 +22,7 @@ def get_config() -> Config:
     config.model.name = "MobileMamba_T2"
 
     config.data.root = "data/digits"
-    # A mirrored digit is another sign: small crops alone.
+    # A mirrored digit is another sign: only small crops.
     config.data.train_transforms = [
         TimmTrainTransform(
             scale=[0.8, 1.0],

@@ -1,7 +1,7 @@
 """Fills in every entry that follows from others, once the overrides are known, and makes the tree read-only.
 
 Entries that name one quantity are tied: an override of any of them is written to all. Entries that follow are filled
-in where they are None, and listed in ``Config.derived`` so that a saved configuration follows anew when it is loaded.
+in where they are None, and listed in ``Config.derived`` so that they follow again when a saved configuration is loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .values import convert, entry_types
 __all__ = ["resolve", "with_classes"]
 
 _TEST_MODES = ("test", "test_net", "predict")
-_MODE_GROUPS = {"finetune": "ft", "predict": "predict"}  # groups that one mode alone reads
+_MODE_GROUPS = {"finetune": "ft", "predict": "predict"}  # groups that only one mode reads
 
 _CLASSES = ("nb_classes", "data.nb_classes", "model.model_kwargs.num_classes", "trainer.mixup_kwargs.num_classes")
 
@@ -59,7 +59,7 @@ def resolve(config: Config, given: Set[str], *, world_size: int) -> Config:
         mode = _MODE_GROUPS.get(owner, config.mode)
         if mode != config.mode:
             way_out = f"; override {name} instead" if owner == "finetune" else ""
-            raise ValueError(f"{path} holds with -m {mode} alone{way_out}")
+            raise ValueError(f"{path} holds only with -m {mode}{way_out}")
     run = _Run(config, given)
     if config.mode == "predict" and run.given.isdisjoint(_CLASSES):
         for path in _CLASSES:
@@ -82,7 +82,7 @@ def resolve(config: Config, given: Set[str], *, world_size: int) -> Config:
 def with_classes(config: Config, num_classes: int) -> Config:
     """Return a resolved configuration that left ``nb_classes`` open, with the number in it, read-only again.
 
-    The number counts as derived: a run that starts from the saved configuration counts anew.
+    The number counts as derived: a run that starts from the saved configuration counts again.
     """
     filled: Config = convert(to_dict(config), Config, "")
     run = _Run(filled, set(), [*config.derived])
@@ -117,7 +117,7 @@ def _tie(run: _Run, group: tuple[str, ...]) -> None:
     for path in overridden or others:
         other = get_entry(run.config, path)
         if other not in (None, value):
-            raise ValueError(f"{source}={value} and {path}={other} name one quantity; set {source} alone")
+            raise ValueError(f"{source}={value} and {path}={other} name one quantity; set only {source}")
     for path in others:
         run.follow(path, value)
     for path in paths:
@@ -130,6 +130,11 @@ def _share_batches(run: _Run, world_size: int) -> None:
     shares = world_size * run.config.trainer.accumulation_steps
     is_test = run.config.mode in _TEST_MODES
     pair = 2 if run.config.trainer.mixup_kwargs.is_active and not is_test else 1
+    if pair == 2 and not data.drop_last:
+        raise ValueError(
+            "trainer.data.drop_last=False may leave a last batch of odd size, but mixup mixes images in pairs: keep "
+            "it True, or turn mixup off with trainer.mixup_kwargs.prob=0"
+        )
     is_share_given = "trainer.data.batch_size_per_gpu" in run.given
     is_total_given = "batch_size" in run.given or "trainer.data.batch_size" in run.given
     if data.batch_size_per_gpu is not None and (is_share_given or not is_total_given):
@@ -175,7 +180,7 @@ def _require_multiple(path: str, value: int, step: int, reason: str) -> None:
 def _follow_learning_rate(run: _Run) -> None:
     config = run.config
     if "lr" in run.given and config.optim.lr is not None:
-        raise ValueError(f"lr={config.lr} changes nothing beside optim.lr={config.optim.lr}; give optim.lr alone")
+        raise ValueError(f"lr={config.lr} changes nothing where optim.lr={config.optim.lr}; give only optim.lr")
     divisor = config.finetune.lr_divisor if config.mode == "ft" else 1.0
     run.follow("optim.lr", config.lr * config.batch_size / 512 / divisor)
     applied = get_entry(config, "optim.lr")

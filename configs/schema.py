@@ -1,9 +1,9 @@
 """The typed tree that describes one run.
 
-Every entry a user can override stands here once, with its unit, its meaning and the values it accepts. An entry whose
-value follows from others is ``None`` until ``configs.resolve`` fills it in after the overrides: the crop size into both
-transforms, the batch size into the learning rate, the learning rate into its minimum. A value given by the user is
-never replaced.
+Every entry a user can override is defined here once, with its unit, its meaning and the values it accepts. An entry
+whose value follows from others is ``None`` until ``configs.resolve`` fills it in after the overrides: the crop size
+into both transforms, the batch size into the learning rate, the learning rate into its minimum. A value given by the
+user is never replaced.
 
 Lists of transforms and loss terms hold one dataclass per kind; its ``type`` names the kind, as in the published
 recipes.
@@ -15,7 +15,20 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from .tree import Node
-from .values import Count, Decay, NonNegative, Positive, PositiveCount, Range, Share, Side
+from .values import (
+    Count,
+    Decay,
+    NonNegative,
+    Pair,
+    PartialShare,
+    Positive,
+    PositiveCount,
+    PositiveShare,
+    Range,
+    Seed,
+    Share,
+    Side,
+)
 
 __all__ = [
     "AnyLossTerm",
@@ -72,8 +85,8 @@ class TimmTrainTransform(Transform):
     color_jitter: NonNegative | None = 0.4
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     interpolation: Literal["random", Interpolation] = "random"
-    scale: list[Share] | None = None  # range of the crop's area; timm's (0.08, 1) when None
-    ratio: list[Positive] | None = None  # range of the crop's aspect; timm's (3/4, 4/3) when None
+    scale: Pair[PositiveShare] | None = None  # range of the crop's area; timm's (0.08, 1) when None
+    ratio: Pair[Positive] | None = None  # range of the crop's aspect; timm's (3/4, 4/3) when None
     hflip: Share = 0.5
     vflip: Share = 0.0
     mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
@@ -89,7 +102,7 @@ class Resize(Transform):
 
     type: Literal["Resize"] = "Resize"
     size: PositiveCount | None = None  # pixels; follows `size`: int(size / crop_pct)
-    crop_pct: Annotated[float, Range(above=0, at_most=1)] = 0.875  # share of the resized side that is kept
+    crop_pct: PositiveShare = 0.875  # share of the resized side that is kept
     interpolation: Interpolation = "bicubic"
 
 
@@ -128,7 +141,7 @@ def evaluation_pipeline() -> list[AnyTransform]:
 
 @dataclass(kw_only=True, slots=True)
 class Data(Node):
-    """What is read, and how an image becomes a tensor."""
+    """The data set, and how an image becomes a tensor."""
 
     type: Literal[
         "DefaultCLS",
@@ -182,7 +195,7 @@ class OptimKwargs(Node):
     """The optimiser by its timm name, with its own arguments."""
 
     name: str = "adamw"
-    betas: list[Share] | None = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[PartialShare] | None = field(default_factory=lambda: [0.9, 0.999])
     eps: NonNegative | None = 1e-8
     weight_decay: NonNegative | None = None  # follows `weight_decay`; not applied to 1-D parameters and biases
     amsgrad: bool = False
@@ -205,7 +218,7 @@ class Scheduler(Node):
     """The learning rate over time; iterations are optimiser steps."""
 
     name: Literal["cosine", "tanh", "step", "multistep", "plateau", "poly", "none"] = "cosine"
-    lr_noise: list[Share] | None = None  # fractions of the run between which noise is added
+    lr_noise: Pair[Share] | None = None  # fractions of the run between which noise is added
     noise_pct: NonNegative = 0.67
     noise_std: NonNegative = 1.0
     noise_seed: Count | None = None  # follows `seed`
@@ -245,12 +258,12 @@ class Mixup(Node):
 
     mixup_alpha: NonNegative = 0.8
     cutmix_alpha: NonNegative = 1.0
-    cutmix_minmax: list[Share] | None = None
+    cutmix_minmax: Pair[Share] | None = None
     prob: Share = 1.0
     switch_prob: Share = 0.5
     mode: Literal["batch", "pair", "elem"] = "batch"
     correct_lam: bool = True
-    label_smoothing: Share = 0.1
+    label_smoothing: PartialShare = 0.1
     num_classes: PositiveCount | None = None  # tied to `nb_classes`
 
     @property
@@ -261,11 +274,11 @@ class Mixup(Node):
 
 @dataclass(kw_only=True, slots=True)
 class Trainer(Node):
-    """The loop: how long, how often, in what precision, kept where."""
+    """The training loop: its length, precision, tests and checkpoints."""
 
     name: str = "CLSTrainer"
     checkpoint: str = "runs/mobilemamba"  # folder in which each run makes its own
-    resume_dir: str = ""  # a run's folder; the run goes on from its latest checkpoint
+    resume_dir: str = ""  # a run's folder; training resumes from its latest checkpoint
     resume_rescale: bool = False  # accept another number of processes or batch size at a resume
     cuda_deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -312,7 +325,7 @@ class LabelSmoothingTerm(LossTerm):
     """Cross-entropy with class indices, a share of the target spread over all classes."""
 
     type: Literal["LabelSmoothingCE"] = "LabelSmoothingCE"
-    smoothing: Share | None = None  # follows trainer.mixup_kwargs.label_smoothing
+    smoothing: PartialShare | None = None  # follows trainer.mixup_kwargs.label_smoothing
 
 
 @dataclass(kw_only=True, slots=True)
@@ -358,7 +371,7 @@ class Loss(Node):
 
     # Without mixup, SoftTargetCE becomes LabelSmoothingCE, or CE where trainer.mixup_kwargs.label_smoothing is 0.
     loss_terms: list[AnyLossTerm] = field(default_factory=lambda: [SoftTargetTerm()])
-    clip_grad: NonNegative | None = 5.0
+    clip_grad: Annotated[float, Range(above=0, without="no clipping")] | None = 5.0
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     create_graph: bool = False
     retain_graph: bool = False
@@ -371,7 +384,7 @@ class LogTerm(Node):
     name: str
     fmt: str = ":>5.3f"
     show_name: Literal["val", "avg", "sum"] = "val"  # what is shown
-    add_name: Literal["", "val", "avg", "sum"] = ""  # shown beside it, in brackets
+    add_name: Literal["", "val", "avg", "sum"] = ""  # shown next to it, in brackets
 
 
 def _train_terms() -> list[LogTerm]:
@@ -392,7 +405,7 @@ def _test_terms() -> list[LogTerm]:
 
 @dataclass(kw_only=True, slots=True)
 class Logging(Node):
-    """What is logged, and every how many iterations."""
+    """The columns of log lines, and every how many iterations they are logged."""
 
     log_terms_train: list[LogTerm] = field(default_factory=_train_terms)
     log_terms_test: list[LogTerm] = field(default_factory=_test_terms)
@@ -403,7 +416,7 @@ class Logging(Node):
 
 @dataclass(kw_only=True, slots=True)
 class Finetune(Node):
-    """What mode ft puts in place of the entries of the same name at the top."""
+    """Values that mode ft puts in place of the entries of the same name at the top."""
 
     epoch_full: PositiveCount = 30
     warmup_epochs: Count = 5
@@ -414,7 +427,7 @@ class Finetune(Node):
 
 @dataclass(kw_only=True, slots=True)
 class Predict(Node):
-    """What mode predict reads and leaves; nothing is written where no file is named."""
+    """Input and output of mode predict; nothing is written where no file is named."""
 
     input: str = ""  # an image, a folder with images at any depth, or a glob such as photos/**/*.jpg
     top_k: PositiveCount = 5  # classes that are named for each image
@@ -428,7 +441,7 @@ class Config(Node):
     """One run. The entries at the top are shorthands that the entries below follow."""
 
     mode: Literal["train", "ft", "test", "test_net", "predict"] = "train"  # given by -m
-    seed: Count = 42
+    seed: Seed = 42
     size: Side = 224  # pixels, the side of the square input
     epoch_full: PositiveCount = 300
     warmup_epochs: Count = 20
@@ -445,4 +458,4 @@ class Config(Node):
     trainer: Trainer = field(default_factory=Trainer)
     loss: Loss = field(default_factory=Loss)
     logging: Logging = field(default_factory=Logging)
-    derived: list[str] = field(default_factory=list)  # entries that configs.resolve filled in; it fills them anew
+    derived: list[str] = field(default_factory=list)  # entries that configs.resolve filled in, and fills in again

@@ -69,7 +69,7 @@ def freeze(value: Any) -> Any:
 
 
 def to_dict(value: Any) -> Any:
-    """Return a configuration, or a part of it, as dictionaries, lists and scalars alone."""
+    """Return a configuration, or a part of it, as dictionaries, lists and scalars only."""
     if isinstance(value, Node):
         return {entry.name: to_dict(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
     if isinstance(value, dict):

@@ -1,8 +1,10 @@
-"""How the value of one entry is read and checked against the annotation that stands beside it in ``configs.schema``.
+"""Reading the value of one entry, and checking it against its annotation in ``configs.schema``.
 
 An annotation is a scalar type or a union of these, ``Literal`` for a choice, one of the bounded numbers below, a list,
-a dictionary of further arguments, a ``Node`` or a union of nodes told apart by their ``type``; each of them optional
-with ``| None``.
+a ``Pair``, a dictionary of further arguments, a ``Node`` or a union of nodes told apart by their ``type``; each of them
+optional with ``| None``.
+
+A value is checked here and nowhere else: what builds a run from a configuration relies on it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import math
 from collections.abc import Callable
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .tree import Node, nearest
 
@@ -22,9 +24,13 @@ __all__ = [
     "Count",
     "Decay",
     "NonNegative",
+    "Pair",
+    "PartialShare",
     "Positive",
     "PositiveCount",
+    "PositiveShare",
     "Range",
+    "Seed",
     "Share",
     "Side",
     "convert",
@@ -41,12 +47,21 @@ _KIND_WORDS = {bool: "true or false", int: "an integer", float: "a number", str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers that an entry accepts."""
+    """The numbers that an entry accepts.
+
+    Attributes:
+        at_least: Smallest number.
+        above: Every number is above it.
+        at_most: Largest number.
+        below: Every number is below it.
+        without: What None means for an optional entry, in messages.
+    """
 
     at_least: float = -math.inf
     above: float = -math.inf
     at_most: float = math.inf
     below: float = math.inf
+    without: str = ""
 
     def __contains__(self, value: float) -> bool:
         return self.at_least <= value <= self.at_most and self.above < value < self.below
@@ -56,13 +71,26 @@ class Range:
         return " and ".join(f"{sign} {limit:g}" for sign, limit in limits.items() if math.isfinite(limit))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Length:
+    """The number of elements that a list has."""
+
+    elements: int
+
+
+T = TypeVar("T")
+
 Count = Annotated[int, Range(at_least=0)]
 PositiveCount = Annotated[int, Range(at_least=1)]
 Side = Annotated[int, Range(at_least=32)]  # pixels; the smallest input of the network is 32
 NonNegative = Annotated[float, Range(at_least=0)]
 Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(at_least=0, at_most=1)]
-Decay = Annotated[float, Range(above=0, below=1)]
+PositiveShare = Annotated[float, Range(above=0, at_most=1)]
+PartialShare = Annotated[float, Range(at_least=0, below=1)]
+Decay = Annotated[float, Range(above=0, below=1, without="no average")]
+Seed = Annotated[int, Range(at_least=0, at_most=4_000_000_000)]  # NumPy's limit is 2**32 - 1, and ranks are added
+Pair = Annotated[list[T], Length(elements=2)]
 
 
 def entry_types(kind: type[Node]) -> dict[str, Any]:
@@ -117,8 +145,8 @@ def convert(value: Any, annotation: Any, path: str) -> Any:
     raise ValueError(f"{path}={value!r}: expected {_describe(annotation)}{_hint(value, kinds[0])}")
 
 
-def _split(annotation: Any) -> tuple[tuple[Any, ...], Range | None, bool]:
-    """Return the kinds of value that an annotation allows, their range, and whether None is allowed."""
+def _split(annotation: Any) -> tuple[tuple[Any, ...], Any, bool]:
+    """Return the kinds of value that an annotation allows, their `Range` or `Length`, and whether None is allowed."""
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     kinds = tuple(member for member in members if member is not NoneType)
     if get_origin(kinds[0]) is Annotated:
@@ -154,7 +182,8 @@ def _convert_number(value: Any, kind: type, bounds: Range | None) -> Any:
 
 def _convert_list(value: Any, annotation: Any, path: str) -> list[Any]:
     items = read_literal(value) if isinstance(value, str) else value
-    if not isinstance(items, list | tuple):
+    length = _split(annotation)[1]
+    if not isinstance(items, list | tuple) or (length is not None and len(items) != length.elements):
         raise ValueError(f"{path}={value!r}: expected {_describe(annotation)}")
     return [convert(item, element_type(annotation), f"{path}.{index}") for index, item in enumerate(items)]
 
@@ -193,12 +222,14 @@ def _describe(annotation: Any) -> str:
     if get_origin(kind) is Literal:
         words = _one_of(get_args(kind))
     elif get_origin(kind) is list:
-        words = f"a list, each {_describe(element_type(annotation))}"
+        elements = f" of {bounds.elements}" if bounds else ""
+        return f"a list{elements}, each {_describe(element_type(annotation))}" + (", or None" if is_optional else "")
     elif is_group(annotation):
         words = " or ".join(kind.__name__ for kind in kinds)
     else:
         words = " or ".join(_KIND_WORDS[get_origin(kind) or kind] for kind in kinds)
-    return words + (f" {bounds}" if bounds else "") + (", or None" if is_optional else "")
+    none = f"None for {bounds.without}" if bounds and bounds.without else "None"
+    return words + (f" {bounds}" if bounds else "") + (f", or {none}" if is_optional else "")
 
 
 def _one_of(choices: Any) -> str:

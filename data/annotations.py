@@ -1,4 +1,4 @@
-"""Data sets whose labels stand in JSON files."""
+"""Data sets with their labels in JSON files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .base import FileDataset, index_names, listed
+from model.messages import listed
+
+from .base import FileDataset, index_names
 from .folders import best_folder, checked_label
 
 __all__ = ["INAT18CLS", "INAT19CLS", "CustomImageDataset", "IN22KDataset"]

@@ -1,4 +1,4 @@
-"""What every data set offers: how many images, which classes, and the image and label at an index."""
+"""The interface of every data set: number of images, classes, and the image and label at an index."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ from PIL import Image
 
 from .images import UnreadableImageError, decode
 
-__all__ = ["BytesTable", "FileDataset", "ImageDataset", "index_names", "listed"]
-
-MAX_LISTED = 5
-
-
-def listed(names: Sequence[object], limit: int = MAX_LISTED) -> str:
-    """Return the first names, separated by commas, with an ellipsis where there are more."""
-    return ", ".join(str(name) for name in names[:limit]) + (", ..." if len(names) > limit else "")
+__all__ = ["BytesTable", "FileDataset", "ImageDataset", "index_names"]
 
 
 def index_names(num_classes: int) -> list[str]:
@@ -33,7 +26,7 @@ def index_names(num_classes: int) -> list[str]:
 class BytesTable(Sequence[bytes]):
     """Byte strings in one buffer.
 
-    A list of a million Python strings is copied bit by bit into every forked worker, as reading one changes its
+    A list of a million Python strings is gradually copied into every forked worker, as reading one changes its
     reference count; a buffer stays shared.
     """
 
@@ -105,7 +98,7 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def _digest(self) -> bytes:
-        """Return a hash of what tells the images apart, wherever the data set lies."""
+        """Return a hash of the images' identities, the same wherever the data set lies."""
 
     def fingerprint(self) -> str:
         """Return a hash of size, class names, image names and labels, stable between runs and places."""
@@ -118,7 +111,7 @@ class ImageDataset(ABC):
 
 
 class FileDataset(ImageDataset):
-    """Images that are files of their own.
+    """Images in one file each.
 
     Args:
         folder: What the names are relative to.

@@ -1,4 +1,4 @@
-"""What the classes of a checkpoint are called."""
+"""The names of a checkpoint's classes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def find_class_names(saved: object, data: Data, *, num_classes: int) -> ClassNam
     as many; else ImageNet's for 1000 classes; else the indices.
 
     Args:
-        saved: What the checkpoint holds for names, if anything; a list of texts is taken.
+        saved: The checkpoint's entry of names, if there is one; only a list of texts is used.
         data: The configuration's data set.
         num_classes: Classes of the network.
     """

@@ -1,4 +1,4 @@
-"""The data sets by type, and what is checked of them before the first step."""
+"""The data sets by type, and the checks before the first step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 
 from configs.schema import Config
+from model.messages import listed
 
 from .annotations import INAT18CLS, INAT19CLS, CustomImageDataset, IN22KDataset
-from .base import ImageDataset, index_names, listed
+from .base import ImageDataset, index_names
 from .cifar import Cifar10CLS, Cifar100CLS
 from .folders import DefaultCLS
 from .lmdb_folder import ImageFolderLMDB

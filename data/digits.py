@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from model.files import replacing_folder
 
 __all__ = ["write_digits"]
 
@@ -18,7 +19,7 @@ SEED = 0
 def write_digits(out: Path) -> bool:
     """Write the 1,797 digits (8 x 8 pixels) as ``<out>/<train|val>/<digit>/<number>.png``.
 
-    The split is stratified, 80 to 20, and always the same. The folder appears when it is whole.
+    The split is stratified, 80 to 20, and always the same. The folder appears only when it is complete.
 
     Args:
         out: Folder to make.
@@ -48,12 +49,10 @@ def write_digits(out: Path) -> bool:
         if found == set(places.values()):
             return False
         raise ValueError(f"{out} holds other files than the digits; give another folder, or remove it first")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for index, place in places.items():
-        pixels = np.rint(digits.images[index] * (255 / MAX_INTENSITY)).astype(np.uint8)
-        path = partial / place
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    partial.replace(out)
+    with replacing_folder(out) as aside:
+        for index, place in places.items():
+            pixels = np.rint(digits.images[index] * (255 / MAX_INTENSITY)).astype(np.uint8)
+            path = aside / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
     return True

@@ -7,7 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from .base import FileDataset, index_names, listed
+from model.messages import listed
+
+from .base import FileDataset, index_names
 from .images import is_image_name
 
 __all__ = ["DefaultCLS", "best_folder", "checked_label", "class_folders", "images_below"]

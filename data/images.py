@@ -37,7 +37,7 @@ def decode(data: bytes, *, name: str, loader_type: str) -> Image.Image:
     """Decode an image file's content to RGB, 8 bits a channel.
 
     An orientation in the EXIF data is not applied, except by ``pil_upright``: the published accuracies were measured
-    with loaders that leave it alone, and some images of ImageNet carry one.
+    with loaders that ignore it, and some images of ImageNet carry one.
 
     Args:
         data: The file's content.

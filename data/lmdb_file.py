@@ -1,7 +1,7 @@
 """One split of a data set in an LMDB file: how it is laid out, read and written.
 
 Values are pickles of ``(encoded image, class index)``. ``__keys__`` is a pickle of the list of their keys in order and
-``__len__`` one of their number. Files that ``data.prepare`` wrote hold three more, which other readers leave alone:
+``__len__`` one of their number. Files that ``data.prepare`` wrote hold three more, which other readers ignore:
 ``__classes__`` (class names), ``__labels__`` and ``__paths__`` (``class/file`` per image).
 """
 
@@ -17,6 +17,8 @@ from typing import Any
 
 import lmdb
 import numpy as np
+
+from model.files import remove_leftovers, replacing
 
 from .base import BytesTable
 from .folders import checked_label
@@ -183,7 +185,7 @@ def write_lmdb(
     class_names: Sequence[str],
     map_size: int = 1 << 30,
 ) -> int:
-    """Write a split, aside at first and renamed when it is whole.
+    """Write a split; the file appears only when it is complete.
 
     Args:
         path: The file; replaced if it is there.
@@ -197,17 +199,16 @@ def write_lmdb(
     Raises:
         OSError: If the disk is full or the folder cannot be written to.
     """
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
+    remove_leftovers(path.parent, path.name)
     try:
-        with lmdb.open(str(partial), subdir=False, map_size=map_size, lock=False, sync=False) as environment:
+        with (
+            replacing(path) as aside,
+            lmdb.open(str(aside), subdir=False, map_size=map_size, lock=False, sync=False) as environment,
+        ):
             num_records = _write(environment, records, class_names)
             environment.sync(True)
-        partial.replace(path)
     except lmdb.Error as error:
         raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return num_records
 
 

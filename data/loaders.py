@@ -1,4 +1,4 @@
-"""Batches for training and testing, the same for any number of workers and wherever an epoch is taken up again."""
+"""Batches for training and testing, the same for any number of workers and wherever an epoch is resumed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TrainLoader:
         config: The resolved run.
         rank: This process.
         world_size: Number of processes.
-        device_type: Where the batches go; memory is pinned for ``cuda`` alone.
+        device_type: Where the batches go; memory is pinned only for ``cuda``.
 
     Attributes:
         fingerprint: Hash of the training set: size, class names, image names and labels.
@@ -97,7 +97,7 @@ class TestLoader:
         config: The resolved run.
         rank: This process.
         world_size: Number of processes.
-        device_type: Where the batches go; memory is pinned for ``cuda`` alone.
+        device_type: Where the batches go; memory is pinned only for ``cuda``.
 
     Attributes:
         dataset: The test split.
@@ -179,7 +179,7 @@ def worker_failures(num_workers: int) -> Iterator[None]:
 
 
 class _Batches:
-    """A PyTorch loader that draws from no generator of the process, and whose errors are clean."""
+    """A PyTorch loader that draws from no global generator, and whose errors name the way out."""
 
     def __init__(
         self, reader: SampleReader, sampler: TrainSampler | EvaluationSampler, options: TrainerData, *, device_type: str
@@ -211,9 +211,9 @@ def _reader(dataset: ImageDataset, config: Config, *, is_training: bool) -> Samp
 
 
 def _outlive_signals(worker: int) -> None:
-    """Let a worker serve on when a terminal or scheduler signals the whole process group.
+    """Keep a worker alive when a terminal or scheduler signals the whole process group.
 
-    What a signal means is up to the main process, which finishes its step and stops its workers itself.
+    The main process decides what a signal means: it finishes its step and stops its workers itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):

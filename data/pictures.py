@@ -1,10 +1,11 @@
-"""Images without labels, that a path names: one file, a folder with its subfolders, or a glob."""
+"""Images without labels, named by a path: one file, a folder with its subfolders, or a glob."""
 
 from __future__ import annotations
 
-import difflib
 import glob
 from pathlib import Path
+
+from model.messages import neighbours
 
 from .base import FileDataset, index_names
 from .folders import images_below
@@ -52,19 +53,12 @@ def _files(path: Path, place: str) -> list[str]:
     if path.is_file():
         return [str(path)]
     if glob.escape(place) == place:
-        raise ValueError(f"{ENTRY}={place}: there is no such file or folder; {_neighbours(path)}")
+        raise ValueError(f"{ENTRY}={place}: there is no such file or folder; {neighbours(path)}")
     matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
     names = [name for name in matches if is_image_name(Path(name).name) and Path(name).is_file()]
     if not names:
         raise ValueError(
-            f"{ENTRY}={place}: no image has such a name ({len(matches)} others have); in quotes, the shell leaves "
-            "the pattern alone"
+            f"{ENTRY}={place}: no image has such a name ({len(matches)} others have); in quotes, the shell does "
+            "not expand the pattern"
         )
     return names
-
-
-def _neighbours(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"nor a folder {path.parent}"
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=3, cutoff=0.0)
-    return f"the nearest in {path.parent}: {', '.join(near)}" if near else f"the folder {path.parent} is empty"

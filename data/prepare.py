@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from .base import FileDataset, index_names, listed
+from model.files import replacing_folder
+from model.messages import listed
+
+from .base import FileDataset, index_names
 from .datasets import check_same_classes
 from .digits import write_digits
 from .folders import DefaultCLS
@@ -78,20 +80,8 @@ def lmdb_to_folder(root: Path, out: Path, *, is_forced: bool = False) -> dict[st
     targets = {split: out / split for split in files}
     _refuse_replacing(targets.values(), is_forced=is_forced)
     for split, file in files.items():
-        partial = out / f"{split}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for class_name in file.class_names or ():
-            (partial / _inside(class_name, file)).mkdir()
-        for index in _progress(file, f"{split}: unpacking"):
-            data, label = file.record(index)
-            path = partial / _unpacked_path(file, index, data, label)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("xb") as stream:
-                stream.write(data)
-        if targets[split].exists():
-            shutil.rmtree(targets[split])
-        partial.replace(targets[split])
+        with replacing_folder(targets[split]) as aside:
+            _unpack(file, aside, split=split)
     return {split: len(file) for split, file in files.items()}
 
 
@@ -153,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("root", type=Path, help="folder with the LMDB files")
     check.add_argument("--against", type=Path, metavar="ROOT", help="class folders with the same images")
     check.add_argument("--decode", action="store_true", help="decode the images, too")
-    split = commands.add_parser("split", help="part class folders into training and test images")
+    split = commands.add_parser("split", help="split class folders into training and test images")
     split.set_defaults(command=_run_split)
     split.add_argument("root", type=Path, help="folder with one folder of images per class")
     split.add_argument("out", type=Path, help="folder to make")
@@ -173,7 +163,7 @@ def _run_verify(parsed: argparse.Namespace) -> None:
     counts, problems = verify(parsed.root, against=parsed.against, decodes=parsed.decode)
     if problems:
         raise ValueError(f"{len(problems)} problems: {listed(problems, 20)}")
-    print(f"{parsed.root}: {_summary(counts)}, all as they should be")
+    print(f"{parsed.root}: {_summary(counts)}, all correct")
 
 
 def _share(text: str) -> float:
@@ -190,7 +180,7 @@ def _run_split(parsed: argparse.Namespace) -> None:
 
 def _run_digits(parsed: argparse.Namespace) -> None:
     is_new = write_digits(parsed.out)
-    print(f"{parsed.out}: {'written' if is_new else 'already there and whole'}")
+    print(f"{parsed.out}: {'written' if is_new else 'already there and complete'}")
 
 
 def _summary(counts: dict[str, int]) -> str:
@@ -225,6 +215,17 @@ def _pack(dataset: FileDataset, target: Path, *, class_names: list[str], split: 
         for index in _progress(dataset, f"{split}: packing")
     )
     return write_lmdb(target, records, class_names=class_names)
+
+
+def _unpack(file: LmdbFile, folder: Path, *, split: str) -> None:
+    for class_name in file.class_names or ():
+        (folder / _inside(class_name, file)).mkdir()
+    for index in _progress(file, f"{split}: unpacking"):
+        data, label = file.record(index)
+        path = folder / _unpacked_path(file, index, data, label)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as stream:
+            stream.write(data)
 
 
 def _packed_path(dataset: FileDataset, index: int, class_names: Sequence[str]) -> str:

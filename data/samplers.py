@@ -1,8 +1,8 @@
-"""Which images make up each batch, on each process.
+"""The images of each batch, on each process.
 
 An epoch has one global order of images. Step ``b`` of all processes together takes the ``b``-th stretch of it, so that
-neither the number of processes nor that of workers changes what is learnt from when. With each image goes a seed for
-its augmentation, which depends on the run's seed, the epoch and the position in the global order alone.
+neither the number of processes nor that of workers changes the order of training. Each image comes with a seed for its
+augmentation, which depends only on the run's seed, the epoch and the position in the global order.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ SELECTION_UNIT = 256  # images; an epoch of repeated augmentation has a multiple
 
 
 class Key(NamedTuple):
-    """Asks for one augmented image: that at index ``image``."""
+    """A request for one augmented image: that at index ``image``."""
 
     image: int
     seed: int
 
 
 class TrainSampler(Sampler[list[Key]]):
-    """Batches of one process, as many on each.
+    """Batches of one process, the same number on each.
 
     With ``naive`` each image comes once an epoch. With ``ra`` (repeated augmentation, arXiv 1902.05509) each image
-    that is drawn comes ``num_repeats`` times in a row, so that its views go to different processes; an epoch is no
-    longer for it.
+    that is drawn comes ``num_repeats`` times in a row, so that its views go to different processes; an epoch does
+    not get longer.
 
     Args:
         num_images: Size of the training set.

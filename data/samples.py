@@ -1,4 +1,4 @@
-"""One transformed image at a time, whatever becomes of the file, and several of them as a batch."""
+"""One transformed image at a time, even where a file cannot be read, and several of them as a batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from .base import ImageDataset, listed
+from model.messages import listed
+
+from .base import ImageDataset
 from .images import UnreadableImageError
 from .samplers import Key
 
@@ -23,7 +25,7 @@ MAX_REPLACEMENTS = 50
 
 
 class Batch(NamedTuple):
-    """What one step gets.
+    """The input of one step.
 
     Attributes:
         images: (B, 3, H, W), float32.
@@ -38,7 +40,7 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image (3, H, W) and its class, or what is wrong with the data set; a message crosses processes as it is."""
+    """An image (3, H, W) and its class, or what is wrong with the data set, as a message that crosses processes."""
 
     image: Tensor | None = None
     label: int = 0
@@ -118,7 +120,7 @@ def isolated_randomness(seed: int) -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
     try:
         yield
     finally:

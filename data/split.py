@@ -1,4 +1,4 @@
-"""One folder of class folders, parted into images to train on and images to test on."""
+"""One folder of class folders, split into training and test images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import random
 import shutil
 from pathlib import Path
 
-from .base import listed
+from model.files import replacing_folder
+from model.messages import listed
+
 from .folders import class_folders, images_below
 
 __all__ = ["split_folder"]
@@ -15,7 +17,8 @@ __all__ = ["split_folder"]
 def split_folder(root: Path, out: Path, *, share: float, seed: int = 0) -> dict[str, int]:
     """Copy ``<root>/<class>/...`` to ``<out>/<train|val>/<class>/...``, the same share of every class to each.
 
-    The choice is random and always the same. The folder appears when it is whole; ``root`` stays as it is.
+    The choice is random, but the same for the same seed. The folder appears only when it is complete; ``root`` stays
+    unchanged.
 
     Args:
         root: The class folders.
@@ -32,14 +35,12 @@ def split_folder(root: Path, out: Path, *, share: float, seed: int = 0) -> dict[
     if out.exists():
         raise ValueError(f"{out} is there already; give another folder, or remove it first")
     chosen = _choose(root, share=share, seed=seed)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for split, names in chosen.items():
-        for name in names:
-            target = partial / split / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, target)
-    partial.replace(out)
+    with replacing_folder(out) as aside:
+        for split, names in chosen.items():
+            for name in names:
+                target = aside / split / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, target)
     return {split: len(names) for split, names in chosen.items()}
 
 
@@ -49,7 +50,7 @@ def _choose(root: Path, *, share: float, seed: int) -> dict[str, list[str]]:
         raise ValueError(f"{root} holds no class folders; give the folder that holds one folder of images per class")
     small = [name for name, names in images.items() if len(names) < 2]
     if small:
-        raise ValueError(f"{root}: fewer than two images, which cannot be parted, in {listed(small)}")
+        raise ValueError(f"{root}: fewer than two images, which cannot be split, in {listed(small)}")
     chosen: dict[str, list[str]] = {"train": [], "val": []}
     draw = random.Random(seed)
     for names in images.values():

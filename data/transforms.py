@@ -22,7 +22,7 @@ ImageTransform = Callable[[Image.Image], Tensor]
 def build_transform(steps: Sequence[Transform]) -> ImageTransform:
     """Build a pipeline from RGB image to float tensor (3, H, W).
 
-    Whatever is random in it draws from the global generators of Python, NumPy and PyTorch alone.
+    Its randomness comes only from the global generators of Python, NumPy and PyTorch.
 
     Args:
         steps: In the order in which they are applied.

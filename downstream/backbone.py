@@ -19,7 +19,7 @@ from model import list_models
 from model.lib_mamba import set_backend
 from model.mobilemamba import VARIANTS, MobileMamba
 
-from .weights import FAMILY, load_pretrained, released_checkpoint
+from .pretrained import FAMILY, load_pretrained, released_checkpoint
 
 __all__ = ["MobileMambaBackbone"]
 
@@ -35,10 +35,10 @@ class MobileMambaBackbone(MobileMamba):
 
     Args:
         variant: "T2", "T4", "S6", "B1", "B2" or "B4".
-        out_indices: Stages whose outputs are returned. Later ones are kept, for released checkpoints have their
-            entries, but never computed, and their parameters ask for no gradient.
+        out_indices: Stages whose outputs are returned. Later ones are kept, since released checkpoints have their
+            entries, but never computed, and their parameters require no gradient.
         pretrained: An ImageNet checkpoint, read when training starts (`init_weights`): a path, or True for the released
-            one in ``weights/``. Entries of a classifier are left out.
+            one, which is downloaded once and verified. Entries of a classifier are left out.
         ema: Take the averaged weights out of that checkpoint.
         frozen_stages: Stages 0 to this one are not trained and stay in evaluation mode; -1 freezes none.
         norm_eval: Batch norms stay in evaluation mode: running statistics are used in training, and not changed.
@@ -50,7 +50,7 @@ class MobileMambaBackbone(MobileMamba):
 
     Raises:
         ValueError: An argument has no meaning, or, in `init_weights`, the checkpoint does not fit.
-        FileNotFoundError: In `init_weights`: there is no such checkpoint.
+        OSError: In `init_weights`: there is no such checkpoint, or it cannot be downloaded.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class MobileMambaBackbone(MobileMamba):
         return [getattr(self, name) for name in STAGES[: self.frozen_stages + 1]]
 
     def _unused(self) -> list[nn.Module]:
-        """Return the stages after the last output: DistributedDataParallel would wait for gradients of theirs."""
+        """Return the stages after the last output: DistributedDataParallel would wait for their gradients."""
         return [getattr(self, name) for name in STAGES[max(self.out_indices) + 1 :]]
 
     def init_weights(self) -> None:

@@ -11,8 +11,8 @@ __all__ = ["find_forks"]
 def find_forks() -> None:
     """Let configurations inherit from ``mmseg::`` where mmseg comes from its fork.
 
-    mmengine looks for the package mmsegmentation, and does not know it as onedl-mmsegmentation. mmdet and mmpretrain
-    it finds by their modules, which have the names of the packages.
+    mmengine looks for the package mmsegmentation, and does not know it as onedl-mmsegmentation. It finds
+    mmdet and mmpretrain by their modules, which have the names of the packages.
     """
     if importlib.util.find_spec("mmengine") is None:
         return

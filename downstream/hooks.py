@@ -1,4 +1,4 @@
-"""Checks before a run's first step, for every task: OpenMMLab itself goes on with what does not fit.
+"""Checks before a run's first step, for every task: OpenMMLab itself continues with what does not fit.
 
 A class count that differs from the data set's ends in an index error, or in silence; entries of a checkpoint that do
 not fit are left out with a line in the log, and the figures that follow are of random weights.
@@ -17,13 +17,12 @@ from mmengine.runner import Runner
 from torch import nn
 
 from model.checkpoint import select_state_dict
+from model.messages import listed
 from model.mismatch import compare, explain
 
-from .weights import backbone_entries, check_backbone
+from .pretrained import backbone_entries, check_backbone
 
 __all__ = ["CheckpointFitHook", "ClassCountHook"]
-
-NAMES_SHOWN = 5
 
 
 @HOOKS.register_module(force=True)
@@ -56,10 +55,10 @@ def check_class_counts(model: nn.Module, dataset: Any) -> None:
         return
     for name, count in _class_counts(model):
         if count != len(classes):
-            shown = ", ".join(classes[:NAMES_SHOWN]) + (", ..." if len(classes) > NAMES_SHOWN else "")
             raise ValueError(
-                f"{name} has num_classes={count}, but {type(dataset).__name__} has {len(classes)} classes ({shown}): "
-                f"set model.{name}.num_classes={len(classes)}, or the data set's metainfo.classes to the model's"
+                f"{name} has num_classes={count}, but {type(dataset).__name__} has {len(classes)} classes "
+                f"({listed(classes)}): set model.{name}.num_classes={len(classes)}, or the data set's metainfo.classes "
+                "to the model's"
             )
 
 
@@ -75,7 +74,7 @@ def _class_counts(model: nn.Module) -> Iterator[tuple[str, int]]:
 class CheckpointFitHook(Hook):
     """Refuse a checkpoint that is not the model's, when it is loaded for testing, to be resumed or to start from.
 
-    To start a training from (`load_from`), heads and neck may differ: they then start anew.
+    To start a training from (`load_from`), heads and neck may differ: they are then initialised again.
 
     Raises:
         ValueError: If it does not fit; entries are counted by module, and the backbone's variant is guessed.
@@ -105,7 +104,7 @@ def check_fit(model: nn.Module, checkpoint: Mapping[str, Any], *, origin: str, b
     report = compare(weights, own, source=source)
     if report.fits or backbone_only:
         return
-    hint = "Heads of another class count or type: set num_classes, or take the configuration it was trained with."
+    hint = "Heads of another class count or type: set num_classes, or use the configuration it was trained with."
     raise ValueError("\n  ".join([title, *explain(report, weights, own, heads=()), hint]))
 
 

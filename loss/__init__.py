@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
@@ -92,19 +91,14 @@ def build_loss(config: Config) -> LossTerms:
     """Build the terms of ``loss.loss_terms``, teachers included.
 
     Raises:
-        ValueError: There is no term, two share a name, a type is unknown, or a teacher's weights are not there.
+        ValueError: There is no term, two share a name, or a teacher's weights are not there.
     """
     terms = config.loss.loss_terms
     if not terms:
         raise ValueError("loss.loss_terms is empty: there is nothing to train for")
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
-        raise ValueError(f"loss.loss_terms: each term needs a name of its own, got {', '.join(names)}")
-    for term in terms:
-        if term.type not in LOSSES:
-            nearest = difflib.get_close_matches(term.type, LOSSES, n=1, cutoff=0.0)[0]
-            known = ", ".join(LOSSES)
-            raise ValueError(f"loss.loss_terms: there is no type {term.type!r}; the nearest is {nearest!r} of {known}")
+        raise ValueError(f"loss.loss_terms: each term needs its own name, got {', '.join(names)}")
     losses = {term.name: LOSSES[term.type](term) for term in terms}
     return LossTerms(losses, {term.name: term.lam for term in terms})
 
@@ -112,23 +106,7 @@ def build_loss(config: Config) -> LossTerms:
 def build_mixup(config: Config) -> Mixup | None:
     """Build timm's Mixup, or return None where no image is mixed.
 
-    It draws from NumPy's global generator.
-
-    Raises:
-        ValueError: The batch of a device is odd or may become so, since images are mixed in pairs.
+    It draws from NumPy's global generator, and mixes images in pairs: a resolved configuration has even batches.
     """
     mixup = config.trainer.mixup_kwargs
-    if not mixup.is_active:
-        return None
-    batch_size = config.trainer.data.batch_size_per_gpu
-    if batch_size is None or batch_size % 2:
-        raise ValueError(
-            f"trainer.data.batch_size_per_gpu is {batch_size}, but mixup mixes images in pairs: make it even, or turn "
-            "mixup off with trainer.mixup_kwargs.prob=0"
-        )
-    if not config.trainer.data.drop_last:
-        raise ValueError(
-            "trainer.data.drop_last=false may leave a last batch of odd size, but mixup mixes images in pairs: keep "
-            "it true, or turn mixup off with trainer.mixup_kwargs.prob=0"
-        )
-    return Mixup(**asdict(mixup))
+    return Mixup(**asdict(mixup)) if mixup.is_active else None

@@ -15,19 +15,17 @@ class CrossEntropy(nn.Module):
     """Mean cross-entropy with class indices.
 
     Args:
-        smoothing: Share of the target that is spread evenly over all classes.
+        smoothing: Share of the target that is spread evenly over all classes, below 1.
         fp32: Compute in single precision whatever the logits' type.
     """
 
     def __init__(self, *, smoothing: float = 0.0, fp32: bool = True) -> None:
         super().__init__()
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
         self.smoothing = smoothing
         self.fp32 = fp32
 
     def forward(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of logits (B, C) and class indices (B,); images (B, 3, H, W) are not looked at."""
+        """Return the loss of logits (B, C) and class indices (B,); images (B, 3, H, W) are not used."""
         if targets.is_floating_point():
             raise ValueError(
                 f"cross-entropy with class indices got targets of shape {tuple(targets.shape)} and type "
@@ -50,7 +48,7 @@ class SoftTargetCrossEntropy(nn.Module):
         self.fp32 = fp32
 
     def forward(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of logits (B, C) and probabilities (B, C); images (B, 3, H, W) are not looked at."""
+        """Return the loss of logits (B, C) and probabilities (B, C); images (B, 3, H, W) are not used."""
         if targets.shape != logits.shape:
             raise ValueError(
                 f"cross-entropy with target probabilities got targets of shape {tuple(targets.shape)} for logits of "

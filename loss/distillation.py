@@ -1,4 +1,4 @@
-"""Distillation from a teacher that has an input size and a normalisation of its own (the † recipes).
+"""Distillation from a teacher with its own input size and normalisation (the † recipes).
 
 Shapes: B images, C classes, H x W the student's input, S x S the teacher's.
 """
@@ -26,13 +26,13 @@ class CLSKDLoss(nn.Module):
     Soft: the Kullback-Leibler divergence of the two log-softmax at temperature tau, summed over the classes, averaged
     over the images, times tau^2 (Hinton et al., arXiv 1503.02531). Hard: cross-entropy with the teacher's class.
 
-    The teacher is moved along by ``.to()`` but it is no submodule: it is never in train mode, its parameters are not
-    among ``parameters()`` and its weights are not in ``state_dict()``. It runs under the autocast of the caller.
+    The teacher moves with ``.to()`` but is no submodule: it is never in train mode, its parameters are not among
+    ``parameters()`` and its weights are not in ``state_dict()``. It runs under the autocast of the caller.
 
     Args:
         teacher: Network from (B, 3, S, S) to logits (B, C).
         kd_type: ``soft`` or ``hard``.
-        tau: Temperature of the soft loss.
+        tau: Temperature of the soft loss, above 0.
         size: S, in pixels; inputs of another size are resized, bicubic.
         mean_t: Normalisation that the teacher expects, with ``std_t``.
         std_t: See ``mean_t``.
@@ -41,7 +41,7 @@ class CLSKDLoss(nn.Module):
         fp32: Compute the loss in single precision whatever the logits' type.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: The means and standard deviations differ in their number of channels.
     """
 
     def __init__(
@@ -58,10 +58,6 @@ class CLSKDLoss(nn.Module):
         fp32: bool = True,
     ) -> None:
         super().__init__()
-        if kd_type not in ("soft", "hard"):
-            raise ValueError(f"kd_type of a CLSKDLoss must be soft or hard, got {kd_type!r}")
-        if tau <= 0 or size <= 0:
-            raise ValueError(f"tau and size of a CLSKDLoss must be above 0, got tau {tau} and size {size}")
         self.kd_type = kd_type
         self.tau = tau
         self.size = size
@@ -70,7 +66,7 @@ class CLSKDLoss(nn.Module):
         scale, shift = _renormalisation(mean_s, std_s, mean_t, std_t)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
-        # A tuple hides the teacher from the registration of submodules; _apply below moves it all the same.
+        # A tuple hides the teacher from the registration of submodules; _apply below still moves it.
         self._hidden_teacher = (teacher.eval().requires_grad_(False),)
 
     @property
@@ -91,7 +87,7 @@ class CLSKDLoss(nn.Module):
         return images
 
     def forward(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of the student's logits (B, C) on its input (B, 3, H, W); targets are not looked at."""
+        """Return the loss of the student's logits (B, C) on its input (B, 3, H, W); targets are not used."""
         with torch.no_grad():
             teacher_logits = self.teacher(self.teacher_input(images))
         if teacher_logits.shape != logits.shape:
@@ -116,8 +112,6 @@ def _renormalisation(
     """Return scale and shift (1, channels, 1, 1): ((x * std_s + mean_s) - mean_t) / std_t = x * scale + shift."""
     if len({len(values) for values in (mean_s, std_s, mean_t, std_t)}) != 1:
         raise ValueError("mean_s, std_s, mean_t and std_t of a CLSKDLoss must have one value per channel each")
-    if min(*std_s, *std_t) <= 0:
-        raise ValueError(f"std_s and std_t of a CLSKDLoss must be above 0, got {std_s} and {std_t}")
     student_mean, student_std, teacher_mean, teacher_std = torch.tensor(
         [mean_s, std_s, mean_t, std_t], dtype=torch.float64
     ).view(4, 1, -1, 1, 1)

@@ -1,12 +1,11 @@
 """Reading a checkpoint, choosing the weights in it, and putting these into a network.
 
-A checkpoint comes from anywhere, so nothing in it is ever run: files are read with ``weights_only``, and one that asks
-for more than tensors and plain values is refused. A network is changed only once everything has been checked.
+A checkpoint may come from anywhere, so nothing in it is ever run: files are read with ``weights_only``, and one that
+needs more than tensors and plain values is refused. A network is changed only after everything has been checked.
 """
 
 from __future__ import annotations
 
-import difflib
 import errno
 import html
 import logging
@@ -24,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .messages import listed, neighbours
 from .mismatch import LoadReport, Variants, compare, explain
 
 __all__ = [
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 AVERAGED = ("net_E", "state_dict_ema", "model_ema")  # where averaged weights stand: ours first, then timm's
 PLAIN = ("net", "model", "state_dict")
-WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
 HEADS = ("head.l", "head_dist.l")
 OTHER_FILES = (  # offset, bytes found there, what the file then is
     (0, b"\x1f\x8b", "a gzip archive: unpack it and name the file inside"),
@@ -50,7 +50,7 @@ REFUSED_GLOBAL = re.compile(r"unsupported (?:global: )?GLOBAL (\S+)", re.IGNOREC
 
 
 def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; nothing that it may hold besides tensors and plain values is run.
+    """Read a checkpoint onto the CPU; nothing else that it may hold than tensors and plain values is run.
 
     Args:
         path: A file of ``torch.save``, zipped or of before PyTorch 1.6, or a ``.safetensors`` file.
@@ -59,7 +59,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file; the nearest names in its folder are given.
-        ValueError: The path is a folder, or the file is empty, cut off, damaged, a web page, no checkpoint, or holds
+        ValueError: The path is a folder, or the file is empty, truncated, damaged, a web page, no checkpoint, or holds
             code.
     """
     path = Path(path)
@@ -76,10 +76,10 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        files = ", ".join(sorted(file.name for file in path.iterdir() if file.is_file())[:5]) or "nothing"
+        files = listed(sorted(file.name for file in path.iterdir() if file.is_file())) or "nothing"
         raise ValueError(f"{path} is a folder, not a checkpoint: name a file in it (it holds {files})")
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}; {_neighbours(path)}")
+        raise FileNotFoundError(f"no checkpoint at {path}; {neighbours(path)}")
     with path.open("rb") as file:
         start = file.read(2048)
     if not start:
@@ -102,19 +102,11 @@ def web_page_title(start: bytes) -> str:
     return html.unescape(title[1]).strip() if title else ""
 
 
-def _neighbours(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent} either: check the path"
-    names = [file.name for file in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.0)
-    return f"the nearest in {path.parent}: {', '.join(near)}" if near else f"the folder {path.parent} is empty"
-
-
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is cut off, damaged or no safetensors file ({error}): get it again") from error
+        raise ValueError(f"{path} is truncated, damaged or no safetensors file ({error}): get it again") from error
 
 
 def _check_archive(path: Path) -> bool:
@@ -137,7 +129,7 @@ def _check_archive(path: Path) -> bool:
             raise
         size = path.stat().st_size
         raise ValueError(
-            f"{path} is cut off or damaged ({size:,} bytes; {error}): get it again and compare the size"
+            f"{path} is truncated or damaged ({size:,} bytes; {error}): get it again and compare the size"
         ) from error
     return True
 
@@ -172,17 +164,17 @@ def _is_of_machine(error: Exception) -> bool:
 
 
 def _way_out() -> str:
-    return "get the weights alone from its author, or, if you trust it, load it elsewhere and save its state dict"
+    return "get only the weights from its author, or, if you trust it, load it elsewhere and save its state dict"
 
 
 def _cause(error: Exception) -> str:
-    # torch's own text advises loading without weights_only; what went wrong stands after this mark.
+    # torch's own text advises loading without weights_only; the cause follows this mark.
     text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
     return f"{type(error).__name__}: {text.strip().splitlines()[0]}" if text.strip() else type(error).__name__
 
 
 def _numpy_globals() -> list[Any]:
-    """Return what rebuilds a numpy scalar, as stands among the scores of old checkpoints, and nothing else of numpy."""
+    """Return what rebuilds a numpy scalar, as in the scores of old checkpoints, and nothing else of numpy."""
     rebuild = np.float64(0).__reduce__()[0]
     codes = "?SU" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
     kinds = {type(np.dtype(code)) for code in codes}
@@ -196,8 +188,8 @@ def select_state_dict(
     """Choose the weights in a checkpoint.
 
     With ``ema`` the first of ``net_E``, ``state_dict_ema``, ``model_ema``; without, the first of ``net``, ``model``,
-    ``state_dict``, and averaged weights where a file holds nothing else. A bare state dict is taken either way. What
-    wrappers put before every name is taken off.
+    ``state_dict``, and averaged weights where a file holds nothing else. A bare state dict is taken either way.
+    Prefixes that wrappers put before every name are removed.
 
     Args:
         checkpoint: What `read_checkpoint` returned.
@@ -219,7 +211,7 @@ def select_state_dict(
         return _bare_names(checkpoint[source], f"{origin} ({source})"), source
     if not present and any(isinstance(value, Tensor) for value in checkpoint.values()):
         return _bare_names(checkpoint, origin), "bare"
-    entries = ", ".join(map(str, list(checkpoint)[:12])) or "nothing"
+    entries = listed(list(checkpoint), 12) or "nothing"
     if present:
         raise ValueError(
             f"{origin} holds no averaged weights ({', '.join(AVERAGED)}), only {entries}: set "
@@ -284,7 +276,7 @@ def load_checkpoint(
     network.load_state_dict(fitting, strict=False)
     logger.info("%s: loaded %d entries of %s", path, len(fitting), source)
     if report.reset:
-        logger.info("%s: the head has another class count and starts anew: %s", path, ", ".join(report.reset))
+        logger.info("%s: the head has another class count and is initialised again: %s", path, ", ".join(report.reset))
     return report
 
 

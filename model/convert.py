@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .checkpoint import read_checkpoint, select_state_dict
 from .files import replacing, save_safetensors
+from .messages import listed
 
 __all__ = ["LAYOUTS", "Conversion", "convert", "main"]
 
@@ -33,7 +34,7 @@ HEADS = ("head.", "head_dist.")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversion:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
         source: Which weights of the file were taken: ``net``, ``net_E``, ``state_dict``, ..., or ``bare``.
@@ -106,13 +107,13 @@ def _check_target(target: Path, layout: str, *, overwrite: bool) -> None:
 
 
 def _backbone(weights: Mapping[str, Tensor], origin: Path) -> tuple[dict[str, Tensor], int]:
-    """Return the network's own entries, and how many of a detector or segmentor there are beside them."""
+    """Return the network's own entries, and the number of a detector's or segmentor's others."""
     own = {name.removeprefix(BACKBONE): value for name, value in weights.items() if name.startswith(BACKBONE)}
     num_outside = len(weights) - len(own) if own else 0
     own = own or dict(weights)
     if not any(name.startswith(STEM) for name in own):
-        names = ", ".join(list(weights)[:4]) or "nothing"
-        raise ValueError(f"{origin} holds no weights of MobileMamba ({names}, ...): name another file")
+        names = listed(list(weights)) or "nothing"
+        raise ValueError(f"{origin} holds no weights of MobileMamba ({names}): name another file")
     return own, num_outside
 
 

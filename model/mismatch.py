@@ -1,4 +1,4 @@
-"""Whether a checkpoint's entries are a network's, and a report for people where they are not.
+"""Comparison of a checkpoint's entries with a network's, and a readable report where they differ.
 
 A report counts by module, since one wrong variant makes hundreds of entries differ at once.
 """
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from .messages import listed
 
 __all__ = ["LoadReport", "Variants", "compare", "explain"]
 
@@ -21,7 +23,7 @@ NAMES_PER_GROUP = 2
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did.
+    """The result of a load.
 
     Attributes:
         source: Which weights of the file were taken: ``net``, ``net_E``, ..., or ``bare``.
@@ -39,7 +41,7 @@ class LoadReport:
 
     @property
     def fits(self) -> bool:
-        """Whether all that is wanted of the file is the network's, and the other way round."""
+        """Whether the file's entries are exactly the network's, apart from reset heads."""
         return not (self.missing or self.unexpected or self.mismatched)
 
 
@@ -75,7 +77,7 @@ def explain(
     variants: Variants | None = None,
     entry: str = "model.name",
 ) -> list[str]:
-    """Return sentences that say what does not fit, why that may be, and the way out.
+    """Return sentences on what does not fit, the likely reason, and the way out.
 
     Args:
         report: What `compare` found.
@@ -114,8 +116,7 @@ def _grouped(entries: Iterable[str], texts: Mapping[str, str] | None = None) -> 
         groups.setdefault(entry.partition(".")[0], []).append(texts[entry] if texts else entry)
     shown = []
     for prefix, members in list(groups.items())[:MAX_GROUPS]:
-        more = ", ..." if len(members) > NAMES_PER_GROUP else ""
-        shown.append(f"{prefix} {len(members)} ({', '.join(members[:NAMES_PER_GROUP])}{more})")
+        shown.append(f"{prefix} {len(members)} ({listed(members, NAMES_PER_GROUP)})")
     if len(groups) > MAX_GROUPS:
         shown.append(f"and {len(groups) - MAX_GROUPS} modules more")
     return "; ".join(shown)

@@ -72,7 +72,7 @@ def _check_name(name: str, *, create_graph: bool) -> None:
 
 
 def _arguments(kwargs: OptimKwargs) -> dict[str, Any]:
-    """Return what of the configuration goes to the optimiser.
+    """Return the entries of the configuration that go to the optimiser.
 
     An entry left at the recipe's default is AdamW's, and passed over where the optimiser has no such argument or one
     of another form; an entry that was set must be taken.
@@ -125,7 +125,7 @@ def _fits(name: str, value: Any, accepted: Mapping[str, Any], *, is_default: boo
 
 
 def _extra(kwargs: OptimKwargs, accepted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``extra``, checked: an argument that has an entry of its own, or that is not taken, is refused."""
+    """Return ``extra``, checked: an argument that has its own entry, or that is not taken, is refused."""
     for name, value in kwargs.extra.items():
         if name in ENTRIES or name in ("lr", "weight_decay"):
             entry = "optim.lr" if name == "lr" else f"optim.optim_kwargs.{name}"

@@ -1,4 +1,4 @@
-"""Which parameters are trained, with what weight decay and what share of the learning rate."""
+"""Groups of the trained parameters, with their weight decay and their share of the learning rate."""
 
 from __future__ import annotations
 

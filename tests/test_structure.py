@@ -25,9 +25,9 @@ ALLOWED = {
     "trainer": {"configs", "model", "util", "loss", "optim", "data"},
     "run": {"configs", "util", "trainer"},
     "hubconf": {"model"},
-    "downstream": {"model"},
+    "downstream": {"model", "util"},
     "benchmarks": {"model", "util"},
-    "weights": {"configs", "model", "util", "data", "trainer"},
+    "weights": {"configs", "model", "util", "data", "trainer", "downstream"},
 }
 
 

@@ -17,10 +17,10 @@ examples:
     python run.py -c configs/mobilemamba/mobilemamba_t2 -m test model.model_kwargs.checkpoint_path=net.pth
   fine-tune it on folders of images, one a class, under images/train and images/val:
     python run.py -c configs/mobilemamba/finetune -m ft data.root=images model.model_kwargs.checkpoint_path=net.pth
-  ask it what is on images (a file, a folder or a glob):
+  classify images (a file, a folder or a glob):
     python run.py -c configs/mobilemamba/mobilemamba_t2 -m predict model.model_kwargs.checkpoint_path=net.pth \\
         predict.input=photos predict.output=photos.json predict.sheet=photos.png
-  go on with a run that was stopped:
+  resume a run that was stopped:
     python run.py -c configs/mobilemamba/mobilemamba_t2 -m train trainer.resume_dir=runs/mobilemamba/RUN
 
 Every entry is in configs/schema.py. Exit codes: 0 done, 1 failed, 2 bad input, 128 + signal number when stopped by
@@ -36,7 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """
     parser = argparse.ArgumentParser(
         prog="run.py",
-        description="Train, fine-tune or test a classifier, or ask it what is on images.",
+        description="Train, fine-tune or test a classifier, or classify images with it.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -47,7 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default="train",
         choices=("train", "ft", "test", "test_net", "predict"),
         help="train; ft: fine-tune a checkpoint; test: net and EMA weights; test_net: plain weights only; "
-        "predict: say what is on images",
+        "predict: classify images",
     )
     parser.add_argument("--logger_rank", type=int, default=0, metavar="R", help="the process that logs and writes")
     parser.add_argument(

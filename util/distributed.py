@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,38 +16,25 @@ from .launch import Launch
 
 __all__ = ["Process", "choose_device", "init_process", "is_lost_process", "open_store"]
 
-# How gloo and NCCL word it; gloo's errors have no class of their own.
+# Texts of gloo's and NCCL's errors; gloo's have no class of their own.
 SIGNS_OF_LOSS = ("gloo/transport", "Connection closed by peer", "Timed out waiting", "NCCL communicator was aborted")
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Process:
-    """One of the processes of a run, and what it says to the others.
+class Process(Launch):
+    """One of the processes of a run: its place, where it computes, and its exchange with the others.
 
     Every collective below must be reached by all processes; with one process it returns what it was given.
 
     Attributes:
-        rank: Number of this process.
-        local_rank: Number of this process on its node.
-        world_size: Number of processes.
         device: Where this process computes.
         backend: ``nccl``, ``gloo``, or ``none`` for one process.
-        logging_rank: The process that logs and writes.
     """
 
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str = "none"
-    logging_rank: int = 0
-
-    @property
-    def is_logging(self) -> bool:
-        """Whether this process is the one that logs and writes."""
-        return self.rank == self.logging_rank
 
     @property
     def is_distributed(self) -> bool:
@@ -89,11 +76,11 @@ class Process:
         return box
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """Call a function on rank 0 alone and return its result on every process; it must pickle.
+        """Call a function only on rank 0 and return its result on every process; it must pickle.
 
         Raises:
             ValueError: On every process, if the function raised one on rank 0.
-            OSError: Likewise.
+            OSError: The same.
         """
         result, failure = None, None
         if self.rank == 0:
@@ -151,7 +138,7 @@ def open_store(launch: Launch, *, timeout_seconds: float) -> dist.Store:
 def init_process(launch: Launch, *, device: str = "auto", timeout_seconds: float = 1800) -> Iterator[Process]:
     """Join the process group for the time of the context.
 
-    After an error the group is left to the end of the process: tearing it down could wait for processes that are gone.
+    After an error the group lives until the process ends: destroying it could wait for processes that are gone.
 
     Args:
         launch: The place of this process.
@@ -175,16 +162,9 @@ def init_process(launch: Launch, *, device: str = "auto", timeout_seconds: float
             timeout=timedelta(seconds=timeout_seconds),
             device_id=chosen if chosen.type == "cuda" else None,
         )
-    yield Process(
-        rank=launch.rank,
-        local_rank=launch.local_rank,
-        world_size=launch.world_size,
-        device=chosen,
-        backend=backend,
-        logging_rank=launch.logging_rank,
-    )
+    yield Process(**asdict(launch), device=chosen, backend=backend)
     if backend != "none":
-        # What holds the group keeps gloo's threads alive, and one of them at work while Python ends aborts the process.
+        # References to the group keep gloo's threads alive, and one that is busy while Python exits aborts the process.
         gc.collect()
         dist.destroy_process_group()
 

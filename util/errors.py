@@ -22,10 +22,10 @@ PATIENCE_SECONDS = 5.0  # how long a process waits to hear whether the logging o
 
 
 class RunError(RuntimeError):
-    """A run that could not go on.
+    """A run that could not continue.
 
     Args:
-        message: Why, and what is left of it.
+        message: The reason, and what remains of the run.
         exit_code: Of the process.
     """
 
@@ -34,15 +34,21 @@ class RunError(RuntimeError):
         self.exit_code = exit_code
 
 
-def exit_code_of(find_launch: Callable[[], Launch], body: Callable[[Launch], int]) -> int:
+def exit_code_of(
+    find_launch: Callable[[], Launch],
+    body: Callable[[Launch], int],
+    *,
+    is_bad_input: Callable[[Exception], bool] = lambda error: isinstance(error, (ValueError, OSError)),
+) -> int:
     """Return what ``body`` returns, or say in one line why it failed and return the code for that.
 
-    Bad input (ValueError, OSError) gives 2, a run that could not go on (RunError) 1. Anything else is a defect: its
-    traceback is shown. With several processes the logging one speaks; another speaks if that one has nothing to say.
+    Bad input gives 2, a run that could not continue (RunError) 1. Anything else is a defect: its traceback is shown,
+    and the code is 1. With several processes the logging one speaks; another speaks if that one has nothing to say.
 
     Args:
         find_launch: Finds the place of this process.
         body: The run.
+        is_bad_input: Tells bad input from a defect: every ValueError and OSError, unless given.
     """
     launch = Launch()
     try:
@@ -50,15 +56,15 @@ def exit_code_of(find_launch: Callable[[], Launch], body: Callable[[Launch], int
         return body(launch)
     except Exception as error:
         logger.info("the run ended with an error", exc_info=True, extra=FILE_ONLY)
-        message, code = _describe(error)
+        message, code = _describe(error, is_bad_input=is_bad_input(error))
         _say_once(message, launch, is_echo=is_lost_process(error))
     return code
 
 
-def _describe(error: Exception) -> tuple[str, int]:
+def _describe(error: Exception, *, is_bad_input: bool) -> tuple[str, int]:
     if isinstance(error, RunError):
         return f"error: {_one_line(error)}", error.exit_code
-    if isinstance(error, (ValueError, OSError)):
+    if is_bad_input:
         return f"error: {_one_line(error)}", EXIT_USER_ERROR
     if is_lost_process(error):
         return f"error: another process of the run was lost: {_one_line(error)}", EXIT_FAILED

@@ -1,6 +1,6 @@
-"""Which of how many processes this is, as the launcher tells it through the environment.
+"""The place of this process among those of a run, from the launcher's environment variables.
 
-Understood are ``torchrun`` and ``torch.distributed.launch --use_env`` (RANK, WORLD_SIZE, LOCAL_RANK), ``srun``
+Supported are ``torchrun`` and ``torch.distributed.launch --use_env`` (RANK, WORLD_SIZE, LOCAL_RANK), ``srun``
 (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, the node list) and a plain ``python run.py``.
 """
 
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Launch", "find_launch", "first_host"]
+__all__ = ["Launch", "as_environment", "find_launch", "first_host"]
 
 FIRST_SLURM_PORT = 12000
 NUM_SLURM_PORTS = 20000
@@ -81,6 +81,16 @@ def find_launch(
             logging_rank=logging_rank,
         )
     return Launch(dist_url=dist_url, logging_rank=logging_rank)
+
+
+def as_environment(launch: Launch) -> dict[str, str]:
+    """Return the variables that ``torchrun`` would set for a process, for libraries that read no others."""
+    places = {"RANK": launch.rank, "LOCAL_RANK": launch.local_rank, "WORLD_SIZE": launch.world_size}
+    variables = {name: str(place) for name, place in places.items()}
+    if launch.dist_url.startswith("tcp://"):
+        host, _, port = launch.dist_url.removeprefix("tcp://").rpartition(":")
+        variables |= {"MASTER_ADDR": host, "MASTER_PORT": port}
+    return variables
 
 
 def first_host(node_list: str) -> str:

@@ -1,4 +1,4 @@
-"""Where a run's words and numbers go: console, log file, JSON lines of every epoch, TensorBoard, a progress bar."""
+"""Output of a run: console, log file, JSON lines of every epoch, TensorBoard, progress bars, tables."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ __all__ = [
     "ScalarLog",
     "add_log_file",
     "duration",
+    "markdown_table",
     "progress_bar",
     "setup_console",
     "table",
@@ -28,7 +29,7 @@ TIME = "%Y-%m-%d %H:%M:%S"
 
 # Marks of a record, for the ``extra`` of a logging call.
 FILE_ONLY = {"is_for_file": True}
-PROGRESS = {"is_progress": True}  # says no more than a live progress bar does
+PROGRESS = {"is_progress": True}  # left out where a live progress bar shows the same
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ class _Console(logging.Handler):
     """Writes to stdout without tearing a progress bar on the same terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record that is not meant for the file alone."""
+        """Write one record, unless it is meant only for the file."""
         if getattr(record, "is_for_file", False) or (getattr(record, "is_progress", False) and sys.stderr.isatty()):
             return
         try:
@@ -70,7 +71,7 @@ def setup_console(*, is_logging: bool, rank: int = 0) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """The file of the run that goes on in this process."""
+    """The log file of the current run in this process."""
 
 
 def add_log_file(path: Path) -> None:
@@ -89,7 +90,7 @@ class EpochLog:
 
     Args:
         path: The file; made when missing.
-        num_epochs: Epochs done before; later lines, of epochs that a resumed run does again, are dropped.
+        num_epochs: Epochs done before; later lines, of epochs that a resumed run repeats, are dropped.
     """
 
     def __init__(self, path: Path, *, num_epochs: int = 0) -> None:
@@ -160,11 +161,29 @@ def duration(seconds: float) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows as aligned columns under a header, the first column to the left, the others to the right."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    lines.insert(1, ["-" * width for width in widths])
-    text = []
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        text.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(text)
+    widths = _widths(header, rows)
+    is_right = [False, *[True] * (len(header) - 1)]
+    rules = ["-" * width for width in widths]
+    return "\n".join("  ".join(_aligned(line, widths, is_right)).rstrip() for line in (header, rules, *rows))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, is_right: Sequence[bool]) -> str:
+    """Return rows as a table in Markdown, whose source is aligned too.
+
+    Args:
+        header: Names of the columns.
+        rows: Cells of each row.
+        is_right: Which columns are aligned to the right.
+    """
+    widths = [max(width, 2) for width in _widths(header, rows)]
+    rules = ["-" * (width - right) + ":" * right for width, right in zip(widths, is_right, strict=True)]
+    return "\n".join(f"| {' | '.join(_aligned(line, widths, is_right))} |" for line in (header, rules, *rows))
+
+
+def _widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int], is_right: Sequence[bool]) -> list[str]:
+    columns = zip(cells, widths, is_right, strict=True)
+    return [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in columns]

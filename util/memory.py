@@ -1,4 +1,4 @@
-"""How a process that trains keeps its memory: what a step frees, the next one needs again."""
+"""Memory of a training process: what a step frees, the next one needs again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HUGE_REGION = 2**33
 def keep_freed_memory() -> bool:
     """Let the C library keep freed memory for the next allocation, instead of handing it back to the system.
 
-    By default glibc returns large blocks at once, and the system clears every page of theirs anew: tens of
+    By default glibc returns large blocks at once, and the system clears every page again: tens of
     milliseconds a step on a CPU. The peak stays about the same. The memory comes in huge pages where Linux has them.
 
     Returns:
@@ -36,7 +36,7 @@ def keep_freed_memory() -> bool:
 
 
 def _advise_huge_pages(library: ctypes.CDLL) -> None:
-    """Let the heap grow once, in addresses alone, and have what is yet to be touched of it in huge pages."""
+    """Let the heap grow once, in addresses only, and ask for huge pages in what is not used yet."""
     library.malloc.restype = ctypes.c_void_p
     library.malloc.argtypes = [ctypes.c_size_t]
     library.free.argtypes = [ctypes.c_void_p]

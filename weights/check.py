@@ -22,8 +22,8 @@ from util.launch import Launch, find_launch
 from util.logging import setup_console
 
 from .classifiers import check_classifier
+from .detectors import Downstream, check_downstream
 from .download import add_zoo_options
-from .downstream import Downstream, check_downstream
 from .report import screen, write
 from .results import FAIL, Result
 
@@ -38,8 +38,8 @@ examples:
   python -m torch.distributed.launch --use_env --nproc_per_node=8 -m weights.check imagenet --data /data/imagenet
   python -m weights.check maskrcnn fpn --gpus 4 --coco /data/coco --ade20k /data/ADEChallengeData2016
 
-What is not here is downloaded first. The report goes to the screen and to check.md and check.json in a folder of its
-own. Figures of another validation set, or of a part of it, are shown but never judged.
+Missing checkpoints are downloaded first. The report goes to the screen and to check.md and check.json in its own
+folder. Figures of another validation set, or of a subset, are reported as such and get no verdict.
 
 Exit codes: 0 no figure failed, 1 one did, 2 bad input or a checkpoint that could not be measured, 128 + signal number
 when stopped.
@@ -89,8 +89,8 @@ def _run(parsed: argparse.Namespace, launch: Launch) -> int:
     others = [entry.name for entry in entries if entry.task != "imagenet"]
     if others and launch.world_size > 1:
         raise ValueError(
-            f"{', '.join(others)}: detectors and segmentors start processes of their own; check them with plain "
-            "`python -m weights.check ... --gpus N`, and the classifiers alone under a launcher"
+            f"{', '.join(others)}: detectors and segmentors start their own processes; check them with plain "
+            "`python -m weights.check ... --gpus N`, and only the classifiers under a launcher"
         )
     with init_process(launch, device=parsed.device) as process:
         folder = Path(process.on_first(lambda: _make_folder(parsed.results)))
@@ -135,7 +135,7 @@ class _Check:
         return EXIT_FAILED if any(result.verdict == FAIL for result in self.results) else 0
 
     def _fetch(self, entry: Entry) -> Path | None:
-        """Return the checkpoint's verified file; a failure is noted, and the others are measured all the same."""
+        """Return the checkpoint's verified file; a failure is noted, and the others are still measured."""
         try:
             path = Path(self.process.on_first(lambda: str(fetch(entry, source=self.parsed.source))))
         except (ValueError, OSError) as error:

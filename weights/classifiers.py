@@ -30,7 +30,7 @@ def check_classifier(
 
     Returns:
         A result for the plain weights, and one for the averaged ones where the file holds both, which is not judged:
-        it is the plain ones that ``pretrained=True`` loads. Then the test's exit code, which is not 0 if a signal
+        ``pretrained=True`` loads the plain ones. Then the test's exit code, which is not 0 if a signal
         stopped it.
 
     Raises:
@@ -45,7 +45,7 @@ def check_classifier(
     points = entry.dataset.tolerance if tolerance is None else tolerance
     results = []
     for name, score in tester.scores.items():
-        besides = ["averaged weights, beside the plain ones that pretrained=True loads"] if results else []
+        besides = ["averaged weights, not the plain ones that pretrained=True loads"] if results else []
         measured = {"top1": score.top1, "top5": score.top5}
         results.append(
             Result(

@@ -23,12 +23,12 @@ examples:
   python -m weights.download all --from /shared/checkpoints
   python -m weights.download --list
 
-A download that was cut off is gone on with. Each file is verified, and its size and SHA-256 are recorded beside it.
+Interrupted downloads resume. Each file is verified, and its size and SHA-256 are recorded next to it.
 """
 
 
 def add_zoo_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every command on checkpoints understands."""
+    """Add the options that every command on checkpoints has."""
     parser.add_argument(
         "--from",
         dest="source",
@@ -71,7 +71,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _get(entry: Entry, source: str) -> bool:
-    """Fetch one checkpoint; a failure is said, and does not keep the others from being fetched."""
+    """Fetch one checkpoint; a failure is logged, and does not stop the others."""
     is_here = local_path(entry).exists()
     try:
         file = fetch(entry, source=source)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from util.logging import table
+from util.logging import markdown_table, table
 
 from .results import FAIL, Figure, Result
 
@@ -19,7 +19,7 @@ ROUNDING = 0.05  # a table of one decimal says no more than this
 
 
 def screen(results: Sequence[Result]) -> str:
-    """Return the table, and below it what is to be said of single checkpoints."""
+    """Return the table, and notes on single checkpoints below it."""
     return "\n".join([table(HEADER, _rows(results)), *notes(results)])
 
 
@@ -32,16 +32,15 @@ def write(folder: Path, results: Sequence[Result], *, errors: Sequence[str], run
         errors: What could not be measured, and why.
         run: Facts of the run.
     """
-    rows = [list(HEADER), ["---", *["---:"] * (len(HEADER) - 1)], *_rows(results)]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    text = markdown_table(HEADER, _rows(results), is_right=[False, *[True] * (len(HEADER) - 1)])
     said = [f"- {line}" for line in (*notes(results), *errors)]
-    (folder / "check.md").write_text("\n".join([*lines, "", *said]).rstrip() + "\n", encoding="utf-8")
+    (folder / "check.md").write_text("\n".join([text, "", *said]).rstrip() + "\n", encoding="utf-8")
     contents = {**run, "results": [_plain(result) for result in results], "errors": list(errors)}
     (folder / "check.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
 
 
 def notes(results: Sequence[Result]) -> list[str]:
-    """Return what the table cannot show."""
+    """Return notes on what the table cannot show."""
     lines = []
     for result in results:
         title = f"{result.name} ({result.weights})"

@@ -1,4 +1,4 @@
-"""Published figures against measured ones, and what may be concluded."""
+"""Published figures against measured ones, and the verdicts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What was measured of one checkpoint.
+    """The measurements of one checkpoint.
 
     Attributes:
         name: The checkpoint.
@@ -88,7 +88,7 @@ class Result:
 
 
 def judge(entry: Entry, measured: Mapping[str, float], *, tolerance: float, is_comparable: bool) -> tuple[Figure, ...]:
-    """Return the published figures of a checkpoint beside the measured ones.
+    """Return the published figures of a checkpoint with the measured ones.
 
     Args:
         entry: The checkpoint.

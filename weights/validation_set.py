@@ -1,4 +1,4 @@
-"""Whether a validation set is the one that published figures were measured on."""
+"""Comparison of a validation set with the one that published figures were measured on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["doubt_of_size", "doubts_about"]
 
 
 def doubts_about(images: ImageDataset, expected: Dataset) -> list[str]:
-    """Return in what a validation set differs from the expected one, or why that cannot be told; empty if it is that.
+    """Return how a validation set differs from the expected one, or why that cannot be told; empty if it is the same.
 
     Args:
         images: The set at hand.
@@ -35,15 +35,15 @@ def doubts_about(images: ImageDataset, expected: Dataset) -> list[str]:
 
 
 def doubt_of_size(num_images: int, expected: Dataset) -> str:
-    """Return what a number of images says against the set's being the expected one; empty if nothing."""
+    """Return why a set of so many images cannot be the expected one; empty if it can."""
     if num_images == expected.num_images:
         return ""
-    kind = "a part of it" if num_images < expected.num_images else "another set"
+    kind = "a subset" if num_images < expected.num_images else "another set"
     return f"{num_images:,} images, where {expected.title} has {expected.num_images:,}: {kind}"
 
 
 def _differences(images: ImageDataset, expected: Dataset) -> Iterator[str]:
-    """Yield what the names and labels of a set tell against its being the expected one."""
+    """Yield how the names and labels of a set differ from those of the expected one."""
     names = ImageNetInfo(expected.class_list).label_names()
     is_named = images.class_names != index_names(len(images.class_names))
     if is_named and images.class_names != names:

@@ -12,7 +12,7 @@ __all__ = ["distilled", "imagenet"]
 
 
 def imagenet(name: str, size: int) -> Config:
-    """Return the recipe of the plain models: 300 epochs from the labels alone.
+    """Return the recipe of the plain models: 300 epochs, from the labels only.
 
     Args:
         name: The network, as ``model.create_model`` knows it.

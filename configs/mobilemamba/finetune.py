@@ -1,17 +1,17 @@
-r"""Fine-tuning a released or own checkpoint on one's own class folders.
+r"""Fine-tuning a released checkpoint, or one of your own, on your own class folders.
 
 The images lie under ``<root>/train/<class>/`` and ``<root>/val/<class>/``::
 
     python3 run.py -c configs/mobilemamba/finetune -m ft data.root=path/to/images \
         model.model_kwargs.checkpoint_path=weights/MobileMamba_T2/mobilemamba_t2.pth
 
-The classes are counted, and named, by the folders. The head starts anew where the checkpoint has another number of
-classes. ``model.freeze=backbone`` trains the head alone, ``optim.layer_decay=0.8`` lets lower layers learn more slowly;
-docs/finetune.md has more. Another network is ``model.name=MobileMamba_B1 size=256`` with its checkpoint.
+The folders give the number of classes and their names. The head is initialised again where the checkpoint has another
+number of classes. ``model.freeze=backbone`` trains only the head, ``optim.layer_decay=0.8`` lets lower layers learn
+more slowly; docs/finetune.md has more. Another network is ``model.name=MobileMamba_B1 size=256`` with its checkpoint.
 
-What mode ft changes stands in the group ``finetune``: 30 epochs, 5 of them warm-up, a sixth of the learning rate and
-next to no weight decay. Cost: a tenth of the 300 epochs of training, on fewer images. Accuracy depends on the images;
-none is published.
+The group ``finetune`` holds what mode ft changes: 30 epochs, 5 of them warm-up, a sixth of the learning rate and next
+to no weight decay. Cost: a tenth of the 300 epochs of training, on fewer images. Accuracy depends on the images; none
+is published.
 """
 
 from configs.mobilemamba._recipe import imagenet

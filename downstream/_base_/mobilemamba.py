@@ -1,6 +1,6 @@
-"""What every configuration here takes: where our modules are registered, the backbone, and AdamW.
+"""The parts that every configuration here uses: our registered modules, the backbone, and AdamW.
 
-`_base_.mobilemamba` and `_base_.adamw` are for the configurations to take; on their own they change nothing.
+Configurations use `_base_.mobilemamba` and `_base_.adamw`; on their own these change nothing.
 """
 
 custom_imports = dict(

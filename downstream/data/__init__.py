@@ -1,1 +1,1 @@
-"""COCO and ADE20K as OpenMMLab lays them out: checks of a folder, and tiny made-up ones for trials."""
+"""COCO and ADE20K as OpenMMLab lays them out: checks of a folder, and tiny synthetic ones for trials."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .check import check_ade20k, check_coco
-from .made_up import write_ade20k, write_coco
+from .synthetic import write_ade20k, write_coco
 
 __all__ = ["main"]
 

@@ -1,11 +1,10 @@
-"""Whether a folder holds COCO or ADE20K, whole and in the layout that mmdet and mmseg read.
+"""Checks that a folder holds COCO or ADE20K, complete and in the layout that mmdet and mmseg read.
 
 Nothing of OpenMMLab is needed. A check returns what it counted and every kind of problem, with the first offenders.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,18 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .layout import ADE20K_CLASSES, ADE20K_FOLDER, ADE20K_SPLITS, COCO_CATEGORIES, COCO_SPLITS
+from model.messages import listed
+
+from .layout import (
+    ADE20K_CLASSES,
+    ADE20K_FOLDER,
+    ADE20K_SPLITS,
+    COCO_CATEGORIES,
+    COCO_SPLITS,
+    ade20k_images,
+    coco_file,
+    read_coco,
+)
 
 __all__ = ["check_ade20k", "check_coco", "label_problem"]
 
@@ -35,10 +45,14 @@ def check_coco(root: Path, *, is_any_size: bool = False) -> tuple[dict[str, int]
     """
     counts, problems = {}, []
     for split, expected in COCO_SPLITS.items():
-        path = root / "annotations" / f"instances_{split}.json"
+        path = coco_file(root, split)
         problems += _missing(root / split, path)
-        annotations = _read_annotations(path, problems) if path.is_file() else None
-        if annotations is None:
+        if not path.exists():
+            continue
+        try:
+            annotations = read_coco(root, split)
+        except ValueError as error:
+            problems.append(str(error))
             continue
         counts[split] = len(annotations["images"])
         if not is_any_size:
@@ -69,7 +83,7 @@ def check_ade20k(root: Path, *, is_any_size: bool = False) -> tuple[dict[str, in
         problems += absent
         if absent:
             continue
-        stems = {path.stem for path in images.glob("*.jpg")}
+        stems = {path.stem for path in ade20k_images(root, split)}
         labelled = {path.stem for path in labels.glob("*.png")}
         counts[split] = len(stems)
         if not is_any_size:
@@ -98,19 +112,6 @@ def _missing(*paths: Path) -> list[str]:
     return [f"{path} is missing" for path in paths if not path.exists()]
 
 
-def _read_annotations(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    try:
-        annotations = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        problems.append(f"{path} is not JSON, or cut off ({error})")
-        return None
-    entries = ("images", "annotations", "categories")
-    if isinstance(annotations, Mapping) and all(isinstance(annotations.get(entry), list) for entry in entries):
-        return dict(annotations)
-    problems.append(f"{path} lacks one of the lists {', '.join(entries)}")
-    return None
-
-
 def _image_problems(images: Iterable[Mapping[str, Any]], folder: Path, path: Path) -> Iterable[str]:
     names = [image["file_name"] for image in images]
     if folder.is_dir():
@@ -125,7 +126,7 @@ def _annotation_problems(annotations: Mapping[str, Any], path: Path) -> Iterable
     if categories != COCO_CATEGORIES:
         yield (
             f"{path} has {len(categories)} categories, or other ids, than COCO's {len(COCO_CATEGORIES)}: "
-            f"{', '.join(map(str, list(categories.values())[:NUM_SHOWN]))}, ..."
+            f"{listed(list(categories.values()), NUM_SHOWN)}"
         )
     sizes = {image["id"]: (image["width"], image["height"]) for image in annotations["images"]}
     instances = annotations["annotations"]
@@ -149,13 +150,12 @@ def _fits(box: tuple[float, float, float, float], width: int, height: int) -> bo
 
 def _count_problem(where: Path, found: int, expected: int) -> Iterable[str]:
     if found != expected:
-        yield f"{where} has {found:,} images, the published set {expected:,} (--any-size accepts a part of it)"
+        yield f"{where} has {found:,} images, the published set {expected:,} (--any-size accepts a subset)"
 
 
 def _offenders(title: str, names: Collection[str]) -> Iterable[str]:
     if names:
-        more = ", ..." if len(names) > NUM_SHOWN else ""
-        yield f"{len(names)} {title}: {', '.join(sorted(names)[:NUM_SHOWN])}{more}"
+        yield f"{len(names)} {title}: {listed(sorted(names), NUM_SHOWN)}"
 
 
 def _progress(names: list[str], title: str) -> Iterable[str]:

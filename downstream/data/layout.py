@@ -1,19 +1,28 @@
-"""Where the files of COCO and ADE20K lie, and how they are numbered."""
+"""The files of COCO and ADE20K: places, classes, and what they list."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 __all__ = [
     "ADE20K_CLASSES",
     "ADE20K_FOLDER",
     "ADE20K_SPLITS",
     "COCO_CATEGORIES",
+    "COCO_LISTS",
     "COCO_SPLITS",
+    "ade20k_images",
+    "coco_file",
+    "read_coco",
 ]
 
 # Split -> number of images.
 COCO_SPLITS = {"train2017": 118_287, "val2017": 5_000}
 ADE20K_SPLITS = {"training": 20_210, "validation": 2_000}
 
+COCO_LISTS = ("images", "annotations", "categories")
 ADE20K_FOLDER = "ADEChallengeData2016"
 ADE20K_CLASSES = 150  # label 0 is a pixel of no class, 1..150 are the classes
 
@@ -30,3 +39,31 @@ COCO_CATEGORIES = {
     77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book",
     85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush",
 }  # fmt: skip
+
+
+def coco_file(root: Path, split: str) -> Path:
+    """Return the annotations of a split, of `COCO_SPLITS`, in COCO's folder."""
+    return root / "annotations" / f"instances_{split}.json"
+
+
+def read_coco(root: Path, split: str) -> dict[str, Any]:
+    """Return the annotations of a split; its `COCO_LISTS` are there.
+
+    Raises:
+        ValueError: The file cannot be read, or is none of COCO's.
+    """
+    path = coco_file(root, split)
+    try:
+        annotations = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, or is truncated ({error})") from error
+    if not isinstance(annotations, dict) or not all(isinstance(annotations.get(name), list) for name in COCO_LISTS):
+        raise ValueError(f"{path} lacks one of the lists {', '.join(COCO_LISTS)}")
+    return annotations
+
+
+def ade20k_images(root: Path, split: str) -> list[Path]:
+    """Return the images of a split, of `ADE20K_SPLITS`, in the folder `ADE20K_FOLDER`."""
+    return list((root / "images" / split).glob("*.jpg"))

@@ -1,4 +1,4 @@
-"""Drawn scenes with exact truth: filled shapes on a noisy ground, each of a colour and an outline of its own.
+"""Drawn scenes with exact truth: filled shapes on a noisy ground, each with its own colour and outline.
 
 Coordinates are continuous pixels, x to the right, y down; a pixel belongs to a shape where its centre is inside.
 """

@@ -1,1 +1,1 @@
-"""What detectors need beside the backbone."""
+"""The parts of detectors other than the backbone."""

@@ -1,4 +1,4 @@
-"""SSDHead of mmdet, mended: since 3.3 the prediction that dense heads share asks for a `loss_cls`, which it lacks."""
+"""mmdet's SSDHead, fixed: since 3.3 the prediction code shared by dense heads reads `loss_cls`, which it lacks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ __all__ = ["SSDLiteHead"]
 
 @MODELS.register_module(force=True)
 class SSDLiteHead(SSDHead):
-    """As SSDHead in everything else; its losses are computed by functions."""
+    """The same as SSDHead in everything else; its losses are computed by functions."""
 
     loss_cls = None

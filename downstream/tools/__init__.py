@@ -1,1 +1,1 @@
-"""Training, testing and trying out detectors, segmentors and classifiers; what the tools of all tasks share."""
+"""Training, testing and trying out detectors, segmentors and classifiers: the code of all tasks' tools."""

@@ -1,6 +1,6 @@
-"""Whether the data sets that a configuration names are there, and have its classes; asked before anything slow.
+"""Checks, before anything slow, that a configuration's data sets are there and have its classes.
 
-Whether the model has these classes, too, is asked by `downstream.hooks.ClassCountHook`.
+`downstream.hooks.ClassCountHook` checks that the model has these classes too.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from mmengine.config import Config
 
 from downstream.data.check import label_problem
+from model.messages import listed
 
 from .errors import InputError
 from .settings import layout_hint, loader_datasets, registered
 
 __all__ = ["check_datasets", "classes_of"]
 
-NUM_SHOWN = 5
 NUM_LABEL_MAPS = 8  # looked into, evenly spread; the check command reads all
 REDUCED = ("ADE20KDataset",)  # label 0 means no class
 
@@ -81,9 +81,9 @@ def _check_categories(entry: str, dataset: Mapping[str, Any], classes: Sequence[
     extra = [] if dataset.get("metainfo") else [name for name in found if name not in classes]
     if not lacking and not extra:
         return
-    reasons = [f"{title} {_some(names)}" for title, names in (("it lacks", lacking), ("unknown are", extra)) if names]
+    reasons = [f"{title} {listed(names)}" for title, names in (("it lacks", lacking), ("unknown are", extra)) if names]
     raise InputError(
-        f"{path} has {len(found)} categories ({_some(found)}), {entry} expects {len(classes)} ({_some(classes)}): "
+        f"{path} has {len(found)} categories ({listed(found)}), {entry} expects {len(classes)} ({listed(classes)}): "
         f"{', '.join(reasons)}. For classes of your own, set num_classes={len(found)} in the model's heads and "
         f"metainfo.classes in {entry} and its like"
     )
@@ -93,7 +93,7 @@ def read_categories(path: Path) -> list[dict[str, Any]]:
     """Return the categories of a COCO annotation file; of half a gigabyte, as COCO's is, only these are parsed.
 
     Raises:
-        InputError: The file is no JSON of COCO's kind, or is cut off.
+        InputError: The file is no JSON of COCO's kind, or is truncated.
     """
     key = b'"categories"'
     with path.open("rb") as file:
@@ -109,7 +109,7 @@ def read_categories(path: Path) -> list[dict[str, Any]]:
             return list(categories)
     except (ValueError, TypeError):
         pass
-    raise InputError(f"{path} is no annotation file of COCO's kind, or cut off: it has no whole list of categories")
+    raise InputError(f"{path} is no annotation file of COCO's kind, or truncated: it has no whole list of categories")
 
 
 def _check_labels(folder: Path, num_classes: int) -> None:
@@ -136,7 +136,3 @@ def _check_evaluator(config: Config, split: str) -> None:
             raise InputError(
                 f"{split}_evaluator.ann_file is {path}, but {entry} reads {own}: set both to the same, or --data-root"
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the tools of all tasks share: start train.py or test.py on the GPUs of a machine, or on its CPU.
+# Shared by the tools of all tasks: start train.py or test.py on the GPUs of a machine, or on its CPU.
 #   dist.sh {det,seg,cls} train CONFIG GPUS [options of train.py]
 #   dist.sh {det,seg,cls} test CONFIG CHECKPOINT GPUS [options of test.py]
 # GPUS is the number of processes: one a GPU, or where there is none, on the CPU through gloo. 0 is one process on the CPU.

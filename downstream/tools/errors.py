@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 import traceback
 from collections.abc import Callable
 
-__all__ = ["EXIT_INPUT_ERROR", "InputError", "exit_code_of"]
+import util.errors
+from util.launch import Launch, find_launch
 
-EXIT_INPUT_ERROR = 2
-OURS = ("model", "downstream")
-PATIENCE_SECONDS = 30.0  # the launcher ends the other processes of a node sooner, once its first one has spoken
+__all__ = ["InputError", "exit_code_of"]
+
+OURS = ("model", "downstream", "util")
 
 
 class InputError(ValueError):
@@ -20,28 +18,23 @@ class InputError(ValueError):
 
 
 def exit_code_of(body: Callable[[], None]) -> int:
-    """Return 0, or say what is wrong with the input and return the exit code for that.
+    """Return 0, or say what went wrong and return the exit code for that.
 
-    Such are `InputError`, and a ValueError or OSError that this repository raised, also where OpenMMLab says it again.
-    Other errors are defects, or OpenMMLab's to explain, and keep their traceback. All processes of a node usually find
-    the same, so that the first speaks, and another only where the first did not.
+    Bad input is an `InputError`, and a ValueError or OSError that this repository raised, also where OpenMMLab says it
+    again. Other errors are defects, or OpenMMLab's to explain, and keep their traceback.
     """
-    try:
+
+    def run(launch: Launch) -> int:
         body()
-    except (ValueError, OSError) as error:
-        if not isinstance(error, InputError) and not _is_ours(error):
-            raise
-        local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-        if local_rank:
-            time.sleep(PATIENCE_SECONDS)
-        speaker = f"[process {local_rank} of the node] " if local_rank else ""
-        print(f"{speaker}error: {error}", file=sys.stderr, flush=True)
-        return EXIT_INPUT_ERROR
-    return 0
+        return 0
+
+    return util.errors.exit_code_of(find_launch, run, is_bad_input=_is_bad_input)
 
 
-def _is_ours(error: BaseException) -> bool:
+def _is_bad_input(error: Exception) -> bool:
     """Return whether a ValueError or OSError, or what it came of, was raised by a line of this repository."""
+    if isinstance(error, InputError):
+        return True
     link: BaseException | None = error
     while isinstance(link, (ValueError, OSError)):
         *_, (frame, _) = traceback.walk_tb(link.__traceback__)

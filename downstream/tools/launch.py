@@ -1,4 +1,4 @@
-"""torchrun, with the exit code of the process that failed and without a traceback of its own.
+"""torchrun, with the exit code of the process that failed and without its own traceback.
 
 ``python -m downstream.tools.launch [options of torchrun] SCRIPT [arguments]``
 """
@@ -13,7 +13,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from .errors import EXIT_INPUT_ERROR
+from util.errors import EXIT_FAILED, EXIT_USER_ERROR
 
 __all__ = ["main"]
 
@@ -25,9 +25,9 @@ def main(arguments: Sequence[str]) -> int:
         run.main(list(arguments))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode not in (1, EXIT_INPUT_ERROR):  # with these, the process has said why itself
+        if failure.exitcode not in (EXIT_FAILED, EXIT_USER_ERROR):  # with these, the process has said why itself
             ending = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-            print(f"error: process {rank} ended with {ending}; what it said stands above", file=sys.stderr)
+            print(f"error: process {rank} ended with {ending}; its output is above", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)

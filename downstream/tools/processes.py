@@ -1,11 +1,10 @@
-"""The processes of a run: NCCL between GPUs, as mmengine does it, and gloo between CPUs, which it does not."""
+"""The processes of a run: NCCL between GPUs, as mmengine sets it up, and gloo between CPUs, which it does not."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import os
-import subprocess
 from collections.abc import Iterator, MutableMapping
 from datetime import timedelta
 from typing import Any
@@ -15,6 +14,8 @@ import torch.distributed as dist
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook, LoggerHook
+
+from util.launch import as_environment, find_launch
 
 from .errors import InputError
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_processes(config: Config, launcher: str) -> None:
-    """Settle on devices; without a GPU, join the process group and change what needs one in the configuration.
+    """Choose devices; without a GPU, join the process group and change what needs one in the configuration.
 
     With GPUs, the runner joins the group.
 
@@ -36,11 +37,13 @@ def prepare_processes(config: Config, launcher: str) -> None:
         launcher: ``none``, ``pytorch`` or ``slurm``.
 
     Raises:
-        InputError: There are fewer GPUs than processes.
+        InputError: There are fewer GPUs than processes, or SLURM has not started this one.
     """
     config.launcher = launcher
     if launcher == "slurm":
-        _name_slurm_ranks()
+        if "SLURM_PROCID" not in os.environ:
+            raise InputError("--launcher slurm: SLURM has not started this process; use tools/slurm_train.sh, or srun")
+        os.environ.update(as_environment(find_launch()))  # for mmengine and the process group
     if torch.cuda.is_available():
         local_rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= num_devices:
@@ -77,25 +80,13 @@ def log_once(hooks: list[Hook]) -> None:
 
 
 def leave_processes() -> None:
-    """Leave the process group, if there is one, once the run is over and its runner let go.
+    """Leave the process group, if there is one, once the run is over and its runner is released.
 
-    A thread of gloo that is still at work while Python ends would abort the process.
+    A thread of gloo that is still busy while Python exits would abort the process.
     """
     if dist.is_initialized():
-        gc.collect()  # a runner goes in circles, and what holds the group keeps its threads alive
+        gc.collect()  # the runner has reference cycles, and what holds the group keeps its threads alive
         dist.destroy_process_group()
-
-
-def _name_slurm_ranks() -> None:
-    """Say what SLURM says in torch's terms."""
-    environment = os.environ
-    environment["RANK"], environment["LOCAL_RANK"] = environment["SLURM_PROCID"], environment["SLURM_LOCALID"]
-    environment["WORLD_SIZE"] = environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]
-    environment.setdefault("MASTER_PORT", environment.get("PORT", "29500"))
-    if "MASTER_ADDR" not in environment:
-        nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
-        environment["MASTER_ADDR"] = listed.stdout.split()[0]
 
 
 def _mappings(node: Any) -> Iterator[MutableMapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import inspect
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from .errors import InputError
 
-__all__ = ["check_local", "layout_hint", "load_config", "loader_datasets", "registered", "set_data_root"]
+__all__ = ["check_local", "layout_hint", "load_config", "load_run", "loader_datasets", "registered", "set_data_root"]
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 EVALUATORS = ("val_evaluator", "test_evaluator")
@@ -56,6 +57,17 @@ def load_config(path: str, options: Mapping[str, Any], *, data_root: str | None 
     return config
 
 
+def load_run(parsed: argparse.Namespace) -> Config:
+    """Read the configuration that a command line of training or testing names, and settle its work folder.
+
+    Raises:
+        InputError: See `load_config`.
+    """
+    config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
+    config.work_dir = parsed.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(config.filename).stem))
+    return config
+
+
 def _find(path: str) -> Path:
     given = Path(path)
     for candidate in (given, given.with_name(given.name + ".py")):
@@ -63,7 +75,7 @@ def _find(path: str) -> Path:
             return candidate
     files = sorted(given.parent.glob("*.py")) if given.parent.is_dir() else []
     near = difflib.get_close_matches(given.name, [file.name for file in files], n=1, cutoff=0.0)
-    hint = f"the nearest beside it: {near[0]}" if near else f"there is nothing in {given.parent} either"
+    hint = f"the nearest next to it: {near[0]}" if near else f"there is nothing in {given.parent} either"
     raise InputError(f"no configuration at {path}; {hint}")
 
 
@@ -164,7 +176,7 @@ def _check_new(part: str, node: Mapping[str, Any], option: str, *, owner: str, s
         hint = f"; the nearest is {near[0]}" if near else ""
         raise InputError(f"--cfg-options {option}: there is no entry {part}{hint}")
     if known is None and near:
-        print(f"warning: --cfg-options {option} adds {part} beside {near[0]}", file=sys.stderr)
+        print(f"warning: --cfg-options {option} adds {part} next to {near[0]}", file=sys.stderr)
 
 
 def _accepted(kind: Any, scope: str) -> set[str] | None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the tools of all tasks share: start train.py or test.py as a job step of SLURM, one task a GPU.
+# Shared by the tools of all tasks: start train.py or test.py as a job step of SLURM, one task a GPU.
 #   slurm.sh {det,seg} train PARTITION JOB_NAME CONFIG WORK_DIR [options of train.py]
 #   slurm.sh {det,seg} test PARTITION JOB_NAME CONFIG CHECKPOINT [options of test.py]
 # From the environment: GPUS (8), GPUS_PER_NODE (8; 0 for the CPU), CPUS_PER_TASK (5), SRUN_ARGS, PORT, PYTHON.
@@ -26,6 +26,9 @@ shift 4
 
 # shellcheck source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh" "$task"
+if [[ -n ${PORT:-} ]]; then
+    export MASTER_PORT=${MASTER_PORT:-$PORT}
+fi
 tasks=${GPUS:-8}
 tasks_per_node=$tasks
 devices=()

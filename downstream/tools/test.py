@@ -13,7 +13,7 @@ from .arguments import parse_run, run_parser
 from .datasets import check_datasets
 from .errors import InputError, exit_code_of
 from .processes import leave_processes, log_once, prepare_processes
-from .settings import check_local, load_config
+from .settings import check_local, load_run
 
 __all__ = ["main"]
 
@@ -39,8 +39,7 @@ def test(parsed: argparse.Namespace) -> None:
     Raises:
         InputError: Something is missing, misspelt or does not fit.
     """
-    config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
-    config.work_dir = parsed.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(config.filename).stem))
+    config = load_run(parsed)
     config.load_from, config.resume = parsed.checkpoint, False
     check_local(parsed.checkpoint)
     check_datasets(config, "test")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from mmengine.config import Config
@@ -14,7 +13,7 @@ from .arguments import parse_run, run_parser
 from .datasets import check_datasets
 from .errors import InputError, exit_code_of
 from .processes import leave_processes, prepare_processes
-from .settings import check_local, load_config
+from .settings import check_local, load_run
 
 __all__ = ["main"]
 
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--auto-scale-lr", action="store_true", help="scale the learning rate to this number of processes and images"
     )
     parser.add_argument(
-        "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="go on from it, or from the work folder's last"
+        "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="resume from it, or from the work folder's last"
     )
     parsed = parse_run(parser, arguments)
     return exit_code_of(lambda: train(parsed))
@@ -39,8 +38,7 @@ def train(parsed: argparse.Namespace) -> None:
     Raises:
         InputError: Something is missing, misspelt or does not fit.
     """
-    config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
-    config.work_dir = parsed.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(config.filename).stem))
+    config = load_run(parsed)
     if parsed.amp:
         _mix_precision(config)
     if parsed.auto_scale_lr:

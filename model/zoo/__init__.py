@@ -3,6 +3,7 @@
 from .entries import Dataset, Entry, find, models_of, read_zoo, released_entry
 from .fetching import fetch
 from .places import local_path
+from .training_state import reading_histories
 from .transfer import DownloadError
 from .verification import verify
 
@@ -15,6 +16,7 @@ __all__ = [
     "local_path",
     "models_of",
     "read_zoo",
+    "reading_histories",
     "released_entry",
     "verify",
 ]

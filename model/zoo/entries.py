@@ -1,4 +1,4 @@
-"""What is known of each released checkpoint, read from ``zoo.json`` or from a file of the same form."""
+"""The released checkpoints and their published figures, read from ``zoo.json`` or from a file of the same form."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def released_entry(network: str, pretrained: bool | str = True) -> Entry:
 
     Args:
         network: A variant's name.
-        pretrained: True for the variant's own, trained from the labels alone, or the name of a checkpoint, such as
+        pretrained: True for the variant's own, trained from the labels only, or the name of a checkpoint, such as
             ``mobilemamba_t2s`` for the distilled T2.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..files import sync_folder
+from ..files import SUFFIX, move_into_place
 from .entries import Entry, find
 from .places import local_path
 from .sources import find_sources
@@ -20,7 +20,7 @@ __all__ = ["fetch"]
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 1.0  # before it is said that another process is waited for
+PATIENCE_SECONDS = 1.0  # before it is logged that another process is waited for
 
 
 def fetch(checkpoint: str | Entry, *, source: str | Path = "") -> Path:
@@ -51,7 +51,7 @@ def fetch(checkpoint: str | Entry, *, source: str | Path = "") -> Path:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Hold the one right to download a file; the lock's own file stays, as removing it would let two in."""
+    """Hold the lock on a file's download; the lock's own file stays, as removing it would let two processes in."""
     lock = FileLock(f"{file}.lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -70,21 +70,20 @@ def _locked(file: Path) -> Iterator[None]:
 def _download(entry: Entry, file: Path, sources: list[Source]) -> None:
     """Get a file from the first source that has it, aside, check it, and put it in its place."""
     for number, source in enumerate(sources, start=1):
-        # What was begun from one source is not gone on with from another.
-        aside = file.with_name(f"{file.name}.{source.tag}.part")
+        # The name is the same for every attempt, so that a later one resumes, but only from the same source.
+        aside = file.with_name(f"{file.name}.{source.tag}{SUFFIX}")
         try:
             _get_checked(entry, source, file, aside)
         except FileNotFoundError:
             if number == len(sources):
                 raise
             continue
-        aside.replace(file)
-        sync_folder(file.parent)
+        move_into_place(aside, file)
         return
 
 
 def _get_checked(entry: Entry, source: Source, file: Path, aside: Path) -> None:
-    """Fill ``aside`` and check what it holds; what was resumed and turns out wrong is got once more from its start."""
+    """Fill ``aside`` and check it; a resumed file that turns out wrong is downloaded once more from its start."""
     was_begun = aside.exists()
     logger.info("downloading %s from %s", entry.name, source)
     source.get(aside, title=entry.name)
@@ -93,7 +92,7 @@ def _get_checked(entry: Entry, source: Source, file: Path, aside: Path) -> None:
     except ValueError as error:
         aside.unlink()
         if was_begun:
-            logger.info("%s: what was resumed is not whole, so it is downloaded anew (%s)", entry.name, error)
+            logger.info("%s: the resumed file is not whole, so it is downloaded again (%s)", entry.name, error)
             _get_checked(entry, source, file, aside)
             return
         raise ValueError(f"{source} does not give {entry.name}: {error}") from error

@@ -1,4 +1,4 @@
-"""Where checkpoints lie on this machine."""
+"""The places of checkpoints on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def local_path(entry: Entry) -> Path:
     """Return where a checkpoint belongs, whether or not it is there.
 
     In the repository this is below ``weights/``; for an installed package, below the folder of `torch.hub`. A
-    checkpoint that a file of one's own lists lies relative to that file.
+    checkpoint that a user's own list names lies relative to that list.
     """
     if entry.folder is not None:
         return entry.folder / entry.path

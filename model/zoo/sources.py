@@ -1,4 +1,4 @@
-"""Where to look for a checkpoint that is not on this machine, or lies elsewhere on it."""
+"""The sources of a checkpoint that is not in its place on this machine."""
 
 from __future__ import annotations
 

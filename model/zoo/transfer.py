@@ -1,7 +1,7 @@
 """Getting a file: over HTTP, from Google Drive or from a folder of this machine.
 
-Each source fills a file that stands aside, goes on with one that was begun, and flushes it to the disk. What it holds
-is not judged here, but a web page in place of a file is never taken for one.
+Each source fills a file with a temporary name, resumes one that was begun, and flushes it to the disk. Its contents are
+not verified here, but a web page in place of the file is refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LOST = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPEx
 
 
 class DownloadError(OSError):
-    """A file that cannot be got or written; the message says the way out."""
+    """A file that cannot be downloaded or written; the message says the way out."""
 
 
 class Source(ABC):
@@ -60,11 +60,11 @@ class Source(ABC):
 
     @abstractmethod
     def get(self, aside: Path, *, title: str) -> None:
-        """Fill a file, going on with what is there.
+        """Fill a file, resuming after what is there.
 
         Raises:
             FileNotFoundError: The source does not have it.
-            DownloadError: It cannot be got or written; what was got of it stays, to be gone on with.
+            DownloadError: It cannot be got or written; what was received stays, to be resumed.
         """
 
 
@@ -106,10 +106,10 @@ class HttpSource(Source):
             if failures == MAX_FAILURES:
                 raise DownloadError(
                     f"{self} cannot be got after {failures} attempts ({cause}): check the network and try again; "
-                    f"the download goes on after {_size(aside):,} bytes"
+                    f"the download resumes after {_size(aside):,} bytes"
                 )
             pause = PAUSE_SECONDS * 2 ** (failures - 1)
-            logger.warning("%s: %s after %s bytes; going on in %g s", title, cause, f"{_size(aside):,}", pause)
+            logger.warning("%s: %s after %s bytes; resuming in %g s", title, cause, f"{_size(aside):,}", pause)
             time.sleep(pause)
 
     def _transfer(self, aside: Path, title: str) -> bool:
@@ -240,13 +240,13 @@ def _is_full(error: BaseException) -> bool:
 
 def _full(aside: Path, detail: str = "the disk is full") -> DownloadError:
     return DownloadError(
-        f"no room for {aside} ({detail}): free some space and try again; the download goes on after "
+        f"no room for {aside} ({detail}): free some space and try again; the download resumes after "
         f"{_size(aside):,} bytes"
     )
 
 
 def _bar(title: str, total: int | None, done: int = 0) -> tqdm:  # type: ignore[type-arg]
-    """Return a progress bar in bytes, shown on a terminal alone."""
+    """Return a progress bar in bytes, shown only on a terminal."""
     return tqdm(desc=title, total=total, initial=done, unit="B", unit_scale=True, unit_divisor=1024, disable=None)
 
 

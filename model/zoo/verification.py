@@ -1,7 +1,7 @@
-"""Whether a file is the checkpoint that it should be.
+"""Verification of checkpoints' files.
 
-At first sight a file is read and compared, entry by entry, with the network that it is for; its size and SHA-256 are
-then recorded beside it. From then on, and from the start where the checksum is published, these are what it must have.
+The first time, a file is read and compared, entry by entry, with the network that it is for; its size and SHA-256 are
+then recorded next to it. From then on, or from the start where a checksum is published, the file must match them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import logging
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import AVERAGED, HEADS, read_checkpoint, select_state_dict
+from ..files import replacing
 from ..mismatch import compare, explain
 from ..mobilemamba import VARIANTS, MobileMamba, variant_shapes
 from .entries import Entry
-from .training_state import ignoring_histories
+from .training_state import reading_histories
 
 __all__ = ["Checksum", "check_contents", "record_path", "verify"]
 
@@ -52,7 +52,7 @@ def verify(entry: Entry, file: Path, *, aside: Path | None = None) -> Checksum:
     Args:
         entry: What it should be.
         file: Where it belongs.
-        aside: Where it stands instead, just downloaded.
+        aside: Where it is instead, just after the download.
 
     Raises:
         FileNotFoundError: If it is not there.
@@ -92,7 +92,7 @@ def _expected(entry: Entry, file: Path, present: Path) -> tuple[Checksum | None,
     except FileNotFoundError:
         return None, ""
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{record} is damaged ({error}): delete it to have {file} verified anew") from error
+        raise ValueError(f"{record} is damaged ({error}): delete it to have {file} verified again") from error
 
 
 def _size(file: Path) -> int:
@@ -114,13 +114,11 @@ def _record(entry: Entry, file: Path, checksum: Checksum) -> None:
         "sha256": checksum.sha256,
         "verified": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    record = record_path(file)
-    temporary = record.with_name(f".{record.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(record)
+        with replacing(record_path(file)) as aside:
+            aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     except OSError as error:  # somebody else's folder, say: the file is good all the same
-        logger.info("%s is verified, but that cannot be recorded beside it: %s", file, error)
+        logger.info("%s is verified, but that cannot be recorded next to it: %s", file, error)
 
 
 def check_contents(entry: Entry, file: Path) -> None:
@@ -131,7 +129,7 @@ def check_contents(entry: Entry, file: Path) -> None:
         ValueError: If it is no checkpoint, is damaged, or is of another network.
     """
     is_classifier = entry.task == "imagenet"
-    with contextlib.nullcontext() if is_classifier else ignoring_histories():
+    with contextlib.nullcontext() if is_classifier else reading_histories():
         checkpoint = read_checkpoint(file, mmap=True)
     own = _own_entries(entry)
     has_average = any(isinstance(checkpoint.get(name), Mapping) for name in AVERAGED)

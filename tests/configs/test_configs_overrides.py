@@ -165,7 +165,35 @@ FAULTS = {
     "batch_size=0": ["batch_size='0'", ">= 1"],
     "trainer.accumulation_steps=0": ["trainer.accumulation_steps='0'", ">= 1"],
     "trainer.mixup_kwargs.prob=1.5": ["trainer.mixup_kwargs.prob='1.5'", ">= 0 and <= 1"],
-    "trainer.ema=1": ["trainer.ema='1'", "> 0 and < 1, or None"],
+    "trainer.ema=1": ["trainer.ema='1'", "> 0 and < 1, or None for no average"],
+    "trainer.ema=0": ["trainer.ema='0'", "> 0 and < 1, or None for no average"],
+    "loss.clip_grad=0": ["loss.clip_grad='0'", "> 0, or None for no clipping"],
+    "loss.clip_grad=-1": ["loss.clip_grad='-1'", "> 0, or None for no clipping"],
+    "loss.loss_terms=[{'type': 'LabelSmoothingCE', 'smoothing': 1}]": ["loss.loss_terms.0.smoothing=1", ">= 0 and < 1"],
+    "trainer.mixup_kwargs.label_smoothing=1": ["trainer.mixup_kwargs.label_smoothing='1'", ">= 0 and < 1"],
+    "loss.loss_terms=[{'type': 'CLSKDLoss', 'tau': 0}]": ["loss.loss_terms.0.tau=0", "> 0"],
+    "loss.loss_terms=[{'type': 'CLSKDLoss', 'size': 0}]": ["loss.loss_terms.0.size=0", ">= 32"],
+    "loss.loss_terms=[{'type': 'CLSKDLoss', 'std_t': [1, 0, 1]}]": ["loss.loss_terms.0.std_t.1=0", "> 0"],
+    "loss.loss_terms=[{'type': 'CLSKDLoss', 'kd_type': 'sort'}]": ["kd_type='sort'", "'soft', 'hard'"],
+    "optim.optim_kwargs.betas=[0.9,1]": ["optim.optim_kwargs.betas.1=1", ">= 0 and < 1"],
+    "optim.layer_decay=0": ["optim.layer_decay='0'", "> 0"],
+    "trainer.scheduler_kwargs.lr_min=-1": ["trainer.scheduler_kwargs.lr_min='-1'", ">= 0"],
+    "trainer.scheduler_kwargs.warmup_lr=-1": ["trainer.scheduler_kwargs.warmup_lr='-1'", ">= 0"],
+    "trainer.scheduler_kwargs.warmup_iters=-2": ["trainer.scheduler_kwargs.warmup_iters='-2'", ">= -1"],
+    "trainer.scheduler_kwargs.lr_noise=[0.5]": [
+        "trainer.scheduler_kwargs.lr_noise='[0.5]'",
+        "a list of 2, each a number",
+    ],
+    "trainer.scheduler_kwargs.lr_noise=[0.5,2]": ["trainer.scheduler_kwargs.lr_noise.1=2", "<= 1"],
+    "trainer.mixup_kwargs.cutmix_minmax=[0.2,0.8,1]": ["trainer.mixup_kwargs.cutmix_minmax", "a list of 2", "or None"],
+    "data.train_transforms.0.scale=[0,0.5]": ["data.train_transforms.0.scale.0=0", "> 0 and <= 1"],
+    "data.train_transforms.0.ratio=[1]": [
+        "data.train_transforms.0.ratio='[1]'",
+        "a list of 2, each a number > 0, or None",
+    ],
+    "data.test_transforms.0.crop_pct=0": ["data.test_transforms.0.crop_pct='0'", "> 0 and <= 1"],
+    "seed=-1": ["seed='-1'", ">= 0"],
+    "seed=4294967295": ["seed='4294967295'", "<= 4e+09"],
     # no assignment to an entry
     "--resume": ["'--resume'", "path.key=value"],
     "=3": ["'=3'", "path.key=value"],
@@ -185,6 +213,23 @@ def test_faulty_override_is_refused_with_the_way_out(override, parts):
     message = str(error.value)
     assert all(part in message for part in parts), message
     assert "\n" not in message
+
+
+AT_THE_EDGE = {
+    "loss.clip_grad=1e-3": 1e-3,
+    "trainer.mixup_kwargs.label_smoothing=0": 0.0,
+    "trainer.mixup_kwargs.cutmix_minmax=[0,1]": [0.0, 1.0],
+    "optim.optim_kwargs.betas=[0,0.99,0.999]": [0.0, 0.99, 0.999],
+    "trainer.scheduler_kwargs.lr_noise=[0,1]": [0.0, 1.0],
+    "trainer.scheduler_kwargs.lr_min=0": 0.0,
+    "data.train_transforms.0.scale=[0.01,1]": [0.01, 1.0],
+    "seed=4000000000": 4_000_000_000,
+}
+
+
+@pytest.mark.parametrize(("override", "expected"), AT_THE_EDGE.items(), ids=AT_THE_EDGE)
+def test_value_at_the_edge_of_its_range_is_taken(override, expected):
+    assert read(load_config(T2, [override]), override.partition("=")[0]) == expected
 
 
 @pytest.mark.parametrize("path", ["data.train_transforms.timm.hflip", "logging.log_terms_test.top.fmt"])

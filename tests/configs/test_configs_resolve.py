@@ -82,7 +82,7 @@ def test_learning_rates_follow_their_base_and_give_way_to_the_user():
     config = load_config(T2, ["optim.lr=0.1", "trainer.scheduler_kwargs.lr_min=0"])
     assert (config.optim.lr, config.trainer.scheduler_kwargs.lr_min) == (0.1, 0.0)
     assert config.trainer.scheduler_kwargs.warmup_lr == pytest.approx(1e-4)
-    with pytest.raises(ValueError, match=r"lr=0\.1 changes nothing beside optim\.lr=0\.2"):
+    with pytest.raises(ValueError, match=r"lr=0\.1 changes nothing where optim\.lr=0\.2"):
         load_config(T2, ["lr=0.1", "optim.lr=0.2"])
 
 
@@ -118,6 +118,13 @@ class TestBatches:
     def test_mixup_needs_pairs(self):
         with pytest.raises(ValueError, match=r"batch_size_per_gpu=5 must be a multiple of 2 \(mixup pairs.* 4 or 6"):
             load_config(T2, ["trainer.data.batch_size_per_gpu=5"])
+
+    def test_with_mixup_the_last_batch_is_dropped(self):
+        last = "trainer.data.drop_last=False"
+        with pytest.raises(ValueError, match=r"trainer\.data\.drop_last=False .*in pairs: .*mixup_kwargs\.prob=0"):
+            load_config(T2, [last])
+        assert not load_config(T2, [last, NO_MIXUP]).trainer.data.drop_last
+        assert not load_config(T2, [last], mode="test").trainer.data.drop_last
         assert load_config(T2, ["trainer.data.batch_size_per_gpu=5", NO_MIXUP]).batch_size == 5
 
     def test_override_of_the_total_wins_over_the_share_in_a_file(self, tmp_path):
@@ -162,7 +169,7 @@ class TestFinetuning:
         assert config.optim.lr == 1e-4
 
     def test_its_entries_are_refused_where_they_change_nothing(self):
-        with pytest.raises(ValueError, match=r"finetune\.epoch_full holds with -m ft alone; override epoch_full"):
+        with pytest.raises(ValueError, match=r"finetune\.epoch_full holds only with -m ft; override epoch_full"):
             load_config(T2, ["finetune.epoch_full=3"])
 
 

@@ -57,7 +57,7 @@ def test_relative_and_home_paths(album, monkeypatch):
     ("place", "message"),
     [
         ("c.png", r"predict\.input=.*c\.png: there is no such file or folder; the nearest in .*: b\.png"),
-        ("none/c.png", "nor a folder"),
+        ("none/c.png", "there is no folder"),
         ("empty", r"no image in this folder and its subfolders \(1 other files\)"),
         ("*.txt", r"no image has such a name \(1 others have\)"),
         ("*.gif", r"\(0 others have\)"),

@@ -90,7 +90,7 @@ def test_nothing_is_replaced_unless_forced(two_classes, packed, tmp_path, capsys
 
 
 def test_leftover_of_a_killed_conversion_is_no_data_set(two_classes, packed):
-    (packed / "train.lmdb.partial").write_bytes(b"half")
+    (packed / ".train.lmdb.0.part").write_bytes(b"half")
     folder_to_lmdb(two_classes, packed, is_forced=True)
     assert sorted(path.name for path in packed.iterdir()) == ["train.lmdb", "val.lmdb"]
 

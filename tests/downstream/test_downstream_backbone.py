@@ -1,4 +1,4 @@
-"""The backbone as OpenMMLab sees it: outputs, options, pretrained weights. Needs mmengine alone."""
+"""The backbone as OpenMMLab sees it: outputs, options, pretrained weights. Needs only mmengine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ pytest.importorskip("mmengine", reason="OpenMMLab is not installed: make downstr
 from mmengine.registry import MODELS
 
 from downstream.backbone import MobileMambaBackbone
-from downstream.weights import load_pretrained
+from downstream.pretrained import load_pretrained
 from model import create_model
+from model.zoo import DownloadError
+from model.zoo.transfer import FileSource
 
 STAGES = ("patch_embed", "blocks1", "blocks2", "blocks3")
 HEADS = ("head.", "head_dist.")
@@ -224,11 +226,30 @@ def test_checkpoint_of_another_variant_is_refused_and_named(imagenet):
     assert all(value.equal(before[entry]) for entry, value in backbone.state_dict().items())
 
 
-def test_missing_pretrained_files_are_named(tmp_path, monkeypatch):
+def test_released_checkpoint_is_downloaded_once_and_verified(imagenet, weights_folder, monkeypatch):
+    path, weights = imagenet()
+    monkeypatch.setattr("model.zoo.fetching.find_sources", lambda entry, source: [FileSource(str(path))])
+    for _ in range(2):
+        backbone = MobileMambaBackbone("T2", pretrained=True)
+        backbone.init_weights()
+        assert_loaded(backbone, weights)
+        path.unlink(missing_ok=True)
+    released = weights_folder / "MobileMamba_T2" / "mobilemamba_t2.pth"
+    assert released.is_file()
+    torch.save({}, released)
+    with pytest.raises(ValueError, match=r"mobilemamba_t2\.pth has .* delete it and get mobilemamba_t2 again"):
+        MobileMambaBackbone("T2", pretrained=True).init_weights()
+
+
+def test_missing_pretrained_files_are_named(tmp_path, weights_folder, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.pth"):
         MobileMambaBackbone("T2", pretrained=str(tmp_path / "nowhere.pth")).init_weights()
-    monkeypatch.setattr("downstream.weights.WEIGHTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"mobilemamba_t2.pth.*model.backbone.pretrained=False"):
+
+    def refuse(*_, **__):
+        raise DownloadError("Google Drive does not give mobilemamba_t2: try later")
+
+    monkeypatch.setattr("model.zoo.transfer.DriveSource.get", refuse)
+    with pytest.raises(DownloadError, match=r"does not give mobilemamba_t2: .*model.backbone.pretrained=False"):
         MobileMambaBackbone("T2", pretrained=True).init_weights()
 
 

@@ -1,4 +1,4 @@
-"""The made-up COCO and ADE20K against independent readings of them, and the check of a folder."""
+"""The synthetic COCO and ADE20K against independent readings of them, and the check of a folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image
 from downstream.data.__main__ import main
 from downstream.data.check import check_ade20k, check_coco, label_problem
 from downstream.data.layout import COCO_CATEGORIES
-from downstream.data.made_up import CATEGORY_IDS, GROUND_LABEL, LABELS, run_lengths, write_ade20k, write_coco
 from downstream.data.shapes import KINDS, draw_scene
+from downstream.data.synthetic import CATEGORY_IDS, GROUND_LABEL, LABELS, run_lengths, write_ade20k, write_coco
 
 SIZE = (96, 128)
 
@@ -155,7 +155,7 @@ def test_published_numbers_are_expected(coco, ade20k):
         (lambda root: (root / "annotations" / "instances_val2017.json").unlink(), "instances_val2017.json is missing"),
         (lambda root: (root / "train2017").rename(root / "train"), "train2017 is missing"),
         (lambda root: (root / "train2017" / f"{3:012d}.jpg").unlink(), "1 images of .*: 000000000003.jpg"),
-        (lambda root: (root / "annotations" / "instances_train2017.json").write_text('{"images": ['), "cut off"),
+        (lambda root: (root / "annotations" / "instances_train2017.json").write_text('{"images": ['), "truncated"),
         (lambda root: (root / "annotations" / "instances_train2017.json").write_text("[]"), "lacks one of the lists"),
         (lambda root: change(root, lambda a: a["categories"].pop(0)), "79 categories"),
         (
@@ -213,7 +213,7 @@ def test_an_unreadable_label_map(tmp_path):
 
 
 def test_the_command_makes_and_checks(tmp_path, capsys):
-    folder = str(tmp_path / "made up")
+    folder = str(tmp_path / "synthetic data")
     assert main(["make", "coco", folder, "--train", "2", "--val", "1", "--size", "64", "80"]) == 0
     assert main(["check", "coco", folder, "--any-size"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"{folder}: 2 images in train2017, 1 images in val2017"] * 2
@@ -224,4 +224,4 @@ def test_the_command_makes_and_checks(tmp_path, capsys):
     said = capsys.readouterr().err
     for text in ("the published set 5,000", "exists; name another folder", "ADEChallengeData2016.zip", "32 pixels"):
         assert text in said
-    assert not (tmp_path / "made up2").exists()
+    assert not (tmp_path / "synthetic data2").exists()

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tool_cases import DOWNSTREAM, REPOSITORY, arguments_of, run_script, tiny
 
-from downstream.data.made_up import write_ade20k, write_coco
+from downstream.data.synthetic import write_ade20k, write_coco
 
 pytest.importorskip("mmdet", reason="needs OpenMMLab: make downstream")
 pytest.importorskip("mmseg", reason="needs OpenMMLab: make downstream")
@@ -52,8 +52,8 @@ def own_visualizers(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder of both made-up sets, its name holding a space."""
-    folder = tmp_path_factory.mktemp("made up")
+    """A folder of both synthetic sets, its name holding a space."""
+    folder = tmp_path_factory.mktemp("synthetic data")
     write_coco(folder / "coco", num_train=4, num_val=2, size=(64, 64))
     write_ade20k(folder / "ade20k", num_train=4, num_val=2, size=(64, 64))
     return folder
@@ -125,7 +125,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("path", "message"),
         [
-            (RETINANET.replace("retinanet_mo", "retinet_mo"), "the nearest beside it: retinanet_mobilemamba"),
+            (RETINANET.replace("retinanet_mo", "retinet_mo"), "the nearest next to it: retinanet_mobilemamba"),
             ("/nowhere/config.py", "there is nothing in /nowhere either"),
         ],
     )
@@ -210,7 +210,7 @@ class TestData:
     )
     def test_annotations_that_are_none(self, tmp_path, text):
         (tmp_path / "a.json").write_text(text)
-        with pytest.raises(InputError, match=r"empty|cut off"):
+        with pytest.raises(InputError, match=r"empty|truncated"):
             read_categories(tmp_path / "a.json")
 
     def test_categories_anywhere_in_the_file(self, tmp_path):
@@ -228,7 +228,7 @@ class TestCheckpoints:
         [
             (b"<!DOCTYPE html><title>Quota exceeded</title>", r"a web page \('Quota exceeded'\)"),
             (b"", "is empty"),
-            (b"PK\x03\x04 cut off", "is cut off or damaged"),
+            (b"PK\x03\x04 cut off", "is truncated or damaged"),
             (pickle.dumps([1]), "holds a list|no checkpoint"),
             (None, "no checkpoint at"),
         ],
@@ -306,10 +306,19 @@ class TestErrors:
         assert exit_code_of(body) == 2
         assert capsys.readouterr().err.startswith("error: class `X`: no checkpoint at /nowhere/w.pth")
 
-    @pytest.mark.parametrize("body", [lambda: int("x"), lambda: Path("/nowhere").read_text(), lambda: [][1]])
-    def test_what_others_raise_is_raised(self, body):
-        with pytest.raises((ValueError, OSError, IndexError)):
-            exit_code_of(body)
+    @pytest.mark.parametrize(
+        ("body", "kind"),
+        [
+            (lambda: int("x"), ValueError),
+            (lambda: Path("/nowhere").read_text(), FileNotFoundError),
+            (lambda: [][1], IndexError),
+        ],
+    )
+    def test_what_others_raise_keeps_its_traceback(self, capsys, body, kind):
+        assert exit_code_of(body) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("Traceback")
+        assert f"{kind.__name__}: " in error.splitlines()[-1]
 
 
 class TestScripts:
@@ -349,9 +358,9 @@ class TestScripts:
             (
                 "rank and os.kill(os.getpid(), 9)",
                 137,
-                "error: process 1 ended with signal 9; what it said stands above\n",
+                "error: process 1 ended with signal 9; its output is above\n",
             ),
-            ("sys.exit(5)", 5, "ended with exit code 5; what it said stands above\n"),
+            ("sys.exit(5)", 5, "ended with exit code 5; its output is above\n"),
         ],
     )
     def test_two_processes_end_in_one_message(self, tmp_path, statement, code, stderr):

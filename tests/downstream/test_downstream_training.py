@@ -1,4 +1,4 @@
-"""Training, testing, resuming and drawing, end to end on made-up data: the configurations' own models and pipelines."""
+"""Training, testing, resuming and drawing, end to end on synthetic data: each configuration's model and pipeline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tool_cases import (
     tiny,
 )
 
-from downstream.data.made_up import write_ade20k, write_coco
+from downstream.data.synthetic import write_ade20k, write_coco
 
 pytest.importorskip("mmdet", reason="needs OpenMMLab: make downstream")
 pytest.importorskip("mmseg", reason="needs OpenMMLab: make downstream")
@@ -38,8 +38,8 @@ LEARNING_SIZE = 128
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Both made-up sets, in a folder whose name holds a space: the task's name -> root."""
-    folder = tmp_path_factory.mktemp("made up")
+    """Both synthetic sets, in a folder whose name holds a space: the task's name -> root."""
+    folder = tmp_path_factory.mktemp("synthetic data")
     write_coco(folder / "coco", num_train=8, num_val=4, size=SIZE)
     write_ade20k(folder / "ade20k", num_train=8, num_val=4, size=SIZE)
     return {"det": folder / "coco", "seg": folder / "ade20k" / "ADEChallengeData2016"}

@@ -1,4 +1,4 @@
-"""Running the tools as users do, on the made-up data, with the seven configurations made tiny."""
+"""Running the tools as users do, on the synthetic data, with the seven configurations made tiny."""
 
 from __future__ import annotations
 

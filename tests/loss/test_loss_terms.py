@@ -1,3 +1,5 @@
+"""The loss terms against their definitions in double precision, their weighted sum, and mixup."""
+
 from __future__ import annotations
 
 import math
@@ -32,7 +34,6 @@ def make_probabilities() -> torch.Tensor:
 def make_config(*terms: LossTerm, mixed: bool = False) -> Config:
     config = Config()
     config.loss.loss_terms = list(terms)
-    config.trainer.data.batch_size_per_gpu = 4
     config.trainer.mixup_kwargs.num_classes = C
     config.trainer.mixup_kwargs.prob = 1.0 if mixed else 0.0
     return config
@@ -134,9 +135,7 @@ def test_of_two_heads_the_first_meets_the_targets():
     ("config", "message"),
     [
         (make_config(), r"loss\.loss_terms is empty"),
-        (make_config(CrossEntropyTerm(), CrossEntropyTerm()), "each term needs a name of its own, got CE, CE"),
-        (make_config(LossTerm(type="SoftTarget")), "no type 'SoftTarget'; the nearest is 'SoftTargetCE'"),
-        (make_config(LabelSmoothingTerm(smoothing=1.0)), r"smoothing must be in \[0, 1\), got 1\.0"),
+        (make_config(CrossEntropyTerm(), CrossEntropyTerm()), "each term needs its own name, got CE, CE"),
     ],
 )
 def test_terms_that_cannot_be_are_refused(config, message):
@@ -173,14 +172,3 @@ def test_mixup_off_is_none():
     config = make_config(mixed=True)
     config.trainer.mixup_kwargs.mixup_alpha = config.trainer.mixup_kwargs.cutmix_alpha = 0.0
     assert build_mixup(config) is None
-
-
-def test_mixup_needs_even_batches():
-    config = make_config(mixed=True)
-    config.trainer.data.batch_size_per_gpu = 5
-    with pytest.raises(ValueError, match=r"trainer\.data\.batch_size_per_gpu is 5, but mixup mixes images in pairs"):
-        build_mixup(config)
-    config.trainer.data.batch_size_per_gpu = 4
-    config.trainer.data.drop_last = False
-    with pytest.raises(ValueError, match=r"trainer\.data\.drop_last=false"):
-        build_mixup(config)

@@ -82,7 +82,7 @@ def test_truncated(tmp_path: Path, zipped: bool, kept: float) -> None:
     contents = path.read_bytes()
     path.write_bytes(contents[: int(len(contents) * kept)])
     with pytest.raises(
-        ValueError, match=r"file\.pth is (cut off or damaged|no checkpoint of torch.save, or a damaged)"
+        ValueError, match=r"file\.pth is (truncated or damaged|no checkpoint of torch.save, or a damaged)"
     ):
         read_checkpoint(path)
 
@@ -94,7 +94,7 @@ def test_flipped_bit_in_a_weight(tmp_path: Path, mmap: bool) -> None:
     contents = bytearray(path.read_bytes())
     contents[contents.index(weight.numpy().tobytes()) + 2000] ^= 1
     path.write_bytes(contents)
-    with pytest.raises(ValueError, match=r"is cut off or damaged .*Bad CRC-32"):
+    with pytest.raises(ValueError, match=r"is truncated or damaged .*Bad CRC-32"):
         read_checkpoint(path, mmap=mmap)
 
 
@@ -204,7 +204,7 @@ def test_legacy_and_safetensors_files(tmp_path: Path) -> None:
     read = read_checkpoint(tmp_path / "file.safetensors")
     assert same({name: read[name] for name in weights}, weights)
     (tmp_path / "file.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match=r"file\.safetensors is cut off, damaged or no safetensors"):
+    with pytest.raises(ValueError, match=r"file\.safetensors is truncated, damaged or no safetensors"):
         read_checkpoint(tmp_path / "file.safetensors")
 
 

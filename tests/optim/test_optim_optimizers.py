@@ -1,3 +1,5 @@
+"""Every optimiser of timm by its name, its arguments and its groups of parameters."""
+
 from __future__ import annotations
 
 import pytest

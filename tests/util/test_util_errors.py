@@ -37,6 +37,14 @@ def test_a_mistake_is_one_line(capsys, error, code, line):
     assert captured.out == ""
 
 
+def test_whose_error_it_is_can_be_told(capsys):
+    def body(launch: Launch) -> int:
+        raise ValueError("of another library")
+
+    assert exit_code_of(Launch, body, is_bad_input=lambda error: "ours" in str(error)) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
 def test_a_defect_shows_where(capsys):
     assert ending_with(KeyError("entry")) == 1
     text = capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from util.launch import Launch, find_launch, first_host
+from util.launch import Launch, as_environment, find_launch, first_host
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -52,6 +52,13 @@ def test_slurm_ranks_agree_where_to_meet():
 
 def test_a_slurm_step_has_its_own_count():
     assert find_launch(SLURM | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}).world_size == 2
+
+
+def test_other_libraries_read_torchruns_variables():
+    expected = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu03", "MASTER_PORT": "12077"}
+    assert as_environment(find_launch(SLURM)) == expected
+    given = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    assert as_environment(find_launch(given)) == given
 
 
 def test_a_given_url_is_kept():

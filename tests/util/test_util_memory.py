@@ -1,3 +1,5 @@
+"""Memory kept by a training process, and objects frozen for the garbage collector."""
+
 from __future__ import annotations
 
 import gc

@@ -1,3 +1,5 @@
+"""Seeds and random states: repeatable, different on every rank, put back exactly."""
+
 from __future__ import annotations
 
 import random
@@ -44,7 +46,7 @@ def test_seed_is_that_of_each_library() -> None:
 
 @pytest.mark.parametrize(("seed", "rank"), [(-1, 0), (2**32 - 1, 1)])
 def test_seed_out_of_range(seed: int, rank: int) -> None:
-    with pytest.raises(ValueError, match=rf"seed={seed} \(rank {rank}\): the seed must lie between 0 and 4294967295"):
+    with pytest.raises(ValueError, match="between 0 and"):
         seed_everything(seed, rank=rank)
 
 

@@ -1,4 +1,4 @@
-"""The checked evaluation, end to end on a made-up validation set with a checkpoint of its own."""
+"""The checked evaluation, end to end on a synthetic validation set with its own checkpoint."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_part_of_the_set_is_declared_and_not_judged(zoo, images, tmp_path):
     code, report, markdown = run(changed(zoo, tmp_path, change), images, tmp_path)
     assert code == 0
     assert report["results"][0]["verdict"] == "not judged"
-    assert "21 images, where Made-up validation has 50,000: a part of it" in markdown
+    assert "21 images, where Made-up validation has 50,000: a subset" in markdown
 
 
 @pytest.mark.parametrize(("fingerprint", "message"), [("0" * 64, "another set than"), ("", "no fingerprint of")])

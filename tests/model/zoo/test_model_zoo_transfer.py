@@ -80,7 +80,7 @@ def test_a_servers_temporary_faults_are_retried(server, file, contents, caplog):
 
 def test_a_server_that_keeps_failing_is_an_error_with_the_way_out(server, file):
     server.cuts = [1_000_000] + [0] * 9
-    with pytest.raises(DownloadError, match=r"after 5 attempts .* goes on after 1,000,000 bytes"):
+    with pytest.raises(DownloadError, match=r"after 5 attempts .* resumes after 1,000,000 bytes"):
         fetch(NAME, source=server.url)
     assert not file.exists()
     assert len(leftovers(file)) == 1
@@ -98,7 +98,7 @@ def test_a_refusal_is_not_retried(server, file, status, kind):
 def test_a_file_cut_short_by_a_server_that_gives_no_length(server, file, contents):
     server.has_length = False
     server.files[REMOTE] = contents[:1_000_000]
-    with pytest.raises(ValueError, match=r"does not give mobilemamba_t2: .* is cut off or damaged \(1,000,000 bytes"):
+    with pytest.raises(ValueError, match=r"does not give mobilemamba_t2: .* is truncated or damaged \(1,000,000 bytes"):
         fetch(NAME, source=server.url)
     assert not file.exists()
     assert leftovers(file) == []
@@ -163,7 +163,7 @@ def test_a_full_disk_keeps_what_was_downloaded(server, file, contents, monkeypat
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(full))
-        with pytest.raises(DownloadError, match=r"no room for .*free some space and try again; the download goes on"):
+        with pytest.raises(DownloadError, match=r"no room for .*free some space and try again; the download resumes"):
             fetch(NAME, source=server.url)
     assert not file.exists()
     assert len(leftovers(file)) == 1

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from downstream.data.layout import ADE20K_FOLDER, ade20k_images, read_coco
 from model.zoo import Dataset, Entry
 from util.errors import RunError
 
@@ -30,14 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"det": ("mmengine", "mmcv", "mmdet"), "seg": ("mmengine", "mmcv", "mmseg")}
 # COCO's figures under the names of mmdet, which gives shares of 1; mmseg names and gives them as they are published.
 COCO_NAMES = {"AP": "mAP", "AP50": "mAP_50", "AP75": "mAP_75", "APs": "mAP_s", "APm": "mAP_m", "APl": "mAP_l"}
-ADE20K_FOLDER = "ADEChallengeData2016"
 # Where mmdet's and mmseg's own configs look, from the folder of the task.
 DEFAULT_ROOTS = {"det": "data/coco", "seg": f"data/ade/{ADE20K_FOLDER}"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Downstream:
-    """How a detector or segmentor is tested.
+    """Options of a detector's or segmentor's test.
 
     Attributes:
         num_gpus: Processes, one for each GPU; 0 for the CPU, None for all GPUs there are.
@@ -66,7 +66,7 @@ def check_downstream(entry: Entry, checkpoint: Path, options: Downstream, *, tol
     tool = _find_tool(entry)
     folder = tool.parents[1]
     root = _find_root(entry, options.root, folder)
-    num_images, num_classes = _count_coco(root) if entry.task == "det" else _count_ade20k(root)
+    num_images, num_classes = _count(entry.task, root)
     doubts = _doubts(num_images, num_classes, entry.dataset)
     num_gpus = torch.cuda.device_count() if options.num_gpus is None else options.num_gpus
     arguments = [str(ROOT / entry.config), str(checkpoint.resolve()), str(num_gpus)]
@@ -116,19 +116,12 @@ def _find_root(entry: Entry, given: str | None, folder: Path) -> Path:
     return root
 
 
-def _count_coco(root: Path) -> tuple[int, int]:
-    """Return the images and categories of COCO's validation set."""
-    file = root / "annotations" / "instances_val2017.json"
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-        return len(contents["images"]), len(contents["categories"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: no annotations of COCO can be read from it ({error})") from error
-
-
-def _count_ade20k(root: Path) -> tuple[int, int | None]:
-    """Return the images of ADE20K's validation set; its folders do not say how many classes there are."""
-    return sum(1 for _ in (root / "images" / "validation").glob("*.jpg")), None
+def _count(task: str, root: Path) -> tuple[int, int | None]:
+    """Return the images and classes of the validation set; ADE20K's folders do not say how many classes there are."""
+    if task == "seg":
+        return len(ade20k_images(root, "validation")), None
+    annotations = read_coco(root, "val2017")
+    return len(annotations["images"]), len(annotations["categories"])
 
 
 def _doubts(num_images: int, num_classes: int | None, expected: Dataset) -> list[str]:
@@ -139,15 +132,15 @@ def _doubts(num_images: int, num_classes: int | None, expected: Dataset) -> list
 
 
 def _run_tool(command: Sequence[str], *, folder: Path) -> None:
-    """Run a tool to its end with this interpreter; its words go where ours go."""
+    """Run a tool to its end with this interpreter; its output goes where ours goes."""
     logger.info("running %s", shlex.join(command))
     done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHON": sys.executable}, check=False)
     if done.returncode:
-        raise RunError(f"{command[0]} failed with exit code {done.returncode}; what it said stands above")
+        raise RunError(f"{command[0]} failed with exit code {done.returncode}; its output is above")
 
 
 def _read_metrics(work_dir: Path) -> dict[str, float]:
-    """Return what mmengine logs at the end of a test, in ``<work_dir>/<time>/<time>.json``."""
+    """Return the metrics that mmengine logs at the end of a test, in ``<work_dir>/<time>/<time>.json``."""
     files = [file for file in work_dir.glob("*/*.json") if file.stem == file.parent.name]
     if len(files) != 1:
         raise RunError(

@@ -1,4 +1,4 @@
-"""ImageNet weights for a backbone: which entries of a checkpoint are its own, and whether they fit."""
+"""ImageNet weights for a backbone: the released ones, a checkpoint's entries for it, and whether they fit."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from torch import Tensor, nn
 from model import variant_shapes
 from model.checkpoint import select_state_dict
 from model.mismatch import compare, explain
+from model.zoo import DownloadError, fetch, released_entry
 
 from .loading import load_local_checkpoint
 
 __all__ = ["FAMILY", "INSIDE_MODEL", "backbone_entries", "check_backbone", "load_pretrained", "released_checkpoint"]
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 FAMILY = "MobileMamba_"
 HEADS = ("head", "head_dist")
 INSIDE_MODEL = "backbone."  # before a backbone's entries in a detector, segmentor or classifier of OpenMMLab
 
 
 def released_checkpoint(variant: str) -> Path:
-    """Return where the released ImageNet checkpoint of a variant lies.
+    """Return the released ImageNet checkpoint of a variant, downloaded if need be, and verified.
 
     Raises:
-        FileNotFoundError: It is not there.
+        OSError: It cannot be downloaded.
+        ValueError: The file is not the released one.
     """
-    path = WEIGHTS / variant / f"{variant.lower()}.pth"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"pretrained weights of {variant} are not at {path}: download them as the README's table of results says, "
-            "name another file with model.backbone.pretrained=PATH, or start from random weights with "
+    try:
+        return fetch(released_entry(variant))
+    except OSError as error:
+        raise DownloadError(
+            f"{error}; or name another file with model.backbone.pretrained=PATH, or start from random weights with "
             "model.backbone.pretrained=False"
-        )
-    return path
+        ) from error
 
 
 def load_pretrained(backbone: nn.Module, path: Path, *, ema: bool = False) -> list[str]:
-    """Load a checkpoint's weights into a backbone, all entries of it; what is left over is logged.
+    """Load a checkpoint's weights into a backbone, all entries of it; entries left over are logged.
 
     Args:
         backbone: MobileMamba without a classifier.

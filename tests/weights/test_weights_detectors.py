@@ -57,8 +57,8 @@ def material(tmp_path_factory, parity_json) -> Path:
 
 @pytest.fixture
 def repository(tmp_path, weights_folder, material, monkeypatch) -> Path:
-    """A repository with two checkpoints, made-up COCO and ADE20K beside it, and OpenMMLab as good as installed."""
-    monkeypatch.setattr("weights.downstream.ROOT", weights_folder.parent)
+    """A repository with two checkpoints, synthetic COCO and ADE20K next to it, and OpenMMLab as good as installed."""
+    monkeypatch.setattr("weights.detectors.ROOT", weights_folder.parent)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: types.SimpleNamespace(name=name))
     for name in ("retinanet", "fpn"):
         file = weights_folder.parent / find(name).path
@@ -125,7 +125,7 @@ def test_a_part_of_the_set_is_not_judged(repository, tmp_path):
     write_coco(tmp_path / "coco", num_images=8)
     code, report = run(tmp_path, "retinanet")
     assert (code, report["results"][0]["verdict"]) == (0, "not judged")
-    assert report["results"][0]["doubts"] == ["8 images, where COCO val2017 has 5,000: a part of it"]
+    assert report["results"][0]["doubts"] == ["8 images, where COCO val2017 has 5,000: a subset"]
 
 
 def test_a_tool_that_fails_is_noted_and_the_others_are_measured(repository, tmp_path):

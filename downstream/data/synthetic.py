@@ -1,9 +1,8 @@
-"""Tiny COCO and ADE20K folders of drawn shapes, in the layout and with the classes of the real ones."""
+"""Tiny synthetic COCO and ADE20K folders of drawn shapes, in the layout and with the classes of the real ones."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .layout import ADE20K_FOLDER, ADE20K_SPLITS, COCO_CATEGORIES, COCO_SPLITS
+from model.files import replacing_folder
+
+from .layout import ADE20K_FOLDER, ADE20K_SPLITS, COCO_CATEGORIES, COCO_SPLITS, coco_file
 from .shapes import Scene, draw_scene
 
 __all__ = ["write_ade20k", "write_coco"]
 
-# What the kinds of shape are called: COCO category ids; ADE20K labels, the first and the last class among them.
+# The classes of the kinds of shape: COCO category ids; ADE20K labels, the first and the last class among them.
 CATEGORY_IDS = (37, 72, 38, 90)  # sports ball, tv, kite, toothbrush
 LABELS = (120, 44, 150, 13)  # ball, signboard, flag, person
 GROUND_LABEL = 1  # wall
@@ -67,12 +68,10 @@ def _write(
         )
     if out.exists():
         raise FileExistsError(f"{out} exists; name another folder, or remove it first")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for number, (split, count) in enumerate(counts.items()):
-        scenes = (draw_scene(*size, seed=(seed, number, index)) for index in range(count))
-        write_split(partial, split, scenes)
-    partial.replace(out)
+    with replacing_folder(out) as aside:
+        for number, (split, count) in enumerate(counts.items()):
+            scenes = (draw_scene(*size, seed=(seed, number, index)) for index in range(count))
+            write_split(aside, split, scenes)
     return dict(counts)
 
 
@@ -86,8 +85,10 @@ def _write_coco_split(root: Path, split: str, scenes: Iterator[Scene]) -> None:
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
         for annotation in _annotations(scene, is_crowded=image_id % CROWD_EVERY == 0):
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **annotation})
-    categories = [{"id": number, "name": name, "supercategory": "made up"} for number, name in COCO_CATEGORIES.items()]
-    path = root / "annotations" / f"instances_{split}.json"
+    categories = [
+        {"id": number, "name": name, "supercategory": "synthetic"} for number, name in COCO_CATEGORIES.items()
+    ]
+    path = coco_file(root, split)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
 
