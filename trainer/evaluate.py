@@ -74,7 +74,7 @@ class Evaluator:
         meters: For the log lines; reset before each test.
         log_every: Batches between two lines, and between two looks at the signals.
         watch: Signals that stop a test.
-        memory_format: Of the images.
+        memory_format: Memory format of the images.
     """
 
     loader: TestLoader

@@ -86,7 +86,7 @@ def tested_weights(config: Config, checkpoint: Mapping[str, Any] | None) -> dict
 
     Args:
         config: The resolved run.
-        checkpoint: What `read_weights` returned.
+        checkpoint: The checkpoint's entries, from `read_weights`.
     """
     if checkpoint is None or config.mode == "test_net":
         return {"net": False}
@@ -102,7 +102,7 @@ def count_head_classes(config: Config, checkpoint: Mapping[str, Any] | None) -> 
 
     Args:
         config: The resolved run.
-        checkpoint: What `read_weights` returned.
+        checkpoint: The checkpoint's entries, from `read_weights`.
 
     Raises:
         ValueError: If the weights lack the head of such a network.
@@ -133,7 +133,7 @@ def build_tested_network(
     Args:
         config: The resolved run.
         process: This process.
-        checkpoint: What `read_weights` returned.
+        checkpoint: The checkpoint's entries, from `read_weights`.
         ema: Whether the averaged weights are wanted.
 
     Raises:
@@ -156,7 +156,7 @@ def build_tested_network(
 def wrap_parallel(config: Config, network: nn.Module, process: Process) -> DistributedDataParallel | None:
     """Return the network wrapped to exchange gradients, None for one process.
 
-    Buffers follow rank 0 at every step unless ``trainer.dist_BN`` names what happens to them before a test instead.
+    Buffers follow rank 0 at every step, unless ``trainer.dist_BN`` has them made equal before a test instead.
     """
     if not process.is_distributed:
         return None
@@ -177,14 +177,14 @@ def memory_format(options: TrainerConfig) -> torch.memory_format:
 
 
 def _place(network: nn.Module, config: Config, process: Process) -> nn.Module:
-    """Move the network to its device, and have the log say now what will run its scans there."""
+    """Move the network to its device, and log which backend will run its scans there."""
     if isinstance(network, MobileMamba):
         choose_backend(process.device.type)
     return network.to(process.device, memory_format=memory_format(config.trainer))
 
 
 def _pretrained(config: Config) -> bool | str:
-    """Return what ``create_model`` is to load: by name where the configuration gives one, else yes or no."""
+    """Return ``pretrained`` of `create_model`: a checkpoint's name where the configuration gives one, or a bool."""
     pretrained = config.model.model_kwargs.pretrained
     return config.model.released or True if pretrained is True else pretrained
 

@@ -26,7 +26,7 @@ class Precision:
 
     Args:
         device: Where the network computes.
-        dtype: Of autocast; None for full precision.
+        dtype: Number format of autocast; None for full precision.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:

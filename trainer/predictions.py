@@ -72,7 +72,7 @@ def write_predictions(path: str | Path, predictions: Sequence[Prediction], *, mo
 
     Args:
         path: The file.
-        predictions: Of all images.
+        predictions: The predictions of all images.
         model: The network's name.
         weights: The source of its weights.
 
@@ -101,7 +101,7 @@ def write_sheet(path: str | Path, predictions: Sequence[Prediction], pictures: P
 
     Args:
         path: The file.
-        predictions: Of all images.
+        predictions: The predictions of all images.
         pictures: The images, in the same order.
         limit: Images to draw at most.
 

@@ -202,7 +202,7 @@ class Saver:
         self.precision.load_state_dict(checkpoint["scaler"])
         state = RunState.from_state_dict(checkpoint["progress"])
         if rescaled:
-            # Counted in images, so that what was seen is not seen again, nor anything left out.
+            # Counted in images, so that none is seen twice in the epoch and none is left out.
             images = state.step * checkpoint["meta"]["batch_size"]
             state.step = min(images // self.meta["batch_size"], steps_per_epoch)
             state.iteration = state.epoch * steps_per_epoch + state.step
@@ -259,7 +259,7 @@ class Saver:
 
 
 def _facts(config: Config, process: Process, *, fingerprint: str) -> dict[str, Any]:
-    """Return what must agree at a resume; see `check_resumable`."""
+    """Return the facts that must agree at a resume; see `check_resumable`."""
     return {
         "world_size": process.world_size,
         "batch_size": config.trainer.data.batch_size,

@@ -169,7 +169,7 @@ class Stepper:
         return norm
 
     def _agree(self, loss: Tensor, norm: Tensor, result: StepResult) -> tuple[bool, bool]:
-        """Exchange in one collective what the processes must act on together.
+        """Exchange in one collective everything that the processes must act on together.
 
         This is the one place of a step where the host waits for the GPU.
 

@@ -124,7 +124,7 @@ def _learning_rate(run: Run) -> float:
 
 
 def _check_step(run: Run, result: StepResult) -> None:
-    """Count what went wrong, act on signals, and save where that is due within an epoch."""
+    """Count failures, act on signals, and save where that is due within an epoch."""
     state, options = run.state, run.config.trainer
     state.skipped_steps += result.is_skipped
     state.bad_steps = state.bad_steps + 1 if result.is_bad else 0

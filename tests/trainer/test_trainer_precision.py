@@ -1,4 +1,4 @@
-"""Number formats, and what is refused with its native counterpart."""
+"""Number formats, and refusals that name the native counterpart."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def predict(trained):
 
 
 def probabilities(folder, image: Image.Image) -> list[float]:
-    """Return what the run's network says of an image, prepared by hand."""
+    """Return the class probabilities of an image, prepared by hand."""
     network = create_model("timm_mobilenetv3_small_050", num_classes=3, drop_rate=0.2).eval()
     network.load_state_dict(load_training_checkpoint(folder / "latest_ckpt.pth")["net"])
     image = F.resize(image, int(SIZE / 0.875), F.InterpolationMode.BICUBIC)

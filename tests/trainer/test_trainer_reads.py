@@ -12,6 +12,7 @@ import trainer
 from configs import load_config
 from model import create_model
 from trainer import Predictor, build_run
+from trainer.network import count_head_classes
 from util.distributed import Process
 
 
@@ -66,3 +67,26 @@ def test_a_resume_reads_the_latest_checkpoint_once(finish, build, reads):
     reads.clear()
     build(f"trainer.resume_dir={run.folder}")
     assert [path for path, _ in reads] == [run.folder / "latest_ckpt.pth"]
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("MobileMamba_T2", "head.l"),
+        ("mobilemamba_b4", "head.l"),
+        ("timm_resnet18", "fc"),
+        ("timm_levit_128", "head_dist.linear"),
+        ("tresnet_l_v2", "head.fc"),
+    ],
+)
+def test_classes_are_counted_without_a_network(name, head):
+    config = load_config(CONFIG, [f"model.name={name}"], mode="predict")
+    weights = {"stem.weight": torch.zeros(5, 3), f"{head}.weight": torch.zeros(7, 2)}
+    assert count_head_classes(config, {"net": weights}) == 7
+    assert count_head_classes(config, None) == 1000  # of the pretrained weights
+
+
+def test_an_unknown_network_is_named_with_the_nearest(class_folders):
+    more = ["model.name=timm_resnt18", "model.model_kwargs.pretrained=true", f"predict.input={class_folders / 'val'}"]
+    with pytest.raises(ValueError, match="no model 'resnt18'; the nearest is timm_resnet18"):
+        Predictor(load_config(CONFIG, ["trainer.device=cpu", *more], mode="predict"), Process())

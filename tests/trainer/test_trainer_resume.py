@@ -31,7 +31,7 @@ def stop_after(run, num_steps: int, number: int = signal.SIGTERM) -> None:
 
 
 def comparable(checkpoint: dict) -> dict:
-    """Leave out what depends on the clock."""
+    """Leave out entries that depend on the clock."""
     kept = {name: value for name, value in checkpoint.items() if name not in VARIED}
     kept["progress"] = {**checkpoint["progress"], "seconds": None}
     kept["rng"] = [

@@ -159,7 +159,7 @@ def resume(process: Process, runs: Path, data: Path) -> dict[str, Any]:
 
 @scenario
 def frozen(process: Process, runs: Path, data: Path) -> dict[str, Any]:
-    """Train the head and the last stage; say what changed of the rest, in the weights and in their average."""
+    """Train the head and the last stage; return the parts that changed, in the weights or in their average."""
     more = ("trainer.dist_BN=reduce", "test_start_epoch=0", "nb_classes=None", "model.freeze=conv_stem,bn1,blocks")
     run = build(process, runs, data, *more)
     start = {name: value.clone() for name, value in run.network.state_dict().items()}
