@@ -8,7 +8,7 @@ import time
 from functools import partial
 
 from configs import load_config
-from trainer import build_trainer
+from trainer import run_mode
 from util.cli import parse_arguments
 from util.distributed import init_process
 from util.errors import exit_code_of
@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> int:
     setup_console(is_logging=launch.is_logging, rank=launch.rank)
     config = load_config(arguments.config, arguments.overrides, mode=arguments.mode, world_size=launch.world_size)
     with init_process(launch, device=config.trainer.device, timeout_seconds=config.trainer.timeout_seconds) as process:
-        return build_trainer(config, process).run()
+        return run_mode(config, process)
 
 
 if __name__ == "__main__":

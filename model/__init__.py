@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def create_model(
     *,
     pretrained: bool | str = False,
     checkpoint_path: str | Path = "",
+    checkpoint: Mapping[str, Any] | None = None,
     ema: bool = False,
     strict: bool = True,
     reset_head: bool = False,
@@ -65,6 +67,8 @@ def create_model(
         pretrained: Load the variant's released checkpoint, or, by a name such as ``"mobilemamba_t2s"``, the distilled
             one; it is downloaded once and verified. For a timm model, load timm's own.
         checkpoint_path: Checkpoint to load instead.
+        checkpoint: The entries of that file, as `model.checkpoint.read_checkpoint` returns them, where it has been read
+            already; a teacher reads its file again.
         ema: Take the averaged weights (``net_E``) from it.
         strict: Refuse a checkpoint whose entries are not exactly the network's.
         reset_head: Leave a head of another class count freshly initialised rather than refuse it, for fine-tuning.
@@ -99,6 +103,7 @@ def create_model(
         load_checkpoint(
             network,
             checkpoint_path,
+            checkpoint=checkpoint,
             ema=ema,
             strict=strict,
             reset_head=reset_head,

@@ -236,6 +236,7 @@ def load_checkpoint(
     network: nn.Module,
     path: str | Path,
     *,
+    checkpoint: Mapping[str, Any] | None = None,
     ema: bool = False,
     strict: bool = True,
     reset_head: bool = False,
@@ -248,6 +249,7 @@ def load_checkpoint(
     Args:
         network: The network, on any device.
         path: The file; see `read_checkpoint`.
+        checkpoint: The file's entries, where it has been read already; it is not read again.
         ema: Take the averaged weights; see `select_state_dict`.
         strict: Refuse a file whose entries are not exactly the network's. Otherwise what fits is loaded, and what does
             not is logged as a warning.
@@ -261,7 +263,8 @@ def load_checkpoint(
         ValueError: The file cannot be read, holds no weights, or does not fit: then every missing, unexpected and
             misshapen entry is counted, by module. Without ``strict``: nothing of it fits.
     """
-    weights, source = select_state_dict(read_checkpoint(path, mmap=True), ema=ema, origin=path)
+    entries = read_checkpoint(path, mmap=True) if checkpoint is None else checkpoint
+    weights, source = select_state_dict(entries, ema=ema, origin=path)
     own = network.state_dict()
     heads = head_names(network) if heads is None else heads
     report = compare(weights, own, source=source, reset_heads=heads if reset_head else ())

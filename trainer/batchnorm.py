@@ -1,4 +1,4 @@
-"""BatchNorm over processes: shared statistics, statistics made equal before a test, and undone by a skipped step."""
+"""BatchNorm over processes: shared statistics, made equal before a test, restored after a skipped step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def convert_sync_batch_norm(network: nn.Module, kind: str, process: Process) -> 
         process: One process needs no conversion.
 
     Raises:
-        ValueError: If the kind is not to be had here.
+        ValueError: If the kind is not available here.
     """
     if kind == "apex":
         parallel = import_apex("apex.parallel", entry="trainer.sync_BN", native="native")
@@ -53,9 +53,8 @@ def equalise_statistics(network: nn.Module, kind: str, process: Process) -> None
 
     Args:
         network: The bare network; with several processes, changed in place.
-        kind: ``trainer.dist_BN``: ``reduce`` takes the mean over processes, in double precision so that what is equal
-            stays as it is; otherwise all get those of rank 0, which
-            are the ones that are saved.
+        kind: ``trainer.dist_BN``: ``reduce`` takes the mean over processes, in double precision so that equal values
+            stay exact; otherwise all get those of rank 0, which are the ones that are saved.
         process: This process.
     """
     statistics = [value for value in batch_norm_statistics(network).values() if value.is_floating_point()]
@@ -68,7 +67,7 @@ def equalise_statistics(network: nn.Module, kind: str, process: Process) -> None
 
 
 class StatisticsKeeper:
-    """A copy of a network's BatchNorm statistics, to put back when the forward pass that changed them does not count.
+    """A copy of a network's BatchNorm statistics, to restore when the step whose forward pass changed them is skipped.
 
     Args:
         network: The bare network.
@@ -82,12 +81,12 @@ class StatisticsKeeper:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Copy the statistics as they are."""
+        """Copy the present statistics."""
         for dtype, values in self._current.items():
             torch._foreach_copy_(self._kept[dtype], values)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what was kept."""
+        """Restore the copy."""
         for dtype, values in self._current.items():
             torch._foreach_copy_(values, self._kept[dtype])

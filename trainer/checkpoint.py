@@ -1,15 +1,12 @@
-"""What a training run keeps on disk: saved so that a kill at any moment loses nothing, and read back to go on.
+"""A training run's checkpoint files: saved so that a kill at any moment loses nothing, and read back to resume.
 
 Every file is written aside, flushed to the disk and renamed, and holds tensors and plain containers only.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,17 +16,13 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import read_checkpoint
-from model.files import sync_folder
-
-from .run_folder import RunLock, check_free_space, make_run_folder
+from model.files import replacing
 
 __all__ = [
+    "TRAINING_ENTRIES",
     "CheckpointStore",
-    "RunLock",
-    "check_free_space",
     "check_resumable",
     "load_training_checkpoint",
-    "make_run_folder",
     "save_atomically",
 ]
 
@@ -54,6 +47,7 @@ TRAINING_ENTRIES = (
     "rng",
     "meta",
 )
+LEFTOVERS = (".part", ".tmp")  # suffixes of files that were being written: today's, and that of older runs
 RESCALABLE = ("world_size", "batch_size", "batch_size_per_gpu", "accumulation_steps")
 FIXED = ("model", "fingerprint")
 
@@ -61,8 +55,7 @@ FIXED = ("model", "fingerprint")
 def save_atomically(obj: Any, path: str | Path) -> None:
     """Save with ``torch.save`` so that the path holds either the old file, whole, or the new one, whole.
 
-    What earlier saves to the same path left over when they were killed is removed first, so only one process may save
-    to a path.
+    Leftovers of earlier saves to the path that were killed are removed first, so only one process may save to a path.
 
     Args:
         obj: Tensors and plain containers; numpy numbers and arrays are converted.
@@ -75,23 +68,16 @@ def save_atomically(obj: Any, path: str | Path) -> None:
     path = Path(path)
     plain = _to_plain(obj, "")
     _remove_leftovers(path.parent, path.name)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with replacing(path) as aside, aside.open("xb") as file:
             torch.save(plain, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        cause = _os_error_behind(error) if isinstance(error, Exception) else None
+    except Exception as error:
+        cause = _os_error_behind(error)
         if cause is None:
             raise
         state = "the one saved before is intact" if path.exists() else "nothing was saved there before"
         message = (
-            f"cannot be saved ({cause.strerror or cause}); {state}; free some space or mend the folder, then resume"
+            f"cannot be saved ({cause.strerror or cause}); {state}; free some space or repair the folder, then resume"
         )
         raise OSError(cause.errno or errno.EIO, message, str(path)) from error
 
@@ -114,9 +100,10 @@ def _to_plain(value: Any, where: str) -> Any:
 
 
 def _remove_leftovers(folder: Path, name: str = "*") -> None:
-    for leftover in folder.glob(f".{name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-        logger.info("removed %s, left over from a save that was killed", leftover)
+    for leftover in folder.glob(f".{name}.*"):
+        if leftover.suffix in LEFTOVERS:
+            leftover.unlink(missing_ok=True)
+            logger.info("removed %s, left over from a save that was killed", leftover)
 
 
 def _os_error_behind(error: BaseException | None) -> OSError | None:
@@ -151,11 +138,11 @@ class CheckpointStore:
         return self._save_state(state, f"ckpt_{epoch}.pth")
 
     def save_best_net(self, weights: Mapping[str, Tensor], **facts: Any) -> Path:
-        """Save the best plain weights so far, with what is to be known of them (epoch, scores), as ``net.pth``."""
+        """Save the best plain weights so far, with facts on them (epoch, scores), as ``net.pth``."""
         return self._save({"net": weights, **facts}, BEST_NET)
 
     def save_best_ema(self, weights: Mapping[str, Tensor], **facts: Any) -> Path:
-        """Save the best averaged weights so far, with what is to be known of them (epoch, scores), as ``net_E.pth``."""
+        """Save the best averaged weights so far, with facts on them (epoch, scores), as ``net_E.pth``."""
         return self._save({"net_E": weights, **facts}, BEST_EMA)
 
     def latest(self) -> Path:
@@ -168,7 +155,7 @@ class CheckpointStore:
         if path.is_file():
             return path
         others = ", ".join(sorted(file.name for file in self.folder.glob("*.pth")))
-        hint = f"; copy one of {others} to that name to go on from it" if others else ": start the run anew"
+        hint = f"; copy one of {others} to that name to resume from it" if others else ": start a new run"
         raise FileNotFoundError(f"{self.folder} holds no {LATEST} to resume from{hint}")
 
     def _save_state(self, state: Mapping[str, Any], name: str) -> Path:
@@ -188,7 +175,7 @@ def load_training_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It cannot be read, or holds weights alone; what it lacks is named.
+        ValueError: It cannot be read, or holds only weights; the missing entries are named.
     """
     checkpoint = read_checkpoint(path)
     lacking = [entry for entry in TRAINING_ENTRIES if entry not in checkpoint]
@@ -203,25 +190,25 @@ def load_training_checkpoint(path: str | Path) -> dict[str, Any]:
 def check_resumable(
     saved: Mapping[str, Any], current: Mapping[str, Any], *, rescale: bool, path: str | Path
 ) -> tuple[str, ...]:
-    """Check that a run may go on from what another left.
+    """Check that a run may resume from a checkpoint.
 
     Args:
         saved: The checkpoint's ``meta``: ``world_size``, ``batch_size`` (images per optimiser step),
             ``batch_size_per_gpu``, ``accumulation_steps``, ``model`` (the name), ``fingerprint`` (of the dataset),
-            ``freeze`` (nothing, where it is left out).
+            ``freeze`` (empty, where it is left out).
         current: The same of this run.
         rescale: Whether other numbers of processes and images were asked for.
         path: The checkpoint, for messages.
 
     Returns:
-        The names of the numbers that differ, which is empty unless ``rescale``.
+        The names of the numbers that differ; empty unless ``rescale``.
 
     Raises:
         ValueError: The network or the dataset differs, or a number does without ``rescale``; both values are named.
     """
     lacking = [name for name in FIXED + RESCALABLE if name not in saved]
     if lacking:
-        raise ValueError(f"{path} cannot be resumed from: its meta lacks {', '.join(lacking)}; start the run anew")
+        raise ValueError(f"{path} cannot be resumed from: its meta lacks {', '.join(lacking)}; start a new run")
     if saved["fingerprint"] != current["fingerprint"]:
         raise ValueError(
             f"{path} was trained on another dataset (fingerprint {saved['fingerprint']}, this one has "
@@ -244,5 +231,5 @@ def check_resumable(
             f"{path} was saved with {then}, this run has {now}: start it as it was, or accept the change with "
             "trainer.resume_rescale=True"
         )
-    logger.warning("%s was saved with %s; the run goes on with %s", path, then, now)
+    logger.warning("%s was saved with %s; the run resumes with %s", path, then, now)
     return changed

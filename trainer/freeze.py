@@ -1,4 +1,4 @@
-"""Parts of a network that a run leaves as they are, bit for bit."""
+"""Parts of a network that a run does not train: they stay bit for bit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ logger = logging.getLogger(__name__)
 class FrozenParts:
     """Takes the gradients from parts of a network, and keeps these parts in evaluation mode while it trains.
 
-    So their batch norms neither follow the batch nor move their statistics, and dropout within them is off. Frozen
-    before the average, the optimiser and the wrapper for data parallelism are built, they have no part in any of these.
+    So their batch norms neither normalise by the batch nor update their statistics, and dropout within them is off.
+    They are frozen before the average, the optimiser and the wrapper for data parallelism are built, which then leave
+    them as they are.
 
     Args:
         network: The bare network.
-        parts: Separated by commas: ``backbone`` for all but the classifier, ``stem`` for what the network itself counts
-            as such, or names of modules. Empty freezes nothing.
+        parts: Separated by commas: ``backbone`` for all but the classifier, ``stem`` for the stem by the
+            network's own account, or names of modules. Empty freezes nothing.
 
     Raises:
         ValueError: If there is no such part, it has no parameters, or nothing is left to train.

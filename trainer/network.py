@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
+import timm
 import torch
+from timm.models import PretrainedCfg
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config
-from model import MobileMamba, create_model
-from model.checkpoint import head_names, read_checkpoint, select_state_dict
+from configs.schema import Trainer as TrainerConfig
+from model import TIMM_PREFIX, MobileMamba, create_model
+from model.checkpoint import HEADS, read_checkpoint, select_state_dict
 from model.lib_mamba.backends import choose as choose_backend
+from model.lib_teacher import TEACHERS
 from util.distributed import Process
 
 from .batchnorm import convert_sync_batch_norm
 
-__all__ = ["build_network", "build_tested_network", "count_head_classes", "tested_weights", "wrap_parallel"]
-
-logger = logging.getLogger(__name__)
+__all__ = [
+    "build_network",
+    "build_tested_network",
+    "count_head_classes",
+    "memory_format",
+    "read_weights",
+    "tested_weights",
+    "wrap_parallel",
+]
 
 
 def build_network(config: Config, process: Process) -> nn.Module:
@@ -47,62 +57,84 @@ def build_network(config: Config, process: Process) -> nn.Module:
     return convert_sync_batch_norm(_place(network, config, process), config.trainer.sync_BN, process)
 
 
-def tested_weights(config: Config) -> dict[str, bool]:
-    """Return which weights are tested: by the name they are reported under, whether they are averaged ones.
+def read_weights(config: Config) -> dict[str, Any] | None:
+    """Read the checkpoint of a test or a prediction, once for all that is asked of it.
 
-    A file with both ``net`` and ``net_E`` has both tested, with ``-m test_net`` only the first, with
-    ``model.model_kwargs.ema`` only the second.
+    Its tensors are mapped from the file and read as a network takes them over.
 
-    Raises:
-        ValueError: If there are no weights to test.
-    """
-    kwargs = config.model.model_kwargs
-    if not _checkpoint_path(config):
-        return {"net": False}
-    if config.mode == "test_net":
-        return {"net": False}
-    if kwargs.ema:
-        return {"net_E": True}
-    checkpoint = read_checkpoint(kwargs.checkpoint_path)
-    has_average = checkpoint.get("net_E") is not None
-    has_plain = checkpoint.get("net") is not None or not has_average
-    return {name: name == "net_E" for name, has in (("net", has_plain), ("net_E", has_average)) if has}
-
-
-def count_head_classes(config: Config) -> int:
-    """Return the number of classes that the weights of a run in mode predict tell apart.
+    Returns:
+        The checkpoint's entries; None for the network's own pretrained weights.
 
     Raises:
-        ValueError: If there are no weights, or they are without the head of such a network.
+        FileNotFoundError: If there is no such file.
+        ValueError: If no weights are given, or the file cannot be read.
     """
-    kwargs = config.model.model_kwargs
-    path = _checkpoint_path(config)
-    network = create_model(config.model.name, **_arguments(config))
-    if not path:
-        return network.num_classes
-    weights, source = select_state_dict(read_checkpoint(path, mmap=True), ema=kwargs.ema, origin=path)
-    widths = {len(weights[entry]) for head in head_names(network) if (entry := f"{head}.weight") in weights}
-    if len(widths) != 1:
-        raise ValueError(
-            f"{path} ({source}) does not say how many classes {config.model.name} has, as it lacks "
-            f"{head_names(network)[0]}.weight: name the network with model.name, or set nb_classes"
-        )
-    return widths.pop()
-
-
-def _checkpoint_path(config: Config) -> str:
-    """Return the path of the weights to test or predict with, empty for the network's own pretrained ones."""
     kwargs = config.model.model_kwargs
     if not (kwargs.checkpoint_path or kwargs.pretrained):
         raise ValueError(
             f"-m {config.mode} needs weights: give model.model_kwargs.checkpoint_path=PATH or "
             "model.model_kwargs.pretrained=true"
         )
-    return kwargs.checkpoint_path
+    return read_checkpoint(kwargs.checkpoint_path, mmap=True) if kwargs.checkpoint_path else None
 
 
-def build_tested_network(config: Config, process: Process, *, ema: bool) -> nn.Module:
+def tested_weights(config: Config, checkpoint: Mapping[str, Any] | None) -> dict[str, bool]:
+    """Return which weights are tested: by the name they are reported under, whether they are averaged ones.
+
+    A file with both ``net`` and ``net_E`` has both tested, with ``-m test_net`` only the first, with
+    ``model.model_kwargs.ema`` only the second.
+
+    Args:
+        config: The resolved run.
+        checkpoint: The checkpoint's entries, from `read_weights`.
+    """
+    if checkpoint is None or config.mode == "test_net":
+        return {"net": False}
+    if config.model.model_kwargs.ema:
+        return {"net_E": True}
+    has_average = checkpoint.get("net_E") is not None
+    has_plain = checkpoint.get("net") is not None or not has_average
+    return {name: name == "net_E" for name, has in (("net", has_plain), ("net_E", has_average)) if has}
+
+
+def count_head_classes(config: Config, checkpoint: Mapping[str, Any] | None) -> int:
+    """Return the number of classes that the weights of a run in mode predict tell apart.
+
+    Args:
+        config: The resolved run.
+        checkpoint: The checkpoint's entries, from `read_weights`.
+
+    Raises:
+        ValueError: If the weights lack the head of such a network.
+    """
+    name, kwargs = config.model.name, config.model.model_kwargs
+    # timm knows MobileMamba by its name, too; an unknown name is left to `create_model`, which names the nearest.
+    timm_name = TEACHERS.get(name.lower(), name.lower().removeprefix(TIMM_PREFIX))
+    known = timm.get_pretrained_cfg(timm_name) or PretrainedCfg()
+    if checkpoint is None:
+        return known.num_classes
+    heads = known.classifier or HEADS
+    heads = (heads,) if isinstance(heads, str) else heads
+    weights, source = select_state_dict(checkpoint, ema=kwargs.ema, origin=kwargs.checkpoint_path)
+    widths = {len(weights[entry]) for head in heads if (entry := f"{head}.weight") in weights}
+    if len(widths) != 1:
+        raise ValueError(
+            f"{kwargs.checkpoint_path} ({source}) does not say how many classes {name} has, as it lacks "
+            f"{heads[0]}.weight: name the network with model.name, or set nb_classes"
+        )
+    return widths.pop()
+
+
+def build_tested_network(
+    config: Config, process: Process, checkpoint: Mapping[str, Any] | None, *, ema: bool
+) -> nn.Module:
     """Return the network with the plain or the averaged weights of the checkpoint, on its device, for a test.
+
+    Args:
+        config: The resolved run.
+        process: This process.
+        checkpoint: The checkpoint's entries, from `read_weights`.
+        ema: Whether the averaged weights are wanted.
 
     Raises:
         ValueError: If the weights do not fit.
@@ -112,6 +144,7 @@ def build_tested_network(config: Config, process: Process, *, ema: bool) -> nn.M
         config.model.name,
         pretrained=_pretrained(config),
         checkpoint_path=kwargs.checkpoint_path,
+        checkpoint=checkpoint,
         ema=ema,
         strict=kwargs.strict,
         fuse=kwargs.fuse,
@@ -123,7 +156,7 @@ def build_tested_network(config: Config, process: Process, *, ema: bool) -> nn.M
 def wrap_parallel(config: Config, network: nn.Module, process: Process) -> DistributedDataParallel | None:
     """Return the network wrapped to exchange gradients, None for one process.
 
-    Buffers follow rank 0 at every step unless ``trainer.dist_BN`` names what happens to them before a test instead.
+    Buffers follow rank 0 at every step, unless ``trainer.dist_BN`` has them made equal before a test instead.
     """
     if not process.is_distributed:
         return None
@@ -138,16 +171,20 @@ def wrap_parallel(config: Config, network: nn.Module, process: Process) -> Distr
     )
 
 
+def memory_format(options: TrainerConfig) -> torch.memory_format:
+    """Return how the network's weights and its images (B, C, H, W) lie in memory."""
+    return torch.channels_last if options.channels_last else torch.contiguous_format
+
+
 def _place(network: nn.Module, config: Config, process: Process) -> nn.Module:
-    """Move the network to its device, and have the log say now what will run its scans there."""
+    """Move the network to its device, and log which backend will run its scans there."""
     if isinstance(network, MobileMamba):
         choose_backend(process.device.type)
-    memory_format = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
-    return network.to(process.device, memory_format=memory_format)
+    return network.to(process.device, memory_format=memory_format(config.trainer))
 
 
 def _pretrained(config: Config) -> bool | str:
-    """Return what ``create_model`` is to load: by name where the configuration gives one, else yes or no."""
+    """Return ``pretrained`` of `create_model`: a checkpoint's name where the configuration gives one, or a bool."""
     pretrained = config.model.model_kwargs.pretrained
     return config.model.released or True if pretrained is True else pretrained
 

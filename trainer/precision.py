@@ -1,4 +1,4 @@
-"""In which number format the network computes, and how small gradients are kept from vanishing in it."""
+"""The number format of the network's computation, and the loss scaling that keeps small gradients from vanishing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Precision:
 
     Args:
         device: Where the network computes.
-        dtype: Of autocast; None for full precision.
+        dtype: Number format of autocast; None for full precision.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -67,7 +67,7 @@ class Precision:
         self.scaler.update()
 
     def skip(self, optimizer: torch.optim.Optimizer, *, is_overflow: bool) -> bool:
-        """Leave the step out.
+        """Skip the step.
 
         Args:
             optimizer: The optimiser whose gradients are not finite.
@@ -89,7 +89,7 @@ class Precision:
         return None if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Take over a scaler's state; a run without one has none to give."""
+        """Restore a scaler's state; None, from a run without one, changes nothing."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(dict(state))
 
@@ -118,7 +118,7 @@ class ApexPrecision(Precision):
             scaled.backward(**graph)
 
     def skip(self, optimizer: torch.optim.Optimizer, *, is_overflow: bool) -> bool:
-        """Leave the step out; apex has backed off already."""
+        """Skip the step; apex has backed off already."""
         stash = getattr(optimizer, "_amp_stash", None)
         if getattr(stash, "already_patched", False):
             optimizer.step()  # apex has put a stand-in there, that does nothing but put the real one back
@@ -130,7 +130,7 @@ class ApexPrecision(Precision):
         return self.amp.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Take over apex's scalers."""
+        """Restore apex's scalers."""
         if state:
             self.amp.load_state_dict(state)
 
@@ -141,7 +141,7 @@ def build_precision(config: TrainerConfig, device: torch.device) -> Precision:
     float16 needs a GPU: on a CPU the run is in float32, and a log line says so.
 
     Raises:
-        ValueError: If apex is asked for and is not there.
+        ValueError: If apex is asked for and is not installed.
     """
     if config.scaler == "none":
         return Precision(device)

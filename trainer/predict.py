@@ -1,4 +1,4 @@
-"""What a checkpoint says of images without labels: the first classes of each, on screen and in files."""
+"""A checkpoint's predictions for images without labels: the first classes of each, on screen and in files."""
 
 from __future__ import annotations
 
@@ -6,31 +6,27 @@ import logging
 import math
 
 import torch
-from torch import nn
 
-from configs import Config
+from configs import Config, with_classes
 from data import Batch, Pictures, TestLoader, UnreadableImageError, find_class_names, worker_failures
-from model.checkpoint import read_checkpoint
+from data.base import listed
 from util.distributed import Process
 from util.errors import EXIT_USER_ERROR, RunError
 from util.logging import progress_bar
 
-from .evaluate import stop_on_signal
-from .network import build_tested_network
+from .evaluate import MAX_LISTED
+from .network import build_tested_network, count_head_classes, memory_format, read_weights
 from .precision import build_precision
 from .predictions import ClassScore, Prediction, as_text, check_output, write_predictions, write_sheet
 from .report import log_environment, log_network
-from .signals import SignalWatch
-from .stop import SignalError
+from .stop import SignalError, SignalWatch, stop_on_signal
 
-__all__ = ["CLSPredictor"]
+__all__ = ["Predictor"]
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED = 10
 
-
-class CLSPredictor:
+class Predictor:
     """Classifies images; mode predict.
 
     Args:
@@ -47,12 +43,15 @@ class CLSPredictor:
     def __init__(self, config: Config, process: Process) -> None:
         if not config.predict.input:
             raise ValueError("-m predict needs images: give predict.input=PATH, an image, a folder or a glob")
-        self.config = config
         self.process = process
         self.watch = SignalWatch()
         process.on_first(lambda: check_output(config.predict))
+        checkpoint = read_weights(config)
+        if config.nb_classes is None:
+            config = with_classes(config, count_head_classes(config, checkpoint))
+        self.config = config
         self.precision = build_precision(config.trainer, process.device)
-        log_environment(config, process, precision=str(self.precision))
+        log_environment(config, process, self.precision)
         self.pictures = Pictures(config.predict.input, loader_type=config.data.loader_type)
         self.loader = TestLoader(
             self.pictures,
@@ -61,18 +60,12 @@ class CLSPredictor:
             world_size=process.world_size,
             device_type=process.device.type,
         )
-        self.network = self._build_network()
-        self.predictions: list[Prediction] = []
-
-    def _build_network(self) -> nn.Module:
-        config = self.config
-        kwargs = config.model.model_kwargs
-        network = build_tested_network(config, self.process, ema=kwargs.ema)
-        log_network(config.model.name, network)
-        saved = read_checkpoint(kwargs.checkpoint_path, mmap=True) if kwargs.checkpoint_path else {}
-        self.names = find_class_names(saved.get("class_names"), config.data, num_classes=config.nb_classes)
+        self.network = build_tested_network(config, process, checkpoint, ema=config.model.model_kwargs.ema)
+        log_network(config.model.name, self.network)
+        saved_names = None if checkpoint is None else checkpoint.get("class_names")
+        self.names = find_class_names(saved_names, config.data, num_classes=config.nb_classes)
         logger.info("%d classes, called by %s names", config.nb_classes, self.names.origin)
-        return network
+        self.predictions: list[Prediction] = []
 
     def run(self) -> int:
         """Predict, show and write; return the exit code.
@@ -113,8 +106,8 @@ class CLSPredictor:
 
     def _classify(self, batch: Batch) -> list[list[ClassScore]]:
         """Return the most probable classes of every image of a batch."""
-        memory_format = torch.channels_last if self.config.trainer.channels_last else torch.contiguous_format
-        images = batch.images.to(self.process.device, non_blocking=True, memory_format=memory_format)
+        layout = memory_format(self.config.trainer)
+        images = batch.images.to(self.process.device, non_blocking=True, memory_format=layout)
         with self.precision.autocast():
             logits = self.network(images)
         shares, classes = logits.double().softmax(1).topk(min(self.config.predict.top_k, logits.shape[1]))
@@ -132,7 +125,7 @@ class CLSPredictor:
         return Prediction(path=name, classes=scores)
 
     def _cause(self, index: int) -> str:
-        """Return what is wrong with an image; the data workers tell no more than that something is."""
+        """Return what is wrong with an image; the data workers only tell that something is."""
         try:
             self.pictures.load(index)
         except UnreadableImageError as error:
@@ -152,6 +145,5 @@ class CLSPredictor:
     def _report_failed(self) -> None:
         failed = [prediction.path for prediction in self.predictions if prediction.error]
         if failed:
-            listed = ", ".join(failed[:MAX_LISTED]) + (", ..." if len(failed) > MAX_LISTED else "")
-            message = f"{len(failed)} of {len(self.predictions)} images have no prediction: {listed}"
-            raise RunError(message, exit_code=EXIT_USER_ERROR)
+            message = f"{len(failed)} of {len(self.predictions)} images have no prediction: "
+            raise RunError(message + listed(failed, MAX_LISTED), exit_code=EXIT_USER_ERROR)

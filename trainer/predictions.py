@@ -13,7 +13,8 @@ from PIL import Image
 
 from configs.schema import Predict
 from data import Pictures
-from util.contact_sheet import Tile, draw_sheet
+
+from .contact_sheet import Tile, draw_sheet
 
 __all__ = ["ClassScore", "Prediction", "as_text", "check_output", "write_predictions", "write_sheet"]
 
@@ -31,7 +32,7 @@ class ClassScore(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """The first classes of an image, or what is wrong with it."""
+    """The first classes of an image, or the reason why there are none."""
 
     path: str
     classes: list[ClassScore]
@@ -39,7 +40,7 @@ class Prediction:
 
 
 def as_text(predictions: Sequence[Prediction]) -> str:
-    """Return every image's name, and below it its classes or what is wrong."""
+    """Return every image's name, and below it its classes or what is wrong with it."""
     lines = []
     for prediction in predictions:
         lines.append(_printable(prediction.path))
@@ -52,7 +53,7 @@ def check_output(options: Predict) -> None:
     """Make the folders of the files that are asked for.
 
     Raises:
-        ValueError: If a file has an extension that tells of no format that is known.
+        ValueError: If the extension of a file names no known format.
         OSError: If a folder cannot be made.
     """
     pictures = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
@@ -71,9 +72,9 @@ def write_predictions(path: str | Path, predictions: Sequence[Prediction], *, mo
 
     Args:
         path: The file.
-        predictions: Of all images.
+        predictions: The predictions of all images.
         model: The network's name.
-        weights: Where its weights are from.
+        weights: The source of its weights.
 
     Raises:
         OSError: If the file cannot be written.
@@ -100,7 +101,7 @@ def write_sheet(path: str | Path, predictions: Sequence[Prediction], pictures: P
 
     Args:
         path: The file.
-        predictions: Of all images.
+        predictions: The predictions of all images.
         pictures: The images, in the same order.
         limit: Images to draw at most.
 
@@ -134,5 +135,5 @@ def _entry(score: ClassScore) -> dict[str, object]:
 
 
 def _printable(text: str) -> str:
-    """Return a text that any output takes: bytes of a file name that are no UTF-8 become escapes."""
+    """Return a text that any output accepts: bytes of a file name that are not UTF-8 become escapes."""
     return text.encode(errors="backslashreplace").decode()

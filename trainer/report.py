@@ -1,4 +1,4 @@
-"""What a run tells: the lines at its start, progress, every epoch's numbers, the table at its end."""
+"""The log of a run: the lines at its start, progress, every epoch's numbers, the table at its end."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from util.logging import PROGRESS, EpochLog, ScalarLog, add_log_file, duration, 
 from util.meters import Meters
 
 from .evaluate import Score
-from .run_state import RunState
+from .precision import Precision
+from .snapshot import RunState
 
-__all__ = ["Report", "log_environment", "log_network", "log_scores"]
+__all__ = ["Report", "log_environment", "log_network", "log_scores", "open_log"]
 
 logger = logging.getLogger(__name__)
 
 
-def log_environment(config: Config, process: Process, *, precision: str) -> None:
-    """Log on what the run runs."""
+def log_environment(config: Config, process: Process, precision: Precision) -> None:
+    """Log the hardware, the versions and the mode."""
     device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else platform.machine()
     logger.info(
         "device %s (%s, %d threads), %d process(es), backend %s; torch %s, python %s",
@@ -56,7 +57,7 @@ def log_scores(rows: Mapping[str, tuple[int | None, Score]], *, seconds: float, 
     Args:
         rows: Epoch, if any, and score by weights.
         seconds: Time spent.
-        place: What the run has left where.
+        place: Where the weights are from, or where the run's files are.
     """
     lines = [
         [
@@ -78,57 +79,61 @@ class Report:
     Args:
         folder: The run's folder.
         process: This process.
-        state: How far the run is.
+        state: The run's counters at its start.
+        num_epochs: Length of the run.
+        steps_per_epoch: Optimiser steps in an epoch.
     """
 
-    def __init__(self, folder: Path, process: Process, state: RunState) -> None:
+    def __init__(
+        self, folder: Path, process: Process, state: RunState, *, num_epochs: int, steps_per_epoch: int
+    ) -> None:
         self.folder = folder
-        self.is_logging = process.is_logging
+        self.process = process
+        self.num_epochs = num_epochs
+        self.num_iterations = num_epochs * steps_per_epoch
         self._start = time.perf_counter()
         self._start_iteration = state.iteration
-        if self.is_logging:
-            self.epochs = EpochLog(folder / "epochs.jsonl", num_epochs=state.epoch)
-            self.scalars = ScalarLog(folder / "tensorboard", step=state.iteration)
+        is_logging = process.is_logging
+        self._epochs = EpochLog(folder / "epochs.jsonl", num_epochs=state.epoch) if is_logging else None
+        self._scalars = ScalarLog(folder / "tensorboard", step=state.iteration) if is_logging else None
 
-    def train_line(
-        self, meters: Meters, process: Process, state: RunState, *, num_epochs: int, steps_per_epoch: int
-    ) -> str:
+    def train_line(self, meters: Meters, state: RunState) -> str:
         """Log one line of progress; a collective.
 
         Returns:
             Its columns.
         """
-        readings = meters.read(process)
+        readings = meters.read(self.process)
         columns = meters.columns(readings)
-        num_iterations = num_epochs * steps_per_epoch
         done = state.iteration - self._start_iteration
         pace = (time.perf_counter() - self._start) / max(done, 1)
         logger.info(
             "Train: %.1f%% [%d/%d] [%d/%d] %s [eta %s]",
-            100 * state.iteration / num_iterations,
+            100 * state.iteration / self.num_iterations,
             state.epoch + 1,
-            num_epochs,
+            self.num_epochs,
             state.iteration,
-            num_iterations,
+            self.num_iterations,
             columns,
-            duration(pace * (num_iterations - state.iteration)),
+            duration(pace * (self.num_iterations - state.iteration)),
             extra=PROGRESS,
         )
-        if self.is_logging:
+        if self._scalars is not None:
             values = {f"train/{name}": reading.val for name, reading in readings.items()}
-            self.scalars.write(values, step=state.iteration)
+            self._scalars.write(values, step=state.iteration)
         return columns
 
     def epoch(self, record: Mapping[str, Any], scores: Mapping[str, Score]) -> None:
-        """Write the numbers of an epoch, which has its number, counted from 1, under ``epoch``."""
+        """Write the numbers of an epoch; ``epoch`` among them is its own, counted from 1."""
         tests = {name: {"top1": score.top1, "top5": score.top5, **asdict(score)} for name, score in scores.items()}
         terms = " ".join(f"[{name} {value:.3f}]" for name, value in record["train"].items())
         pace, seconds = record["images_per_second"], duration(record["seconds"])
         logger.info("Epoch %d: %s [%.1f images/s] %s", record["epoch"], terms, pace, seconds)
-        if self.is_logging:
-            self.epochs.write({**record, "test": tests})
+        if self._epochs is not None:
+            self._epochs.write({**record, "test": tests})
+        if self._scalars is not None:
             values = {f"test/{name}_{key}": test[key] for name, test in tests.items() for key in ("top1", "top5")}
-            self.scalars.write(values, step=record["iteration"])
+            self._scalars.write(values, step=record["iteration"])
 
     def results(self, state: RunState) -> None:
         """Log the best of each weights, the time and where the files are."""
@@ -137,9 +142,9 @@ class Report:
         log_scores(rows, seconds=state.seconds, place=f"files in {self.folder}")
 
     def close(self) -> None:
-        """Write out what is left."""
-        if self.is_logging:
-            self.scalars.close()
+        """Flush and close the files."""
+        if self._scalars is not None:
+            self._scalars.close()
 
 
 def open_log(folder: Path, process: Process) -> None:

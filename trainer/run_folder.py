@@ -1,4 +1,4 @@
-"""The folder of one run: made new or found again, its own, writable, and used by one process at a time."""
+"""The folder of a run: new or found for a resume, unique, writable, and used by one process at a time."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that 
 
 
 def make_run_folder(parent: str | Path, name: str, *, resume_dir: str | Path = "") -> Path:
-    """Make a new run's folder, ``parent/name_YYYYmmdd-HHMMSS``, or find that of a run to go on with.
+    """Make a new run's folder, ``parent/name_YYYYmmdd-HHMMSS``, or find that of a run to resume.
 
-    Runs that start in the same second get folders of their own: the later ones' names end in ``-1``, ``-2``, ...
-    Called on the one process that writes.
+    Runs that start in the same second get different folders: the later ones' names end in ``-1``, ``-2``, ...
+    Only for the one process that writes.
 
     Args:
         parent: Where runs are kept; made if missing.
@@ -86,7 +86,7 @@ def _find_run(parent: Path, resume_dir: Path) -> Path:
 
 
 def check_free_space(folder: str | Path, num_bytes: int) -> None:
-    """Raise an OSError if fewer than ``num_bytes`` bytes are free where a folder lies."""
+    """Raise an OSError if fewer than ``num_bytes`` bytes are free on the disk of a folder."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(
@@ -98,11 +98,11 @@ def check_free_space(folder: str | Path, num_bytes: int) -> None:
 
 
 class RunLock:
-    """Keeps a run's folder to this process until it ends, however it ends, or until `release`.
+    """Reserves a run's folder for this process until it ends, however it ends, or until `release`.
 
     It is a record lock of the operating system on a file in the folder, which neither outlives the process nor passes
     to the data workers that it forks; a second lock of the same process is not kept out. Where there are no such locks,
-    a file that only one process can make stands in for it, and one left behind by a dead process is taken over.
+    a file that only one process can create takes its place, and one left behind by a dead process is taken over.
 
     Args:
         folder: The run's folder.

@@ -1,47 +1,96 @@
-"""A training run, set up in one straight line.
+"""The parts of a training run, built and handed over in one straight line.
 
-model -> freeze -> weight average -> data parallelism -> optimiser -> loss -> data -> schedule -> resume -> loop
+classes, folder, log -> network, frozen parts -> average -> data parallelism -> optimiser -> loss -> data -> schedule
+-> resume
 """
 
 from __future__ import annotations
 
-import abc
 import json
 import logging
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from configs import Config, save_config, to_dict
+from configs import Config, save_config, to_dict, with_classes
 from configs.schema import LogTerm
-from data import Loaders
-from optim import build_optimizer, build_scheduler
+from data import Loaders, build_loaders, count_classes
+from loss import build_loss, build_mixup
+from optim import Schedule, build_optimizer, build_scheduler
 from util.distributed import Process
 from util.logging import FILE_ONLY
 from util.memory import keep_freed_memory
 from util.meters import Meters
 from util.seed import seed_everything
 
-from .checkpoint import make_run_folder
-from .ema import WeightAverage
-from .evaluate import Score
+from .average import WeightAverage
+from .evaluate import Evaluator, build_evaluator
 from .freeze import FrozenParts
 from .network import build_network, wrap_parallel
-from .precision import build_precision
+from .precision import Precision, build_precision
 from .report import Report, log_environment, log_network, open_log
-from .run_state import RunState
-from .saving import Parts, Saver
-from .signals import SignalWatch
-from .step import Stepper
+from .run_folder import make_run_folder
+from .snapshot import RunState, Saver
+from .step import Objective, Stepper
+from .stop import SignalWatch
 
-__all__ = ["TrainerSetup"]
+__all__ = ["Run", "build_run", "fill_classes"]
 
 logger = logging.getLogger(__name__)
 
 
-class TrainerSetup(abc.ABC):
-    """What a training run needs, built in the order above; `trainer.base` has the loop.
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """The parts of a training run.
+
+    Attributes:
+        config: The resolved run, with the classes counted.
+        process: This process.
+        folder: The run's folder.
+        precision: Number format, with its scaler.
+        network: The bare network.
+        frozen: Its parts that do not learn.
+        average: The running average of its weights, if any.
+        optimizer: The optimiser of the bare network.
+        loaders: The batches to train and to test on.
+        schedule: The learning rate over time.
+        watch: Signals that stop the run.
+        stepper: Does an optimiser step.
+        evaluator: Tests a network.
+        meters: Values of the log's lines.
+        epoch_meters: Terms of the loss, over the epoch so far.
+        saver: Writes the checkpoints.
+        state: The counters.
+        report: Writes the log.
+        start: When the run would have started without its interruptions, on the clock of ``time.perf_counter``.
+    """
+
+    config: Config
+    process: Process
+    folder: Path
+    precision: Precision
+    network: nn.Module
+    frozen: FrozenParts
+    average: WeightAverage | None
+    optimizer: torch.optim.Optimizer
+    loaders: Loaders
+    schedule: Schedule
+    watch: SignalWatch
+    stepper: Stepper
+    evaluator: Evaluator
+    meters: Meters
+    epoch_meters: Meters
+    saver: Saver
+    state: RunState
+    report: Report
+    start: float
+
+
+def build_run(config: Config, process: Process) -> Run:
+    """Build every part of a training run, and put it back to where it was if it resumes.
 
     Args:
         config: The resolved run, in mode train or ft.
@@ -51,120 +100,151 @@ class TrainerSetup(abc.ABC):
         ValueError: If an entry, a checkpoint or the data are not fit for the run.
         OSError: If the run's folder cannot be written to.
     """
+    config = fill_classes(config, process)
+    if process.device.type == "cpu":
+        keep_freed_memory()
+    # All processes build the same network; only then do their random numbers part.
+    seed_everything(config.seed, deterministic=config.trainer.cuda_deterministic)
+    folder = _open_folder(config, process)
+    precision = build_precision(config.trainer, process.device)
+    log_environment(config, process, precision)
 
-    def __init__(self, config: Config, process: Process) -> None:
-        self.config = config
-        self.process = process
-        self.watch = SignalWatch()
-        if process.device.type == "cpu":
-            keep_freed_memory()
-        # All processes build the same network; only then do their random numbers part.
-        seed_everything(config.seed, deterministic=config.trainer.cuda_deterministic)
-        self.folder = self._make_folder()
-        self.precision = build_precision(config.trainer, process.device)
-        log_environment(config, process, precision=str(self.precision))
-        self._build_network()
-        self.optimizer = build_optimizer(config, self.network)
-        self.precision.prepare(self.network, self.optimizer)
-        self.loss_names = self.build_loss()
-        self.loaders = self.build_loaders()
-        self._build_schedule()
-        self._build_saver()
-        self._start_or_resume()
+    network = build_network(config, process)
+    frozen = FrozenParts(network, config.model.freeze)
+    log_network(config.model.name, network)
+    decay = config.trainer.ema
+    average = None if decay is None else WeightAverage(network, decay=decay)
+    parallel = wrap_parallel(config, network, process)
 
-    @abc.abstractmethod
-    def build_loss(self) -> list[str]:
-        """Set up what `compute_loss` needs, and return the names of its terms."""
+    optimizer = build_optimizer(config, network)
+    precision.prepare(network, optimizer)
+    objective = _build_objective(config, process, parallel or network)
+    loaders = _build_loaders(config, process)
+    schedule = _build_schedule(config, optimizer, num_batches=len(loaders.train))
 
-    @abc.abstractmethod
-    def build_loaders(self) -> Loaders:
-        """Return the batches to train and to test on."""
+    watch = SignalWatch()
+    stepper = Stepper(
+        config,
+        process,
+        network=network,
+        parallel=parallel,
+        optimizer=optimizer,
+        average=average,
+        precision=precision,
+        compute_loss=objective,
+        watch=watch,
+    )
+    evaluator = build_evaluator(config, process, loader=loaders.test, precision=precision, watch=watch)
+    meters = Meters(config.logging.log_terms_train)
+    epoch_meters = Meters([LogTerm(name=name) for name in objective.loss.names])
+    saver = Saver(
+        config,
+        process,
+        folder=folder,
+        network=network,
+        average=average,
+        optimizer=optimizer,
+        schedule=schedule,
+        precision=precision,
+        meters={"train": meters, "epoch": epoch_meters},
+        loaders=loaders,
+    )
+    state = _start_or_resume(config, process, saver, schedule)
+    return Run(
+        config=config,
+        process=process,
+        folder=folder,
+        precision=precision,
+        network=network,
+        frozen=frozen,
+        average=average,
+        optimizer=optimizer,
+        loaders=loaders,
+        schedule=schedule,
+        watch=watch,
+        stepper=stepper,
+        evaluator=evaluator,
+        meters=meters,
+        epoch_meters=epoch_meters,
+        saver=saver,
+        state=state,
+        report=_open_report(config, process, folder, state, schedule),
+        start=time.perf_counter() - state.seconds,
+    )
 
-    @abc.abstractmethod
-    def compute_loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a batch on the device, through ``self.trained``, and its terms."""
 
-    @abc.abstractmethod
-    def test_network(self, network: nn.Module, *, title: str) -> Score:
-        """Return the score of a bare network; a collective."""
+def fill_classes(config: Config, process: Process) -> Config:
+    """Return the configuration with the classes of the data set counted, where it leaves ``nb_classes`` open."""
+    if config.nb_classes is not None:
+        return config
+    return with_classes(config, process.on_first(lambda: count_classes(config)))
 
-    def _make_folder(self) -> Path:
-        trainer = self.config.trainer
-        name = self.config.model.name
 
-        def make() -> str:
-            return str(make_run_folder(trainer.checkpoint, name, resume_dir=trainer.resume_dir))
+def _open_folder(config: Config, process: Process) -> Path:
+    options = config.trainer
 
-        folder = Path(self.process.on_first(make))
-        open_log(folder, self.process)
-        return folder
+    def make() -> str:
+        return str(make_run_folder(options.checkpoint, config.model.name, resume_dir=options.resume_dir))
 
-    def _build_network(self) -> None:
-        self.network = build_network(self.config, self.process)
-        self.frozen = FrozenParts(self.network, self.config.model.freeze)
-        log_network(self.config.model.name, self.network)
-        decay = self.config.trainer.ema
-        self.average = None if decay is None else WeightAverage(self.network, decay=decay)
-        self.parallel = wrap_parallel(self.config, self.network, self.process)
-        self.trained = self.parallel or self.network
-        if self.config.trainer.compile:
-            self.trained = torch.compile(self.trained)
+    folder = Path(process.on_first(make))
+    open_log(folder, process)
+    return folder
 
-    def _build_schedule(self) -> None:
-        num_batches = len(self.loaders.train)
-        self.num_micro = self.config.trainer.accumulation_steps
-        self.steps_per_epoch = num_batches // self.num_micro
-        if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"the training set makes {num_batches} batches a process, less than one step of "
-                f"trainer.accumulation_steps={self.num_micro}; use a smaller batch_size"
-            )
-        self.schedule = build_scheduler(self.config, self.optimizer, steps_per_epoch=self.steps_per_epoch)
 
-    def _build_saver(self) -> None:
-        self.meters = Meters(self.config.logging.log_terms_train)
-        self.epoch_meters = Meters([LogTerm(name=name) for name in self.loss_names])
-        self.saver = Saver(
-            self.config,
-            self.process,
-            folder=self.folder,
-            parts=Parts(
-                network=self.network,
-                average=self.average,
-                optimizer=self.optimizer,
-                schedule=self.schedule,
-                precision=self.precision,
-                meters={"train": self.meters, "epoch": self.epoch_meters},
-            ),
-            loaders=self.loaders,
+def _build_objective(config: Config, process: Process, network: nn.Module) -> Objective:
+    return Objective(
+        network=torch.compile(network) if config.trainer.compile else network,
+        mixup=build_mixup(config),
+        loss=build_loss(config).to(process.device),
+    )
+
+
+def _build_loaders(config: Config, process: Process) -> Loaders:
+    loaders = build_loaders(config, rank=process.rank, world_size=process.world_size, device_type=process.device.type)
+    options = config.trainer.data
+    logger.info(
+        "train: %d batches of %d images per process and epoch, %d in all per step; %d workers",
+        len(loaders.train),
+        options.batch_size_per_gpu,
+        options.batch_size,
+        options.num_workers_per_gpu,
+    )
+    return loaders
+
+
+def _build_schedule(config: Config, optimizer: torch.optim.Optimizer, *, num_batches: int) -> Schedule:
+    num_micro = config.trainer.accumulation_steps
+    steps_per_epoch = num_batches // num_micro
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"the training set makes {num_batches} batches a process, less than one step of "
+            f"trainer.accumulation_steps={num_micro}; use a smaller batch_size"
         )
+    return build_scheduler(config, optimizer, steps_per_epoch=steps_per_epoch)
 
-    def _start_or_resume(self) -> None:
-        """Put a run that goes on back where it was; random states last, so that nothing draws from them before."""
-        seed_everything(self.config.seed, rank=self.process.rank, deterministic=self.config.trainer.cuda_deterministic)
-        self.state = RunState()
-        if self.config.trainer.resume_dir:
-            self.state = self.saver.resume(steps_per_epoch=self.steps_per_epoch)
-            logger.info(
-                "goes on from %s, after %d of %d epochs and %d steps, iteration %d",
-                self.saver.last_good,
-                self.state.epoch,
-                self.schedule.num_epochs,
-                self.state.step,
-                self.state.iteration,
-            )
-        logger.info("config %s", json.dumps(to_dict(self.config), indent=1), extra=FILE_ONLY)
-        self.process.on_first(lambda: save_config(self.config, self.folder / "config.yaml"))
-        logger.info("files go to %s", self.folder)
-        self.report = Report(self.folder, self.process, self.state)
-        self.stepper = Stepper(
-            self.config,
-            self.process,
-            network=self.network,
-            parallel=self.parallel,
-            optimizer=self.optimizer,
-            average=self.average,
-            precision=self.precision,
-            compute_loss=self.compute_loss,
-            watch=self.watch,
-        )
+
+def _start_or_resume(config: Config, process: Process, saver: Saver, schedule: Schedule) -> RunState:
+    """Return a run's counters, and put one that resumes back where it was.
+
+    Random states come last, so that nothing draws from them before.
+    """
+    seed_everything(config.seed, rank=process.rank, deterministic=config.trainer.cuda_deterministic)
+    if not config.trainer.resume_dir:
+        return RunState()
+    state = saver.resume(steps_per_epoch=schedule.steps_per_epoch)
+    logger.info(
+        "resumes from %s, after %d of %d epochs and %d steps, iteration %d",
+        saver.last_good,
+        state.epoch,
+        schedule.num_epochs,
+        state.step,
+        state.iteration,
+    )
+    return state
+
+
+def _open_report(config: Config, process: Process, folder: Path, state: RunState, schedule: Schedule) -> Report:
+    logger.info("config %s", json.dumps(to_dict(config), indent=1), extra=FILE_ONLY)
+    process.on_first(lambda: save_config(config, folder / "config.yaml"))
+    logger.info("files go to %s", folder)
+    return Report(folder, process, state, num_epochs=schedule.num_epochs, steps_per_epoch=schedule.steps_per_epoch)

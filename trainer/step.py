@@ -1,4 +1,4 @@
-"""One optimiser step over micro-batches and processes, left out on all of them when a number in it is not finite."""
+"""One optimiser step over micro-batches and processes, skipped on all of them when a number in it is not finite."""
 
 from __future__ import annotations
 
@@ -8,35 +8,60 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.schema import Config
 from data import Batch
+from loss import LossTerms
 from optim import clip_gradients
 from util.distributed import Process
 
+from .average import WeightAverage
 from .batchnorm import StatisticsKeeper
-from .ema import WeightAverage
+from .network import memory_format
 from .precision import Precision
-from .signals import WATCHED, SignalWatch
+from .stop import WATCHED, SignalWatch
 
-__all__ = ["StepResult", "Stepper"]
+__all__ = ["Objective", "StepResult", "Stepper"]
 
 ComputeLoss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(kw_only=True, slots=True)
-class StepResult:
-    """What one step did.
+class Objective:
+    """The loss of a batch of images: mixup, the network, the weighted terms.
 
     Attributes:
-        terms: Terms of the loss on this process, mean over its micro-batches.
+        network: The network as a training step calls it: bare, or wrapped for data parallelism, compiled if so wanted.
+        loss: The terms; a teacher that one compares with is part of them.
+        mixup: Mixes images and targets; None leaves them as they are.
+    """
+
+    network: nn.Module
+    loss: LossTerms
+    mixup: Mixup | None
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of images (B, 3, H, W) with class indices (B,), and its terms."""
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        outputs = self.network(images)
+        return self.loss(images, outputs, targets)
+
+
+@dataclass(kw_only=True, slots=True)
+class StepResult:
+    """The outcome of one step.
+
+    Attributes:
+        terms: Terms of the loss on this process, averaged over its micro-batches.
         num_images: Images of this process.
-        is_skipped: Whether the step was left out.
-        is_bad: Whether it was left out for a reason other than the loss scale.
+        is_skipped: Whether the step was skipped.
+        is_bad: Whether it was skipped for a reason other than the loss scale.
         signal: Signal that some process got.
-        unreadable: Files that were read in vain, over all processes.
+        unreadable: Files that could not be read, over all processes.
         seconds: Time in ``data_t`` (waiting for images), ``optim_t`` (computing) and ``batch_t`` (both).
     """
 
@@ -50,18 +75,18 @@ class StepResult:
 
 
 class Stepper:
-    """Does steps.
+    """Does optimiser steps.
 
     Args:
         config: The resolved run.
         process: This process.
         network: The bare network.
         parallel: The wrapper that exchanges gradients between processes, if there is one.
-        optimizer: Of the bare network.
+        optimizer: The optimiser of the bare network.
         average: The running average of the weights, if any.
         precision: Number format.
-        compute_loss: From images and targets on the device to the loss and its terms.
-        watch: Signals to tell the others of.
+        compute_loss: From images and targets on the device to the loss and its terms; an `Objective`.
+        watch: Signals to share with the other processes.
     """
 
     def __init__(
@@ -86,7 +111,7 @@ class Stepper:
         self.compute_loss = compute_loss
         self.watch = watch
         self.num_micro = config.trainer.accumulation_steps
-        self.memory_format = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
+        self.memory_format = memory_format(config.trainer)
         self.graph = {"create_graph": config.loss.create_graph, "retain_graph": config.loss.retain_graph}
         self.clip = config.loss.clip_grad
         self.clip_mode = config.loss.clip_mode
@@ -144,7 +169,7 @@ class Stepper:
         return norm
 
     def _agree(self, loss: Tensor, norm: Tensor, result: StepResult) -> tuple[bool, bool]:
-        """Exchange in one go what the processes must act on together.
+        """Exchange in one collective everything that the processes must act on together.
 
         This is the one place of a step where the host waits for the GPU.
 
@@ -152,8 +177,8 @@ class Stepper:
             Whether every loss, and every gradient, is finite.
         """
         found = torch.stack([~loss.isfinite(), ~norm.isfinite()]).double()
-        told = torch.tensor([len(result.unreadable), *self.watch.flags()], dtype=torch.float64)
-        sums = self.process.sum_tensor(torch.cat([found, told.to(found.device)])).tolist()
+        reports = torch.tensor([len(result.unreadable), *self.watch.flags()], dtype=torch.float64)
+        sums = self.process.sum_tensor(torch.cat([found, reports.to(found.device)])).tolist()
         result.signal = self.watch.agreed(sums[-len(WATCHED) :])
         if sums[2] > 0:
             result.unreadable = sorted(set().union(*self.process.gather_objects(result.unreadable)))

@@ -1,14 +1,19 @@
-"""Reasons for all processes to stop together, between two steps, with the state saved."""
+"""Reasons to stop: signals, noticed at once and acted on between two steps, by all processes together."""
 
 from __future__ import annotations
 
 import signal
+from types import FrameType, TracebackType
+from typing import Any
 
+from util.distributed import Process
 from util.errors import RunError
 
-from .signals import signal_exit_code
+__all__ = ["WATCHED", "SignalError", "SignalWatch", "StopError", "stop_on_signal"]
 
-__all__ = ["SignalError", "StopError"]
+# Schedulers send SIGTERM or SIGUSR1 ahead of the end of a job, a terminal sends SIGINT. The first that came in wins.
+WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+SIGNAL_EXIT = 128  # a shell adds this to the number of the signal that ended a process: 143, 130, 138
 
 
 class StopError(RunError):
@@ -23,4 +28,43 @@ class SignalError(StopError):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}", exit_code=signal_exit_code(number))
+        super().__init__(f"stopped by {signal.Signals(number).name}", exit_code=SIGNAL_EXIT + number)
+
+
+class SignalWatch:
+    """While entered, the watched signals only leave a mark."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalWatch:
+        for number in WATCHED:
+            self._previous[number] = signal.signal(number, self._mark)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _mark(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = number
+
+    def flags(self) -> list[float]:
+        """Return for each watched signal whether this process got it, to be summed over processes."""
+        return [float(self.received == number) for number in WATCHED]
+
+    @staticmethod
+    def agreed(sums: list[float]) -> int | None:
+        """Return the signal that any process got, from the summed flags."""
+        return next((int(number) for number, total in zip(WATCHED, sums, strict=True) if total > 0), None)
+
+
+def stop_on_signal(process: Process, watch: SignalWatch) -> None:
+    """Raise a SignalError on every process, if any got a signal; a collective."""
+    number = watch.agreed(process.sum(watch.flags()))
+    if number is not None:
+        raise SignalError(number)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs import load_config
 from model.zoo import Entry
-from trainer import CLSTester
+from trainer import Tester
 from util.distributed import Process
 
 from .results import Result, judge
@@ -39,7 +39,7 @@ def check_classifier(
     given = [*entry.overrides, *overrides]
     weights = f"model.model_kwargs.checkpoint_path={checkpoint}"
     config = load_config(entry.config, [*given, weights], mode="test", world_size=process.world_size)
-    tester = CLSTester(config, process)
+    tester = Tester(config, process)
     exit_code = tester.run()
     doubts = doubts_about(tester.loaders.test.dataset, entry.dataset)
     points = entry.dataset.tolerance if tolerance is None else tolerance

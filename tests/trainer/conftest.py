@@ -1,3 +1,5 @@
+"""Runs of a small network in this process, and run.py in its own processes."""
+
 from __future__ import annotations
 
 import os
@@ -9,8 +11,9 @@ import pytest
 from trainer_cases import CONFIG, REPOSITORY, TINY_NETWORK, free_port, short_run, write_class_folders
 
 from configs import load_config
-from trainer import build_trainer
+from trainer import Run, build_run
 from trainer.checkpoint import load_training_checkpoint
+from trainer.train import train
 from util.distributed import Process
 
 
@@ -38,29 +41,29 @@ def overrides(class_folders, tmp_path):
 
 @pytest.fixture
 def build(overrides):
-    """Return a trainer in this process, of a small timm network."""
+    """Set up a training run of a small timm network in this process."""
 
-    def make(*more: str, mode: str = "train"):
-        return build_trainer(load_config(CONFIG, overrides(*TINY_NETWORK, *more), mode=mode), Process())
+    def make(*more: str, mode: str = "train") -> Run:
+        return build_run(load_config(CONFIG, overrides(*TINY_NETWORK, *more), mode=mode), Process())
 
     return make
 
 
 @pytest.fixture
 def finish(build):
-    """Run to the end; return the trainer and its last checkpoint."""
+    """Train to the end; return the run and its last checkpoint."""
 
     def do(*more: str, mode: str = "train"):
-        trainer = build(*more, mode=mode)
-        assert trainer.run() == 0
-        return trainer, load_training_checkpoint(trainer.folder / "latest_ckpt.pth")
+        run = build(*more, mode=mode)
+        assert train(run) == 0
+        return run, load_training_checkpoint(run.folder / "latest_ckpt.pth")
 
     return do
 
 
 @pytest.fixture
 def launch():
-    """Run run.py in processes of its own; return the completed process, with stdout and stderr as text."""
+    """Run run.py in its own processes; return the completed process, with stdout and stderr as text."""
 
     def do(*arguments: str, num_processes: int = 1, launcher: str = "torch.distributed.launch", env=None, check=None):
         command = [sys.executable]

@@ -14,7 +14,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4)), nn.LayerNorm(5))
 
 
-def test_statistics_are_the_buffers_of_batch_norm_alone():
+def test_statistics_are_the_buffers_of_batch_norm_only():
     names = [
         f"{module}.{key}" for module in ("1", "2.0") for key in ("running_mean", "running_var", "num_batches_tracked")
     ]

@@ -1,3 +1,5 @@
+"""Checkpoint files and a run's folder: kills, full disks, resumes that do not fit, two processes in one folder."""
+
 from __future__ import annotations
 
 import errno
@@ -20,7 +22,6 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import checkpoint as module
 from trainer import run_folder
 from trainer.checkpoint import (
     TRAINING_ENTRIES,
@@ -70,9 +71,6 @@ def run_script(script: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
 
-# ---- saving
-
-
 KILLED_WHILE_SAVING = """
 import os, sys, time
 import torch
@@ -107,15 +105,16 @@ def test_killed_while_saving(tmp_path: Path, moment: str) -> None:
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     leftovers = [file for file in tmp_path.iterdir() if file != path]
-    assert [file.suffix for file in leftovers] == [".tmp"]
+    assert [file.suffix for file in leftovers] == [".part"]
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     store = CheckpointStore(tmp_path)
     assert store.latest() == path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_leftover_alone_is_never_resumed_from(tmp_path: Path) -> None:
-    leftover = tmp_path / ".latest_ckpt.pth.1-00.tmp"
+@pytest.mark.parametrize("ending", ["1.part", "1-00.tmp"], ids=["today's", "of an older run"])
+def test_a_leftover_is_never_resumed_from(tmp_path: Path, ending: str) -> None:
+    leftover = tmp_path / f".latest_ckpt.pth.{ending}"
     torch.save(state(), leftover)
     torch.save(state(), tmp_path / "ckpt_15.pth")
     with pytest.raises(FileNotFoundError, match=r"holds no latest_ckpt\.pth .*copy one of ckpt_15\.pth to that name"):
@@ -123,8 +122,9 @@ def test_leftover_alone_is_never_resumed_from(tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
-def test_next_save_removes_only_its_own_leftovers(tmp_path: Path) -> None:
-    own, other = tmp_path / ".net.pth.1-00.tmp", tmp_path / ".net_E.pth.1-00.tmp"
+@pytest.mark.parametrize("ending", ["1.part", "1-00.tmp"], ids=["today's", "of an older run"])
+def test_next_save_removes_only_its_own_leftovers(tmp_path: Path, ending: str) -> None:
+    own, other = tmp_path / f".net.pth.{ending}", tmp_path / f".net_E.pth.{ending}"
     own.touch()
     other.touch()
     save_atomically({"epoch": 1}, tmp_path / "net.pth")
@@ -184,7 +184,7 @@ def test_interrupt_removes_the_file_aside(tmp_path: Path, monkeypatch: pytest.Mo
     def interrupt(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.os, "fsync", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_atomically({"epoch": 1}, tmp_path / "net.pth")
     assert list(tmp_path.iterdir()) == []
@@ -197,7 +197,7 @@ def test_written_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatc
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
         seen.append(("folder" if is_folder else os.fstat(descriptor).st_size, (tmp_path / "net.pth").exists()))
 
-    monkeypatch.setattr(module.os, "fsync", note)
+    monkeypatch.setattr(os, "fsync", note)
     save_atomically({"epoch": 1}, tmp_path / "net.pth")
     assert seen == [((tmp_path / "net.pth").stat().st_size, False), ("folder", True)]
 
@@ -232,9 +232,6 @@ def test_object_that_would_not_load_is_refused(tmp_path: Path, value: object) ->
     with pytest.raises(TypeError, match=re.escape("checkpoint['scheduler'][1] is a ")):
         save_atomically({"scheduler": [1, value]}, tmp_path / "file.pth")
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- a run's files
 
 
 def test_files_of_a_store(tmp_path: Path) -> None:
@@ -285,7 +282,7 @@ def test_incomplete_state_is_not_saved(tmp_path: Path) -> None:
         CheckpointStore(tmp_path).save_latest(incomplete)
 
 
-def test_resume_from_weights_alone(tmp_path: Path) -> None:
+def test_resume_from_only_weights(tmp_path: Path) -> None:
     path = CheckpointStore(tmp_path).save_best_net(nn.Linear(1, 1).state_dict(), epoch=1, scores={})
     with pytest.raises(
         ValueError, match=r"net\.pth cannot be resumed from, it lacks net_E, optimizer, .*checkpoint_path="
@@ -294,14 +291,11 @@ def test_resume_from_weights_alone(tmp_path: Path) -> None:
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no latest_ckpt\.pth to resume from: start the run anew"):
+    with pytest.raises(FileNotFoundError, match=r"holds no latest_ckpt\.pth to resume from: start a new run"):
         CheckpointStore(tmp_path).latest()
 
 
-# ---- whether a run may go on
-
-
-def test_same_run_goes_on() -> None:
+def test_same_run_resumes() -> None:
     assert check_resumable(META, META, rescale=False, path="x.pth") == ()
 
 
@@ -316,7 +310,7 @@ def test_other_scale_is_refused_or_asked_for(name: str, now: int, caplog: pytest
         check_resumable(META, current, rescale=False, path="x.pth")
     assert "trainer.resume_rescale=True" in str(e.value)
     assert check_resumable(META, current, rescale=True, path="x.pth") == (name,)
-    assert f"{name}={META[name]}; the run goes on with {name}={now}" in caplog.text
+    assert f"{name}={META[name]}; the run resumes with {name}={now}" in caplog.text
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -337,9 +331,6 @@ def test_checkpoint_without_the_facts_is_refused() -> None:
         check_resumable({name: META[name] for name in list(META)[1:-1]}, META, rescale=True, path="x.pth")
 
 
-# ---- a run's folder
-
-
 def test_new_folder_is_named_after_the_run_and_the_time(tmp_path: Path) -> None:
     folder = make_run_folder(tmp_path / "deep" / "runs", "mobilemamba_t2")
     assert folder.is_dir()
@@ -351,7 +342,7 @@ def _make_in_process(parent: Path, folders: multiprocessing.Queue) -> None:
     folders.put(str(make_run_folder(parent, "run")))
 
 
-def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_start_at_once_get_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder.time, "strftime", lambda form: "20250101-000000")
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: make_run_folder(tmp_path, "run"), range(12)))
@@ -403,7 +394,7 @@ def test_parent_that_is_a_file(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, resume: bool
 ) -> None:
-    # A mode without write permission does not stop root, so the refusal is made up.
+    # A mode without write permission does not stop root, so the refusal is simulated.
     def refuse(**kwargs: object) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -417,9 +408,6 @@ def test_free_space(tmp_path: Path) -> None:
     check_free_space(tmp_path, 1)
     with pytest.raises(OSError, match=r"MiB are free and the checkpoints of this run need 1,099,511,627,776 MiB"):
         check_free_space(tmp_path, 2**60)
-
-
-# ---- one process to a folder
 
 
 def _hold_with_a_worker(folder: Path, pids: multiprocessing.connection.Connection) -> None:

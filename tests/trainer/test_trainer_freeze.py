@@ -1,4 +1,4 @@
-"""Frozen parts stay bit for bit, the rest learns, and a run that freezes can be stopped and go on."""
+"""Frozen parts stay bit for bit, the rest learns, and a run that freezes can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from trainer_cases import CONFIG, assert_same, short_run
 
 from configs import load_config
 from model import create_model
-from trainer import build_trainer
+from trainer import Run, build_run
 from trainer.checkpoint import load_training_checkpoint
 from trainer.freeze import FrozenParts
+from trainer.train import train
 from util.distributed import Process
 
 QUICK = ("epoch_full=2", "warmup_epochs=0", "trainer.mixup_kwargs.prob=0", "optim.lr=1e-2", "weight_decay=0.05")
@@ -33,12 +34,12 @@ def released(tmp_path_factory):
 
 @pytest.fixture
 def tune(class_folders, tmp_path, released):
-    """Return a trainer that fine-tunes, with the class count left to the folders."""
+    """Set up a run that fine-tunes, with the class count left to the folders."""
 
-    def make(*more: str):
+    def make(*more: str) -> Run:
         path = f"model.model_kwargs.checkpoint_path={released}"
         arguments = short_run(class_folders, tmp_path / "runs", "nb_classes=None", path, *QUICK, *more)
-        return build_trainer(load_config(CONFIG, arguments, mode="ft"), Process())
+        return build_run(load_config(CONFIG, arguments, mode="ft"), Process())
 
     return make
 
@@ -52,38 +53,38 @@ def tune(class_folders, tmp_path, released):
     ],
 )
 def test_frozen_parts_stay_bit_for_bit_and_the_rest_learns(tune, released, parts, trained):
-    trainer = tune(f"model.freeze={parts}")
-    assert trainer.config.nb_classes == 3
-    start = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    run = tune(f"model.freeze={parts}")
+    assert run.config.nb_classes == 3
+    start = {name: value.clone() for name, value in run.network.state_dict().items()}
     before = torch.load(released, weights_only=True)["net"]
     frozen = [
         name for name in start if not name.startswith(trained) or ("2.0" in parts and name.startswith("blocks2.0."))
     ]
     assert all(torch.equal(start[name], before[name]) for name in frozen)
-    optimised = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
-    learning = {name: value for name, value in trainer.network.named_parameters() if value.requires_grad}
+    optimised = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
+    learning = {name: value for name, value in run.network.named_parameters() if value.requires_grad}
     assert optimised == {id(value) for value in learning.values()}
     assert set(learning).isdisjoint(frozen)
-    compute_loss, in_training = trainer.stepper.compute_loss, set()
+    compute_loss, in_training = run.stepper.compute_loss, set()
 
     def look(images, targets):
-        in_training.update(name for name, module in trainer.network.named_modules() if module.training)
+        in_training.update(name for name, module in run.network.named_modules() if module.training)
         return compute_loss(images, targets)
 
-    trainer.stepper.compute_loss = look
-    assert trainer.run() == 0
+    run.stepper.compute_loss = look
+    assert train(run) == 0
     assert "head.bn" in in_training
     assert not any(name.startswith(("patch_embed", "blocks1")) for name in in_training)
-    for weights in (trainer.network.state_dict(), trainer.average.state_dict()):
+    for weights in (run.network.state_dict(), run.average.module.state_dict()):
         changed = {name for name, value in weights.items() if not torch.equal(value, start[name])}
         assert changed.isdisjoint(frozen)
         assert {"head.l.weight", "head.l.bias", "head.bn.running_mean", "head.bn.weight"} <= changed
 
 
 def test_layer_decay_gives_the_same_rates_with_and_without_freezing(tune):
-    def rates(trainer):
-        names = {id(parameter): name for name, parameter in trainer.network.named_parameters()}
-        groups = trainer.optimizer.param_groups
+    def rates(run):
+        names = {id(parameter): name for name, parameter in run.network.named_parameters()}
+        groups = run.optimizer.param_groups
         return {names[id(parameter)]: group["lr_scale"] for group in groups for parameter in group["params"]}
 
     whole, part = (
@@ -95,9 +96,9 @@ def test_layer_decay_gives_the_same_rates_with_and_without_freezing(tune):
     assert whole["patch_embed.0.c.weight"] < part["blocks2.0.0.m.c.weight"] < part["blocks3.0.0.m.c.weight"] < 1.0
 
 
-def test_a_frozen_run_goes_on_bit_for_bit_and_not_with_other_parts(tune):
+def test_a_frozen_run_resumes_bit_for_bit_and_not_with_other_parts(tune):
     whole = tune("model.freeze=stem,blocks1")
-    assert whole.run() == 0
+    assert train(whole) == 0
     stopped = tune("model.freeze=stem,blocks1", "trainer.save_per_iter=1")
     step, calls = stopped.stepper, iter(range(9))
 
@@ -108,11 +109,11 @@ def test_a_frozen_run_goes_on_bit_for_bit_and_not_with_other_parts(tune):
 
     stopped.stepper = failing
     with pytest.raises(RuntimeError, match="stopped"):
-        stopped.run()
+        train(stopped)
     resume = f"trainer.resume_dir={stopped.folder}"
     resumed = tune("model.freeze=stem,blocks1", resume)
     assert resumed.state.iteration == 4
-    assert resumed.run() == 0
+    assert train(resumed) == 0
     left, right = (load_training_checkpoint(run.folder / "latest_ckpt.pth") for run in (whole, resumed))
     assert_same({name: left[name] for name in ("net", "net_E", "optimizer")},
                 {name: right[name] for name in ("net", "net_E", "optimizer")})  # fmt: skip

@@ -1,4 +1,4 @@
-"""The commands that users type, in processes of their own."""
+"""The commands that users type, in their own processes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 
 from trainer_cases import CONFIG, REPOSITORY, TINY_NETWORK, epoch_records, free_port, short_run
 
+import trainer
 from configs import load_config
-from trainer import build_trainer
 from util.distributed import Process
 
 ONE_EPOCH = ("epoch_full=1", "warmup_epochs=0")
@@ -39,7 +39,7 @@ def test_the_published_commands_on_two_ranks_and_on_one(launch, class_folders, t
     assert sorted(found) == ["net", "net_E"]
     assert all(top5.endswith("/15") for _, top5 in found.values())
     assert found == counts(done.stdout)
-    alone = build_trainer(load_config(CONFIG, [*short, weights], mode="test"), Process())
+    alone = trainer.Tester(load_config(CONFIG, [*short, weights], mode="test"), Process())
     assert alone.run() == 0
     assert {name: f"{score.top1_count}/{score.num_images}" for name, score in alone.scores.items()} == {
         name: top1 for name, (top1, _) in found.items()
@@ -113,7 +113,7 @@ def test_sigterm_saves_and_exits_with_143(class_folders, tmp_path):
     output = run.communicate(timeout=60)[0]
     assert run.returncode == 143, output
     folder = run_folder(tmp_path / "runs")
-    assert f"stopped by SIGTERM; the state is saved, go on with trainer.resume_dir={folder}" in output
+    assert f"stopped by SIGTERM; the state is saved, resume with trainer.resume_dir={folder}" in output
     assert (folder / "latest_ckpt.pth").is_file()
 
 

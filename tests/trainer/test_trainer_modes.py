@@ -10,12 +10,14 @@ import yaml
 from tensorboardX.proto.event_pb2 import Event
 from trainer_cases import CONFIG, TINY_NETWORK, epoch_records, short_run, write_class_folders
 
+import trainer
 from configs import load_config
 from data import build_loaders
 from model import create_model
-from trainer import build_trainer
+from trainer import build_run, run_mode
 from trainer.checkpoint import load_training_checkpoint
 from trainer.evaluate import count_correct
+from trainer.train import train
 from util.distributed import Process
 from util.logging import setup_console
 
@@ -28,14 +30,14 @@ def trained(class_folders, tmp_path_factory):
     epochs = ("epoch_full=4", "test_start_epoch=3", "trainer.test_per_epoch=2", "trainer.save_per_epoch=3")
     arguments = short_run(class_folders, tmp_path_factory.mktemp("runs"), *TINY_NETWORK, *epochs)
     setup_console(is_logging=True)
-    trainer = build_trainer(load_config(CONFIG, arguments), Process())
-    assert trainer.run() == 0
-    return trainer, load_training_checkpoint(trainer.folder / "latest_ckpt.pth")
+    run = build_run(load_config(CONFIG, arguments), Process())
+    assert train(run) == 0
+    return run, load_training_checkpoint(run.folder / "latest_ckpt.pth")
 
 
 def test_training_leaves_its_files(trained):
-    trainer, checkpoint = trained
-    folder = trainer.folder
+    run, checkpoint = trained
+    folder = run.folder
     for name in ("latest_ckpt.pth", "net.pth", "net_E.pth", "ckpt_3.pth", "config.yaml", "log.txt", "epochs.jsonl"):
         assert (folder / name).is_file(), name
     assert not (folder / "ckpt_1.pth").exists()
@@ -47,8 +49,8 @@ def test_training_leaves_its_files(trained):
 
 
 def test_epochs_are_tested_as_asked(trained):
-    trainer, checkpoint = trained
-    records = epoch_records(trainer.folder)
+    run, checkpoint = trained
+    records = epoch_records(run.folder)
     assert [record["epoch"] for record in records] == [1, 2, 3, 4]
     assert [sorted(record["test"]) for record in records] == [[], *3 * [["net", "net_E"]]]
     assert [score["epoch"] for score in checkpoint["scores"]] == [2, 3, 4]
@@ -58,19 +60,19 @@ def test_epochs_are_tested_as_asked(trained):
 
 @pytest.mark.parametrize("name", ["net", "net_E"])
 def test_the_best_weights_are_kept(trained, name):
-    trainer, checkpoint = trained
-    epoch, score = trainer.state.best(name)
+    run, checkpoint = trained
+    epoch, score = run.state.best(name)
     counts = {record["epoch"]: record[name]["top1_count"] for record in checkpoint["scores"]}
     assert score.top1_count == max(counts.values())
     assert epoch == next(epoch for epoch, count in counts.items() if count == score.top1_count)
-    kept = torch.load(trainer.folder / f"{name}.pth", weights_only=True)
+    kept = torch.load(run.folder / f"{name}.pth", weights_only=True)
     assert kept["epoch"] == epoch
     assert kept["scores"] == {"top1": score.top1, "top5": score.top5}
 
 
 def test_scalars_are_written(trained):
-    trainer, _ = trained
-    data = next((trainer.folder / "tensorboard").glob("events*")).read_bytes()
+    run, _ = trained
+    data = next((run.folder / "tensorboard").glob("events*")).read_bytes()
     tags = set()
     while data:
         length = int.from_bytes(data[:8], "little")
@@ -83,7 +85,7 @@ def test_scalars_are_written(trained):
 def test_lines_hold_progress_and_are_reset_as_asked(build, capsys):
     setup_console(is_logging=True)
     logging.getLogger().setLevel(logging.INFO)
-    assert build("logging.train_log_per=2", "logging.train_reset_log_per=4").run() == 0
+    assert train(build("logging.train_log_per=2", "logging.train_reset_log_per=4")) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " Train: " in line]
     assert [line.split("Train: ")[1].split(" [batch_t")[0] for line in lines] == [
         "33.3% [1/2] [2/6]",
@@ -96,21 +98,21 @@ def test_lines_hold_progress_and_are_reset_as_asked(build, capsys):
 
 def test_the_end_names_scores_and_files(build, capsys):
     setup_console(is_logging=True)
-    trainer = build()
-    assert trainer.run() == 0
-    score = trainer.state.best("net_E")[1]
+    run = build()
+    assert train(run) == 0
+    score = run.state.best("net_E")[1]
     text = capsys.readouterr().out
     assert f"net_E (best)  {score.top1:.3f}".split() == next(
         line.split()[:3] for line in text.splitlines() if line.startswith("net_E (best)")
     )
-    assert f"files in {trainer.folder}" in text
+    assert f"files in {run.folder}" in text
     for word in ("device cpu", "torch 2", "1 process(es)", "seed 42", "precision float32", "parameters", "15 images"):
         assert word in text, word
-    assert text.split("results")[1] in (trainer.folder / "log.txt").read_text()
+    assert text.split("results")[1] in (run.folder / "log.txt").read_text()
 
 
 def scores_of(overrides, *more: str, mode: str = "test") -> dict:
-    tester = build_trainer(load_config(CONFIG, overrides(*more), mode=mode), Process())
+    tester = trainer.Tester(load_config(CONFIG, overrides(*more), mode=mode), Process())
     assert tester.run() == 0
     return tester.scores
 
@@ -125,34 +127,34 @@ def scores_of(overrides, *more: str, mode: str = "test") -> dict:
     ],
 )
 def test_the_tested_weights_are_those_in_the_file(trained, overrides, file, mode, expected):
-    trainer, checkpoint = trained
-    path = f"model.model_kwargs.checkpoint_path={trainer.folder / file}"
+    run, checkpoint = trained
+    path = f"model.model_kwargs.checkpoint_path={run.folder / file}"
     scores = scores_of(overrides, *TINY_NETWORK, path, mode=mode)
     assert list(scores) == expected
     record = checkpoint["scores"][-1]
     for name, score in scores.items():
-        counts = record[name]["top1_count"] if file == "latest_ckpt.pth" else trainer.state.best(name)[1].top1_count
+        counts = record[name]["top1_count"] if file == "latest_ckpt.pth" else run.state.best(name)[1].top1_count
         assert score.top1_count == counts
         assert score.num_images == 15
 
 
 def test_a_score_is_that_of_a_plain_loop(trained, overrides):
-    trainer, checkpoint = trained
+    run, checkpoint = trained
     network = create_model("timm_mobilenetv3_small_050", num_classes=3, **EXTRA).eval()
     network.load_state_dict(checkpoint["net"])
-    loaders = build_loaders(trainer.config, rank=0, world_size=1)
+    loaders = build_loaders(run.config, rank=0, world_size=1)
     right = sum((network(images).argmax(1) == targets).sum().item() for images, targets, _ in loaders.test.iterate())
     assert checkpoint["scores"][-1]["net"]["top1_count"] == right
 
 
 def test_fine_tuning_starts_from_the_weights_with_a_fresh_head(trained, build, caplog, class_folders, tmp_path):
-    trainer, checkpoint = trained
+    run, checkpoint = trained
     root = tmp_path / "two_classes"
     for split in ("train", "val"):
         for name in ("blue", "red"):
             (root / split).mkdir(parents=True, exist_ok=True)
             (root / split / name).symlink_to(class_folders / split / name)
-    path = f"model.model_kwargs.checkpoint_path={trainer.folder / 'latest_ckpt.pth'}"
+    path = f"model.model_kwargs.checkpoint_path={run.folder / 'latest_ckpt.pth'}"
     short = ("epoch_full=1", "warmup_epochs=0")
     caplog.set_level(logging.INFO)
     tuned = build(f"data.root={root}", "nb_classes=2", path, "model.model_kwargs.ema=true", *short, mode="ft")
@@ -163,29 +165,29 @@ def test_fine_tuning_starts_from_the_weights_with_a_fresh_head(trained, build, c
             assert torch.equal(weights[name], value), name
     assert "classifier" in caplog.text
     assert tuned.state.iteration == 0
-    assert tuned.run() == 0
+    assert train(tuned) == 0
 
 
-def test_fine_tuning_and_testing_need_weights(build):
+def test_fine_tuning_and_testing_need_weights(build, overrides):
     with pytest.raises(ValueError, match=r"-m ft.*checkpoint_path"):
         build("epoch_full=1", "warmup_epochs=0", mode="ft")
     with pytest.raises(ValueError, match=r"-m test needs weights.*checkpoint_path"):
-        build(mode="test")
+        scores_of(overrides)
 
 
 def test_training_may_start_from_weights(trained, build):
-    trainer, checkpoint = trained
-    started = build(f"model.model_kwargs.checkpoint_path={trainer.folder / 'latest_ckpt.pth'}")
+    run, checkpoint = trained
+    started = build(f"model.model_kwargs.checkpoint_path={run.folder / 'latest_ckpt.pth'}")
     assert torch.equal(started.network.state_dict()["conv_stem.weight"], checkpoint["net"]["conv_stem.weight"])
 
 
 def test_an_unreadable_test_image_gives_no_score(build, tmp_path):
     root = write_class_folders(tmp_path / "broken")
     (root / "val" / "red" / "2.png").write_bytes(b"not an image")
-    trainer = build(f"data.root={root}", "test_start_epoch=0")
+    run = build(f"data.root={root}", "test_start_epoch=0")
     with pytest.raises(RuntimeError, match=r"1 test images cannot be read.*red/2.png.*saved in"):
-        trainer.run()
-    assert load_training_checkpoint(trainer.folder / "latest_ckpt.pth")["iter"] == 3
+        train(run)
+    assert load_training_checkpoint(run.folder / "latest_ckpt.pth")["iter"] == 3
 
 
 def test_too_few_images_for_a_step(build):
@@ -198,9 +200,9 @@ def test_too_few_images_for_a_step(build):
         )
 
 
-def test_an_unknown_trainer_is_named(build):
-    with pytest.raises(ValueError, match="CLSTrainer"):
-        build("trainer.name=CLSTrainr")
+def test_an_unknown_trainer_is_named(overrides):
+    with pytest.raises(ValueError, match=r"no trainer\.name='CLSTrainr'; the nearest is 'CLSTrainer'"):
+        run_mode(load_config(CONFIG, overrides("trainer.name=CLSTrainr")), Process())
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 20])

@@ -1,4 +1,4 @@
-"""Number formats, and what is refused with its native counterpart."""
+"""Number formats, and refusals that name the native counterpart."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from configs.schema import Trainer
 from trainer.batchnorm import convert_sync_batch_norm
 from trainer.precision import ApexPrecision, Precision, build_precision
+from trainer.train import train
 from util.distributed import Process
 
 CPU = torch.device("cpu")
@@ -98,9 +99,9 @@ def test_sync_batch_norm_on_gpus():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_channels_last_and_bfloat16_train(build, dtype):
-    trainer = build("trainer.channels_last=true", f"trainer.amp_dtype={dtype}", "epoch_full=1", "warmup_epochs=0")
-    assert trainer.network.conv_head.weight.is_contiguous(memory_format=torch.channels_last)
-    assert trainer.run() == 0
+    run = build("trainer.channels_last=true", f"trainer.amp_dtype={dtype}", "epoch_full=1", "warmup_epochs=0")
+    assert run.network.conv_head.weight.is_contiguous(memory_format=torch.channels_last)
+    assert train(run) == 0
 
 
 @pytest.mark.slow

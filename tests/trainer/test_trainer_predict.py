@@ -1,4 +1,4 @@
-"""What mode predict says of images, shows and writes, against a plain loop over the same network."""
+"""Mode predict, on screen and in files, against a plain loop over the same network."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from trainer_cases import CONFIG, TINY_NETWORK, short_run
 
 from configs import load_config
 from model import create_model
-from trainer import build_trainer
+from trainer import Predictor, build_run
 from trainer.checkpoint import load_training_checkpoint
-from util.contact_sheet import GAP, LINE, SIDE
+from trainer.contact_sheet import GAP, LINE, SIDE
+from trainer.train import train
 from util.distributed import Process
 from util.errors import RunError
 from util.logging import setup_console
@@ -31,9 +32,9 @@ def trained(class_folders, tmp_path_factory):
     """The folder of a run on three classes, whose network has learned their colours."""
     longer = ("epoch_full=6", "optim.lr=5e-3", "trainer.mixup_kwargs.prob=0", "nb_classes=None")
     arguments = short_run(class_folders, tmp_path_factory.mktemp("runs"), *TINY_NETWORK, *longer)
-    trainer = build_trainer(load_config(CONFIG, arguments), Process())
-    assert trainer.run() == 0
-    return trainer.folder
+    run = build_run(load_config(CONFIG, arguments), Process())
+    assert train(run) == 0
+    return run.folder
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def predict(trained):
 
     def do(place, *more: str, checkpoint="net.pth", config=None):
         overrides = [f"model.model_kwargs.checkpoint_path={trained / checkpoint}", f"predict.input={place}", *more]
-        predictor = build_trainer(load_config(config or trained / "config.yaml", overrides, mode="predict"), Process())
+        predictor = Predictor(load_config(config or trained / "config.yaml", overrides, mode="predict"), Process())
         assert predictor.run() == 0
         return predictor
 
@@ -50,7 +51,7 @@ def predict(trained):
 
 
 def probabilities(folder, image: Image.Image) -> list[float]:
-    """Return what the run's network says of an image, prepared by hand."""
+    """Return the class probabilities of an image, prepared by hand."""
     network = create_model("timm_mobilenetv3_small_050", num_classes=3, drop_rate=0.2).eval()
     network.load_state_dict(load_training_checkpoint(folder / "latest_ckpt.pth")["net"])
     image = F.resize(image, int(SIZE / 0.875), F.InterpolationMode.BICUBIC)
@@ -204,7 +205,7 @@ def test_mistakes_are_said_before_anything_is_read(predict, class_folders, overr
         predict(class_folders / "val", *overrides)
 
 
-def test_entries_of_predict_hold_in_its_mode_alone():
+def test_entries_of_predict_need_its_mode():
     with pytest.raises(ValueError, match=r"predict\.input holds with -m predict alone$"):
         load_config(CONFIG, ["predict.input=a.png"], mode="test")
 

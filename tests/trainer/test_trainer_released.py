@@ -27,6 +27,6 @@ def test_pretrained_is_the_recipes_own_checkpoint_or_the_one_named(config, overr
     torch.save({"net": released}, file)
     given = ["model.model_kwargs.pretrained=true", *overrides]
     network = build_tested_network(
-        load_config(f"configs/mobilemamba/{config}", given, mode="test"), Process(), ema=False
+        load_config(f"configs/mobilemamba/{config}", given, mode="test"), Process(), None, ema=False
     )
     assert all(torch.equal(value, released[entry]) for entry, value in network.state_dict().items())

@@ -1,4 +1,4 @@
-"""A run that is stopped and goes on is bit-equal to one that never stopped."""
+"""A run that is stopped and resumed is bit-equal to one that never stopped."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from trainer_cases import assert_same, epoch_records, write_class_folders
 
 from trainer.checkpoint import load_training_checkpoint
 from trainer.precision import Precision
+from trainer.train import train
 
 VARIED = ("config", "time_spent")  # differ in the folder's name and in time
 
 
-def stop_after(trainer, num_steps: int, number: int = signal.SIGTERM) -> None:
+def stop_after(run, num_steps: int, number: int = signal.SIGTERM) -> None:
     """Have the process signal itself during a step."""
-    compute_loss = trainer.stepper.compute_loss
+    compute_loss = run.stepper.compute_loss
     calls = iter(range(1, 1000))
 
     def signalling(images, targets):
@@ -26,11 +27,11 @@ def stop_after(trainer, num_steps: int, number: int = signal.SIGTERM) -> None:
             os.kill(os.getpid(), number)
         return compute_loss(images, targets)
 
-    trainer.stepper.compute_loss = signalling
+    run.stepper.compute_loss = signalling
 
 
 def comparable(checkpoint: dict) -> dict:
-    """Leave out what depends on the clock."""
+    """Leave out entries that depend on the clock."""
     kept = {name: value for name, value in checkpoint.items() if name not in VARIED}
     kept["progress"] = {**checkpoint["progress"], "seconds": None}
     kept["rng"] = [
@@ -48,7 +49,7 @@ def test_stopped_and_resumed_equals_never_stopped(build, finish, num_steps, num_
 
     stopped = build(workers, "test_start_epoch=0")
     stop_after(stopped, num_steps)
-    assert stopped.run() == 143
+    assert train(stopped) == 143
     left = load_training_checkpoint(stopped.folder / "latest_ckpt.pth")
     assert left["iter"] == num_steps
 
@@ -77,7 +78,7 @@ def test_resume_in_half_precision_with_accumulation(build, finish, monkeypatch, 
     _, expected = finish(*more)
     stopped = build(*more)
     stop_after(stopped, 7)  # the first micro-batch of step 4
-    assert stopped.run() == 143
+    assert train(stopped) == 143
     _, actual = finish(*more, f"trainer.resume_dir={stopped.folder}")
     assert (actual["scaler"] is None) == (dtype is torch.bfloat16)
     assert_same(comparable(actual), comparable(expected))
@@ -86,14 +87,14 @@ def test_resume_in_half_precision_with_accumulation(build, finish, monkeypatch, 
 def test_a_stop_in_a_test_repeats_the_test(build, finish):
     _, expected = finish("test_start_epoch=0")
     stopped = build("test_start_epoch=0")
-    test_network = stopped.test_network
+    evaluator = stopped.evaluator
 
     def signalling(network, *, title):
         os.kill(os.getpid(), signal.SIGINT)
-        return test_network(network, title=title)
+        return evaluator(network, title=title)
 
-    stopped.test_network = signalling
-    assert stopped.run() == 130
+    stopped.evaluator = signalling
+    assert train(stopped) == 130
     assert (stopped.state.epoch, stopped.state.step, stopped.state.scores) == (0, 3, [])
     _, actual = finish("test_start_epoch=0", f"trainer.resume_dir={stopped.folder}")
     assert_same(comparable(actual), comparable(expected))
@@ -101,20 +102,20 @@ def test_a_stop_in_a_test_repeats_the_test(build, finish):
 
 def test_a_changed_dataset_is_refused(build, finish, tmp_path):
     root = write_class_folders(tmp_path / "other")
-    trainer, _ = finish(f"data.root={root}")
+    run, _ = finish(f"data.root={root}")
     (root / "train" / "red" / "0.png").rename(root / "train" / "red" / "zero.png")
     with pytest.raises(ValueError, match="another dataset"):
-        build(f"data.root={root}", f"trainer.resume_dir={trainer.folder}")
+        build(f"data.root={root}", f"trainer.resume_dir={run.folder}")
 
 
 def test_another_batch_size_is_refused_or_rescaled(build, finish, caplog):
-    trainer, _ = finish("trainer.save_per_epoch=1")
-    shutil.copy(trainer.folder / "ckpt_1.pth", trainer.folder / "latest_ckpt.pth")
-    resume = (f"trainer.resume_dir={trainer.folder}", "batch_size=4")
+    run, _ = finish("trainer.save_per_epoch=1")
+    shutil.copy(run.folder / "ckpt_1.pth", run.folder / "latest_ckpt.pth")
+    resume = (f"trainer.resume_dir={run.folder}", "batch_size=4")
     with pytest.raises(ValueError, match=r"batch_size=8.*batch_size=4"):
         build(*resume)
     resumed, checkpoint = finish(*resume, "trainer.resume_rescale=true")
-    assert resumed.steps_per_epoch == 6
+    assert resumed.schedule.steps_per_epoch == 6
     assert checkpoint["iter"] == 12
     assert "optim.lr" in caplog.text  # follows the batch size, and is told of
 
@@ -122,7 +123,7 @@ def test_another_batch_size_is_refused_or_rescaled(build, finish, caplog):
 def test_a_rescaled_position_counts_images(build):
     stopped = build()
     stop_after(stopped, 2)
-    assert stopped.run() == 143
+    assert train(stopped) == 143
     resumed = build(f"trainer.resume_dir={stopped.folder}", "batch_size=4", "trainer.resume_rescale=true")
     assert (resumed.state.step, resumed.state.iteration) == (4, 4)
 
@@ -135,7 +136,7 @@ def test_zero_and_two_workers_give_the_same_weights(finish):
     assert not all(torch.equal(left["net"][name], other["net"][name]) for name in left["net"])
 
 
-def test_runs_that_start_in_the_same_second_have_folders_of_their_own(build, monkeypatch):
+def test_runs_that_start_in_the_same_second_have_their_own_folders(build, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda *_: "20250101-000000")
     folders = {build().folder for _ in range(3)}
     assert len(folders) == 3

@@ -1,4 +1,4 @@
-"""One optimiser step: what it leaves out, and that micro-batches add up."""
+"""One optimiser step: when it is skipped, and that micro-batches add up."""
 
 from __future__ import annotations
 
@@ -13,70 +13,74 @@ from trainer_cases import assert_same, epoch_records
 from data import Batch
 from trainer.checkpoint import load_training_checkpoint
 from trainer.precision import Precision
+from trainer.train import train
 from util.errors import RunError
 
 PLAIN_NETWORK = ("model.model_kwargs.extra.drop_rate=0.0", "trainer.mixup_kwargs.prob=0")
 
 
-def snapshot(trainer) -> dict:
+def snapshot(run) -> dict:
     return copy.deepcopy(
         {
-            "net": trainer.network.state_dict(),
-            "net_E": trainer.average.state_dict(),
-            "optimizer": trainer.optimizer.state_dict(),
+            "net": run.network.state_dict(),
+            "net_E": run.average.module.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
         }
     )
 
 
-def spoil(trainer, steps: set[int], value: float = float("nan")):
+def spoil(run, steps: set[int], value: float = float("nan")):
     """Make the loss of some steps, counted from 1, that value; return the list of states before each step."""
-    compute_loss = trainer.stepper.compute_loss
+    compute_loss = run.stepper.compute_loss
     states = []
 
     def spoiling(images, targets):
-        states.append(snapshot(trainer))
+        states.append(snapshot(run))
         loss, terms = compute_loss(images * (value if len(states) in steps else 1.0), targets)
         return loss, terms
 
-    trainer.stepper.compute_loss = spoiling
+    run.stepper.compute_loss = spoiling
     return states
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_nothing(build, value):
-    trainer = build("trainer.save_per_epoch=1")
-    states = spoil(trainer, {2}, value)
-    assert trainer.run() == 0
+    run = build("trainer.save_per_epoch=1")
+    states = spoil(run, {2}, value)
+    assert train(run) == 0
     before, after = states[1], states[2]  # of steps 2 and 3
-    before["optimizer"].pop("param_groups"), after["optimizer"].pop("param_groups")  # the learning rate goes on
+    (
+        before["optimizer"].pop("param_groups"),
+        after["optimizer"].pop("param_groups"),
+    )  # with the learning rate
     assert_same(before, after)
     assert not torch.equal(states[3]["net"]["conv_stem.weight"], after["net"]["conv_stem.weight"])
-    assert trainer.state.skipped_steps == 1
-    assert epoch_records(trainer.folder)[0]["skipped_steps"] == 1
-    assert all(value.isfinite().all() for value in trainer.network.state_dict().values())
+    assert run.state.skipped_steps == 1
+    assert epoch_records(run.folder)[0]["skipped_steps"] == 1
+    assert all(value.isfinite().all() for value in run.network.state_dict().values())
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not(build):
-    trainer = build()
-    compute_loss = trainer.stepper.compute_loss
+    run = build()
+    compute_loss = run.stepper.compute_loss
 
     def spoiling(images, targets):
         loss, terms = compute_loss(images, targets)
-        if trainer.state.iteration == 1:
+        if run.state.iteration == 1:
             loss = loss + torch.sqrt((loss - loss.detach()).abs())  # 0, with an infinite slope
         return loss, terms
 
-    trainer.stepper.compute_loss = spoiling
-    assert trainer.run() == 0
-    assert trainer.state.skipped_steps == 1
+    run.stepper.compute_loss = spoiling
+    assert train(run) == 0
+    assert run.state.skipped_steps == 1
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(build):
-    trainer = build("trainer.max_bad_steps=2")
-    spoil(trainer, {2, 4, 5})
+    run = build("trainer.max_bad_steps=2")
+    spoil(run, {2, 4, 5})
     with pytest.raises(RunError, match=r"2 steps in a row.*saved in.*latest_ckpt"):
-        trainer.run()
-    checkpoint = load_training_checkpoint(trainer.folder / "latest_ckpt.pth")
+        train(run)
+    checkpoint = load_training_checkpoint(run.folder / "latest_ckpt.pth")
     assert checkpoint["iter"] == 5
     assert checkpoint["progress"]["skipped_steps"] == 3
     assert all(value.isfinite().all() for value in checkpoint["net"].values())
@@ -86,15 +90,15 @@ def test_micro_batches_add_up_to_the_large_batch(build):
     """On a network without BatchNorm, whose statistics are the batch's."""
 
     def gradients(*more: str) -> list[torch.Tensor]:
-        trainer = build(*PLAIN_NETWORK, "loss.clip_grad=none", "trainer.scaler=none", *more)
+        run = build(*PLAIN_NETWORK, "loss.clip_grad=none", "trainer.scaler=none", *more)
         torch.manual_seed(0)
         linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
-        trainer.trained = linear
+        run.stepper.compute_loss.network = linear
         taken = []
-        trainer.stepper.parameters = list(linear.parameters())
-        trainer.stepper.average = None
-        trainer.optimizer.step = lambda: taken.extend(parameter.grad.clone() for parameter in linear.parameters())
-        trainer.stepper(iter(trainer.loaders.train.iterate(0)))
+        run.stepper.parameters = list(linear.parameters())
+        run.stepper.average = None
+        run.optimizer.step = lambda: taken.extend(parameter.grad.clone() for parameter in linear.parameters())
+        run.stepper(iter(run.loaders.train.iterate(0)))
         return taken
 
     whole = gradients("trainer.accumulation_steps=1")
@@ -106,10 +110,10 @@ def test_micro_batches_add_up_to_the_large_batch(build):
 
 @pytest.mark.parametrize(("mode", "clip"), [("norm", 0.01), ("value", 0.001), ("agc", 0.01)])
 def test_gradients_are_clipped(build, mode, clip):
-    trainer = build(*PLAIN_NETWORK, f"loss.clip_mode={mode}", f"loss.clip_grad={clip}")
+    run = build(*PLAIN_NETWORK, f"loss.clip_mode={mode}", f"loss.clip_grad={clip}")
     free = build(*PLAIN_NETWORK, "loss.clip_grad=none")
     seen = {}
-    for name, one in (("clipped", trainer), ("free", free)):
+    for name, one in (("clipped", run), ("free", free)):
         one.optimizer.step = lambda name=name, one=one: seen.update(
             {name: [parameter.grad.clone() for parameter in one.network.parameters()]}
         )
@@ -121,27 +125,27 @@ def test_gradients_are_clipped(build, mode, clip):
     if mode == "value":
         assert max(gradient.abs().max() for gradient in seen["clipped"]) == pytest.approx(clip)
     if mode == "agc":  # the classifier is left alone
-        names = [name for name, _ in trainer.network.named_parameters()]
+        names = [name for name, _ in run.network.named_parameters()]
         head = names.index("classifier.weight")
         assert torch.equal(seen["clipped"][head], seen["free"][head])
 
 
 def test_an_overflow_lowers_the_scale_and_is_no_bad_step(build):
-    trainer = build()
+    run = build()
     precision = Precision(torch.device("cpu"), torch.float16)  # its scaler works on a CPU as well
-    precision.autocast = trainer.precision.autocast
-    trainer.stepper.precision = precision
-    compute_loss = trainer.stepper.compute_loss
+    precision.autocast = run.precision.autocast
+    run.stepper.precision = precision
+    compute_loss = run.stepper.compute_loss
 
     def overflowing(images, targets):
         loss, terms = compute_loss(images, targets)
-        return loss + (loss - loss.detach()) * (3e38 if trainer.state.iteration < 2 else 0.0), terms
+        return loss + (loss - loss.detach()) * (3e38 if run.state.iteration < 2 else 0.0), terms
 
-    trainer.stepper.compute_loss = overflowing
+    run.stepper.compute_loss = overflowing
     scale = precision.scaler.get_scale()
-    assert trainer.run() == 0
-    assert trainer.state.skipped_steps == 2
-    assert trainer.state.bad_steps == 0
+    assert train(run) == 0
+    assert run.state.skipped_steps == 2
+    assert run.state.bad_steps == 0
     assert precision.scaler.get_scale() == scale / 4
 
 
@@ -173,27 +177,27 @@ def test_a_loss_that_is_not_finite_leaves_the_scale():
 
 
 def test_unreadable_training_images_are_counted_once_and_capped(build, caplog):
-    trainer = build("data.max_unreadable=1")
-    iterate = trainer.loaders.train.iterate
+    run = build("data.max_unreadable=1")
+    iterate = run.loaders.train.iterate
     names = iter([["a.png"], ["a.png"], [], ["a.png", "b.png"]])
 
     def reporting(epoch, start_batch=0):
         for batch in iterate(epoch, start_batch):
             yield Batch(batch.images, batch.targets, next(names))
 
-    trainer.loaders.train.iterate = reporting
+    run.loaders.train.iterate = reporting
     with pytest.raises(
         RunError, match=r"2 training images cannot be read, more than data.max_unreadable=1: a.png, b.png"
     ):
-        trainer.run()
+        train(run)
     assert caplog.text.count("a.png cannot be read") == 1
-    assert trainer.state.iteration == 4
-    assert epoch_records(trainer.folder)[0]["unreadable"] == 1
+    assert run.state.iteration == 4
+    assert epoch_records(run.folder)[0]["unreadable"] == 1
 
 
 def test_the_first_signal_decides(build):
-    trainer = build()
-    with trainer.watch as watch:
+    run = build()
+    with run.watch as watch:
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
         assert watch.agreed(watch.flags()) == signal.SIGUSR1

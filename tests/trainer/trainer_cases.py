@@ -1,4 +1,4 @@
-"""Made-up data and comparisons for the trainer's tests."""
+"""Synthetic data and comparisons for the trainer's tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two processes do together for the tests; each scenario returns what the tests look at."""
+"""Scenarios that two processes play together; each returns what the tests look at."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import nn
 from trainer_cases import CONFIG, TINY_NETWORK, short_run, write_class_folders
 
 from configs import load_config
-from trainer import CLSTrainer, build_trainer
+from trainer import Run, build_run
 from trainer.batchnorm import batch_norm_statistics, equalise_statistics
 from trainer.checkpoint import CheckpointStore, load_training_checkpoint
+from trainer.train import train
 from util import errors
 from util.distributed import Process, init_process
 from util.errors import RunError, exit_code_of
@@ -49,32 +50,32 @@ def run_rank_that_dies(rank: int, folder: Path, data: Path) -> None:
     torch.set_num_threads(1)
     launch = Launch(rank=rank, local_rank=rank, world_size=2, dist_url=f"file://{folder}/store")
     with init_process(launch, device="cpu", timeout_seconds=60) as process:
-        trainer = build(process, folder / "runs", data)
-        during_step(trainer, 5, lambda images: os._exit(9) if rank == 1 else images)
+        run = build(process, folder / "runs", data)
+        during_step(run, 5, lambda images: os._exit(9) if rank == 1 else images)
         try:
-            trainer.run()
+            train(run)
         except RunError as error:
             (folder / "message.txt").write_text(str(error))
             os._exit(error.exit_code)
 
 
-def build(process: Process, runs: Path, data: Path, *more: str) -> CLSTrainer:
+def build(process: Process, runs: Path, data: Path, *more: str) -> Run:
     config = load_config(CONFIG, short_run(data, runs, *TINY_NETWORK, *more), world_size=2)
-    return build_trainer(config, process)
+    return build_run(config, process)
 
 
-def during_step(trainer: CLSTrainer, number: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def during_step(run: Run, number: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Put the images of a step, counted from 1, through a function."""
-    compute_loss = trainer.stepper.compute_loss
+    compute_loss = run.stepper.compute_loss
 
     def changed(images, targets):
-        return compute_loss(change(images) if trainer.state.iteration + 1 == number else images, targets)
+        return compute_loss(change(images) if run.state.iteration + 1 == number else images, targets)
 
-    trainer.stepper.compute_loss = changed
+    run.stepper.compute_loss = changed
 
 
-def weights(trainer: CLSTrainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in trainer.network.named_parameters()}
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in run.network.named_parameters()}
 
 
 def kill_self(images: torch.Tensor) -> torch.Tensor:
@@ -112,71 +113,71 @@ def statistics(process: Process, runs: Path, data: Path) -> dict[str, Any]:
 
 @scenario
 def nan_on_one_rank(process: Process, runs: Path, data: Path) -> dict[str, Any]:
-    trainer = build(process, runs, data)
+    run = build(process, runs, data)
     before: dict[str, torch.Tensor] = {}
     kept = {}
 
     def spoil(images: torch.Tensor) -> torch.Tensor:
-        before.update(weights(trainer))
+        before.update(weights(run))
         return images * float("nan") if process.rank == 1 else images
 
     def look(images: torch.Tensor) -> torch.Tensor:
-        kept["same"] = all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+        kept["same"] = all(torch.equal(value, before[name]) for name, value in weights(run).items())
         return images
 
-    during_step(trainer, 2, spoil)
-    during_step(trainer, 3, look)
-    code = trainer.run()
-    finite = all(value.isfinite().all() for value in trainer.network.state_dict().values())
-    return {"code": code, "skipped": trainer.state.skipped_steps, "finite": finite, "net": weights(trainer), **kept}
+    during_step(run, 2, spoil)
+    during_step(run, 3, look)
+    code = train(run)
+    finite = all(value.isfinite().all() for value in run.network.state_dict().values())
+    return {"code": code, "skipped": run.state.skipped_steps, "finite": finite, "net": weights(run), **kept}
 
 
 @scenario
 def signal_on_one_rank(process: Process, runs: Path, data: Path) -> dict[str, Any]:
-    trainer = build(process, runs, data)
-    during_step(trainer, 2, kill_self if process.rank == 1 else nn.Identity())
-    code = trainer.run()
-    return {"code": code, "iter": load_training_checkpoint(trainer.folder / "latest_ckpt.pth")["iter"]}
+    run = build(process, runs, data)
+    during_step(run, 2, kill_self if process.rank == 1 else nn.Identity())
+    code = train(run)
+    return {"code": code, "iter": load_training_checkpoint(run.folder / "latest_ckpt.pth")["iter"]}
 
 
 @scenario
 def resume(process: Process, runs: Path, data: Path) -> dict[str, Any]:
-    """Every rank keeps statistics of its own between tests, which a resume must bring back."""
+    """Every rank keeps its own statistics between tests, which a resume must bring back."""
     more = ("trainer.dist_BN=reduce", "test_start_epoch=0")
     whole = build(process, runs, data, *more)
-    whole.run()
+    train(whole)
     stopped = build(process, runs, data, *more)
     during_step(stopped, 2, kill_self if process.rank == 0 else nn.Identity())
-    stopped.run()
+    train(stopped)
     resumed = build(process, runs, data, *more, f"trainer.resume_dir={stopped.folder}")
-    resumed.run()
+    train(resumed)
     return {
-        name: [trainer.network.state_dict(), trainer.average.state_dict(), trainer.state.scores]
-        for name, trainer in (("whole", whole), ("resumed", resumed))
+        name: [run.network.state_dict(), run.average.module.state_dict(), run.state.scores]
+        for name, run in (("whole", whole), ("resumed", resumed))
     }
 
 
 @scenario
 def frozen(process: Process, runs: Path, data: Path) -> dict[str, Any]:
-    """Train the head and the last stage; say what changed of the rest, in the weights and in their average."""
+    """Train the head and the last stage; return the parts that changed, in the weights or in their average."""
     more = ("trainer.dist_BN=reduce", "test_start_epoch=0", "nb_classes=None", "model.freeze=conv_stem,bn1,blocks")
-    trainer = build(process, runs, data, *more)
-    start = {name: value.clone() for name, value in trainer.network.state_dict().items()}
-    trainer.run()
+    run = build(process, runs, data, *more)
+    start = {name: value.clone() for name, value in run.network.state_dict().items()}
+    train(run)
     changed = {
         name.split(".")[0]
-        for network in (trainer.network, trainer.average.network)
+        for network in (run.network, run.average.module)
         for name, value in network.state_dict().items()
         if not torch.equal(value, start[name])
     }
-    return {"changed": sorted(changed), "net": trainer.network.state_dict(), "classes": trainer.config.nb_classes}
+    return {"changed": sorted(changed), "net": run.network.state_dict(), "classes": run.config.nb_classes}
 
 
 @scenario
 def unreadable_test_image(process: Process, runs: Path, data: Path) -> str:
     root = Path(process.on_first(lambda: str(_broken(runs))))
     try:
-        build(process, runs, root, "test_start_epoch=0").run()
+        train(build(process, runs, root, "test_start_epoch=0"))
     except RunError as error:
         return str(error)
     return ""
@@ -184,14 +185,14 @@ def unreadable_test_image(process: Process, runs: Path, data: Path) -> str:
 
 @scenario
 def disk_full(process: Process, runs: Path, data: Path) -> str:
-    trainer = build(process, runs, data)
+    run = build(process, runs, data)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", str(runs / "latest_ckpt.pth"))
 
     save, CheckpointStore.save_latest = CheckpointStore.save_latest, full
     try:
-        trainer.run()
+        train(run)
     except RunError as error:
         return str(error)
     finally:
@@ -201,7 +202,7 @@ def disk_full(process: Process, runs: Path, data: Path) -> str:
 
 @scenario
 def messages(process: Process, runs: Path, data: Path) -> dict[str, Any]:
-    """Both fail in the same way; then rank 1 alone."""
+    """Both fail in the same way; then only rank 1."""
     errors.PATIENCE_SECONDS = 1.0
     said = {}
     process.on_first(lambda: runs.mkdir())

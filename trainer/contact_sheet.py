@@ -1,4 +1,4 @@
-"""A picture of many pictures: each with its name, and bars that say what it is taken for."""
+"""A contact sheet: many pictures in one, each with its name and with bars for its most probable classes."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Tile:
     """One picture of a sheet.
 
     Attributes:
-        image: In RGB; None leaves its place empty.
+        image: In RGB; None if it is missing.
         title: Above the bars.
         bars: Texts, each with the share (0 to 1) of the width that its bar takes.
-        note: Stands in place of a missing image.
+        note: Text in place of a missing image.
     """
 
     image: Image.Image | None
@@ -101,7 +101,7 @@ def _fit(image: Image.Image) -> Image.Image:
 
 
 def _shorten(text: str, width: int, font: Font) -> str:
-    """Return as much of a text as fits, with an ellipsis where it was cut."""
+    """Return as much of a text as fits, with an ellipsis if it was cut."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

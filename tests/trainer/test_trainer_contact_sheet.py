@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util.contact_sheet import BAR, FRAME, GAP, LINE, MAX_COLUMNS, SIDE, TEXT, Tile, draw_sheet
+from trainer.contact_sheet import BAR, FRAME, GAP, LINE, MAX_COLUMNS, SIDE, TEXT, Tile, draw_sheet
 
 RED = (250, 0, 0)
 

@@ -1,0 +1,217 @@
+"""The training loop: epochs of steps, a test where one is due, a checkpoint after each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from data import worker_failures
+from data.base import listed
+from util.distributed import is_lost_process
+from util.errors import EXIT_USER_ERROR, RunError
+from util.logging import progress_bar
+from util.memory import frozen_objects
+
+from .batchnorm import equalise_statistics
+from .evaluate import MAX_LISTED, Score
+from .setup import Run
+from .step import StepResult
+from .stop import SignalError, StopError
+
+__all__ = ["train"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _EpochPace:
+    """Images and time of this process's steps in an epoch, since it was started or resumed."""
+
+    start: float = field(default_factory=time.perf_counter)
+    num_images: int = 0
+    step_seconds: float = 0.0
+
+    def add(self, result: StepResult) -> None:
+        self.num_images += result.num_images
+        self.step_seconds += result.seconds["batch_t"]
+
+
+def train(run: Run) -> int:
+    """Train to the end, or until a signal.
+
+    Returns:
+        The exit code of the process.
+
+    Raises:
+        RunError: If the run cannot continue; the message names the checkpoint to resume from.
+    """
+    # Signals stay marks while the state is saved: a scheduler may send several.
+    with run.watch, frozen_objects():
+        try:
+            _train_epochs(run)
+        except SignalError as stop:
+            _save(run)
+            logger.info("%s; the state is saved, resume with trainer.resume_dir=%s", stop, run.folder)
+            return stop.exit_code
+        except StopError as stop:
+            _save(run)
+            message = f"{stop}. The state is saved in {run.saver.last_good}"
+            raise RunError(message, exit_code=stop.exit_code) from stop
+        except (RuntimeError, OSError, ValueError) as error:
+            explained = _explain(error, last_good=run.saver.last_good)
+            if explained is None:
+                raise
+            raise explained from error
+        finally:
+            run.report.close()
+            run.saver.close()
+    run.report.results(run.state)
+    return 0
+
+
+def _train_epochs(run: Run) -> None:
+    while run.state.epoch < run.schedule.num_epochs:
+        with worker_failures(run.config.trainer.data.num_workers_per_gpu):
+            pace = _EpochPace()
+            _train_epoch(run, pace)
+            _end_epoch(run, pace)
+
+
+def _train_epoch(run: Run, pace: _EpochPace) -> None:
+    """Do the steps of the epoch that are not done yet."""
+    state, num_steps = run.state, run.schedule.steps_per_epoch
+    run.network.train()
+    run.frozen.hold()
+    batches = run.loaders.train.iterate(state.epoch, start_batch=state.step * run.config.trainer.accumulation_steps)
+    with progress_bar(
+        range(state.step, num_steps),
+        title=f"Epoch {state.epoch + 1}/{run.schedule.num_epochs}",
+        total=num_steps,
+        start=state.step,
+        is_shown=run.process.is_logging,
+    ) as bar:
+        for _ in bar:
+            run.schedule.step(state.iteration)
+            result = run.stepper(batches)
+            state.step += 1
+            state.iteration += 1
+            pace.add(result)
+            columns = _log_step(run, result)
+            if columns:
+                bar.set_postfix_str(columns, refresh=False)
+            _check_step(run, result)
+
+
+def _log_step(run: Run, result: StepResult) -> str:
+    """Put a step into the meters; return the columns of a line, where one was due."""
+    state, options = run.state, run.config.logging
+    run.meters.update({**result.seconds, "lr": _learning_rate(run)})
+    if not result.is_skipped:
+        run.meters.update(result.terms)
+        run.epoch_meters.update(result.terms, count=result.num_images)
+    columns = ""
+    if state.iteration % options.train_log_per == 0 or state.step == run.schedule.steps_per_epoch:
+        columns = run.report.train_line(run.meters, state)
+    if state.iteration % options.train_reset_log_per == 0:
+        run.meters.reset()
+    return columns
+
+
+def _learning_rate(run: Run) -> float:
+    return max(group["lr"] for group in run.optimizer.param_groups)
+
+
+def _check_step(run: Run, result: StepResult) -> None:
+    """Count failures, act on signals, and save where that is due within an epoch."""
+    state, options = run.state, run.config.trainer
+    state.skipped_steps += result.is_skipped
+    state.bad_steps = state.bad_steps + 1 if result.is_bad else 0
+    if result.is_skipped:
+        cause = "loss or gradient is not finite" if result.is_bad else "overflow, the loss scale backs off"
+        logger.info("iteration %d is skipped on every process: %s", state.iteration, cause)
+    _count_unreadable(run, result.unreadable)
+    if state.bad_steps >= options.max_bad_steps:
+        raise StopError(f"{state.bad_steps} steps in a row gave a loss or gradient that is not finite")
+    if result.signal is not None:
+        raise SignalError(result.signal)
+    if options.save_per_iter and state.iteration % options.save_per_iter == 0:
+        _save(run)
+
+
+def _count_unreadable(run: Run, paths: list[str]) -> None:
+    known, limit = run.state.unreadable, run.config.data.max_unreadable
+    new = [path for path in paths if path not in known]
+    known.extend(new)
+    for path in new if run.process.is_logging else ():
+        logger.warning("training image %s cannot be read and is left out (%d so far)", path, len(known))
+    if len(known) > limit:
+        message = f"{len(known)} training images cannot be read, more than data.max_unreadable={limit}: "
+        raise StopError(message + listed(known, MAX_LISTED), exit_code=EXIT_USER_ERROR)
+
+
+def _end_epoch(run: Run, pace: _EpochPace) -> None:
+    """Test and save, as is due; only then does the epoch count as done."""
+    state, options = run.state, run.config.trainer
+    epoch = state.epoch + 1
+    is_last = epoch == run.schedule.num_epochs
+    is_test_due = epoch >= options.test_start_epoch or epoch % options.test_per_epoch == 0 or is_last
+    scores = _test(run) if is_test_due else {}
+    for name in state.add_scores(epoch, scores) if is_test_due else ():
+        score = scores[name]
+        run.saver.save_best(name, epoch=epoch, scores={"top1": score.top1, "top5": score.top5})
+    run.schedule.epoch_end(state.epoch, scores["net"].top1 if scores else None)
+    _report_epoch(run, pace, epoch, scores)
+    state.epoch = epoch
+    state.step = 0
+    _save(run, periodic_epoch=epoch if epoch % options.save_per_epoch == 0 else None)
+
+
+def _test(run: Run) -> dict[str, Score]:
+    """Return the scores of the plain and the averaged weights."""
+    networks = {"net": run.network}
+    if run.average is not None:
+        networks["net_E"] = run.average.module
+    scores = {}
+    for name, network in networks.items():
+        equalise_statistics(network, run.config.trainer.dist_BN, run.process)
+        scores[name] = run.evaluator(network, title=name)
+        logger.info("Test %s: %s", name, scores[name])
+    return scores
+
+
+def _report_epoch(run: Run, pace: _EpochPace, epoch: int, scores: Mapping[str, Score]) -> None:
+    now = time.perf_counter()
+    record = {
+        "epoch": epoch,
+        "iteration": run.state.iteration,
+        "lr": _learning_rate(run),
+        "train": {name: reading.avg for name, reading in run.epoch_meters.read(run.process).items()},
+        "images_per_second": run.process.sum([pace.num_images])[0] / max(pace.step_seconds, 1e-9),
+        "skipped_steps": run.state.skipped_steps,
+        "unreadable": len(run.state.unreadable),
+        "seconds": now - pace.start,
+        "total_seconds": now - run.start,
+    }
+    run.report.epoch(record, scores)
+    run.epoch_meters.reset()
+
+
+def _save(run: Run, *, periodic_epoch: int | None = None) -> None:
+    run.state.seconds = time.perf_counter() - run.start
+    run.saver.save_latest(run.state, periodic_epoch=periodic_epoch)
+
+
+def _explain(error: Exception, *, last_good: str | None) -> RunError | None:
+    """Return the error to raise for one that processes have not agreed on; None if it is a defect."""
+    resumable = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+    text = str(error).strip()
+    if is_lost_process(error):
+        return RunError(f"another process of the run was lost; {resumable} ({text})")
+    if isinstance(error, RunError):
+        return RunError(f"{text}; {resumable}", exit_code=error.exit_code)
+    if isinstance(error, (OSError, ValueError)):
+        return RunError(f"{text}; {resumable}", exit_code=EXIT_USER_ERROR)
+    logger.error("the run ends with an error; %s", resumable)
+    return None
