@@ -74,12 +74,12 @@ def _places(
             line = {"arrowstyle": "-", "linewidth": 0.5, "color": mpl.rcParams["text.color"], "relpos": corner}
             options["arrowprops"] = {**line, "shrinkA": 0, "shrinkB": 2}
             end = (box.x0 + corner[0] * box.width, box.y0 + corner[1] * box.height)
-            place = place._replace(line=_pieces(points[own], end)[3:])
+            place = place._replace(line=_pieces(points[own], end, pad=1)[2:])
         else:
             distances = [_distance(box, *point) for point in points]
             num_nearer = sum(distance < distances[own] + 2 for distance in distances) - 1
             place = place._replace(faults=place.faults + 20 * num_nearer)  # whose label is it?
-        places.append(place._replace(faults=place.faults + _overlaps(place, obstacles)))
+        places.append(place._replace(faults=place.faults + 2 * _overlaps(place, obstacles)))
     return places
 
 
@@ -87,10 +87,10 @@ def _overlaps(place: _Place, boxes: Sequence[Bbox]) -> int:
     return sum(part.count_overlaps(boxes) for part in (place.box, *place.line))
 
 
-def _pieces(start: Sequence[float], end: Sequence[float]) -> list[Bbox]:
+def _pieces(start: Sequence[float], end: Sequence[float], *, pad: float = 3) -> list[Bbox]:
     """Return a line as small boxes, in pixels."""
     steps = max(2, int(np.hypot(end[0] - start[0], end[1] - start[1]) / 4))
-    return [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in np.linspace(start, end, steps)]
+    return [Bbox.from_extents(x - pad, y - pad, x + pad, y + pad) for x, y in np.linspace(start, end, steps)]
 
 
 def _distance(box: Bbox, x: float, y: float) -> float:
