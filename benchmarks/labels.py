@@ -52,11 +52,19 @@ def _places(
     axes: Axes, label: tuple[str, float, float], own: int, points: np.ndarray, obstacles: list[Bbox], size: float
 ) -> list[_Place]:
     """Return where a label may go: on any side of its point, near or at the end of a line."""
-    renderer = FigureCanvasAgg(cast(Figure, axes.figure)).get_renderer()
+    figure = cast(Figure, axes.figure)
+    renderer = FigureCanvasAgg(figure).get_renderer()
     room = axes.get_window_extent(renderer)
-    text, *point = label
+    written = axes.annotate(label[0], label[1:], fontsize=size)
+    extent = written.get_window_extent(renderer)
+    written.remove()
+    (left, bottom), pixels = points[own], figure.dpi / 72
     places = []
     for distance, (x, y) in product(_DISTANCES, _SIDES):
+        corner = ((1 - x) / 2, (1 - y) / 2)  # of the label, towards the point
+        x0 = left + distance * pixels * x - corner[0] * extent.width
+        y0 = bottom + distance * pixels * y - corner[1] * extent.height
+        box = Bbox.from_bounds(x0, y0, extent.width, extent.height)
         options = {
             "xytext": (distance * x, distance * y),
             "textcoords": "offset points",
@@ -64,16 +72,12 @@ def _places(
             "va": {-1: "top", 0: "center", 1: "bottom"}[y],
             "fontsize": size,
         }
-        annotation = axes.annotate(text, point, **options)
-        box = annotation.get_window_extent(renderer)
-        annotation.remove()
         is_outside = box.x0 < room.x0 or box.x1 > room.x1 or box.y0 < room.y0 or box.y1 > room.y1
         place = _Place(options, box, [], 100 * is_outside + distance / 20)
         if distance >= _LED:
-            corner = ((1 - x) / 2, (1 - y) / 2)
             line = {"arrowstyle": "-", "linewidth": 0.5, "color": mpl.rcParams["text.color"], "relpos": corner}
             options["arrowprops"] = {**line, "shrinkA": 0, "shrinkB": 2}
-            end = (box.x0 + corner[0] * box.width, box.y0 + corner[1] * box.height)
+            end = (x0 + corner[0] * extent.width, y0 + corner[1] * extent.height)
             place = place._replace(line=_pieces(points[own], end, pad=1)[2:])
         else:
             distances = [_distance(box, *point) for point in points]

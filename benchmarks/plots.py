@@ -172,7 +172,7 @@ def _scan(figure: Figure, result: Mapping[str, Any]) -> None:
 
 
 def _train_step(figure: Figure, result: Mapping[str, Any]) -> None:
-    """Images/s and peak memory, ours beside the literal network."""
+    """Images/s and peak memory, ours next to the literal network."""
     rows = result["cases"]
     groups = list(dict.fromkeys((row["variant"], row["precision"]) for row in rows))
     figure.set_size_inches(max(6.0, 1.5 * len(groups)), 3.5)

@@ -87,7 +87,7 @@ class Drawing:
             self.add("text", paint, content, x=f"{x:g}", y=f"{y:g}", **style, **attributes)
 
     def room(self, y: float, height: float, title: str, note: str) -> None:
-        """Frame one of the figure's parts, with a title and a note beside it."""
+        """Frame one of the figure's parts, with a title and a note."""
         self.add("rect", "room", x=MARGIN / 2, y=y, width=WIDTH - MARGIN, height=height, rx=8)
         self.text(MARGIN + 4, y + 22, title, size=14, bold=True, at="start")
         self.text(MARGIN + 14 + 8.6 * len(title), y + 22, note, size=11.5, at="start")
@@ -280,7 +280,7 @@ def _shares(drawing: Drawing, y: float) -> None:
 
 
 def main() -> None:
-    """Write the figure beside this file, or where the command line says."""
+    """Write the figure next to this file, or where the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("network.svg"))
     path = parser.parse_args().out
