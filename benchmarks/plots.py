@@ -34,6 +34,7 @@ _STYLE = {
     **dict.fromkeys(("grid.color", "legend.edgecolor"), _GRID),
     "font.size": 9,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "savefig.dpi": 150,
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "mobilemamba",  # the same names of elements every time

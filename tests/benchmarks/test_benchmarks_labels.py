@@ -32,5 +32,6 @@ def test_labels_stay_apart(labels):
     assert not any(first.overlaps(second) for first, second in combinations(boxes, 2))
     room = axes.get_window_extent(renderer)
     for box in boxes:
-        assert room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
+        assert room.x0 <= box.x0 < box.x1 <= room.x1
+        assert room.y0 <= box.y0 < box.y1 <= room.y1
         assert not any(box.contains(*axes.transData.transform((x, y))) for _, x, y in labels)
