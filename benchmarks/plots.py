@@ -1,11 +1,15 @@
 """Figures: accuracy against throughput, time against length, training speed and memory.
 
 Drawn from the content of a result file, so that they can be drawn again: ``python -m benchmarks.plots FILE.json``.
+The README's plot is one of them, as an SVG file that follows the reader's light or dark mode::
+
+    python -m benchmarks.plots benchmarks/results/network-*.json --readme docs/accuracy-speed.svg
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +20,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-__all__ = ["draw"]
+from .labels import place_labels
+
+__all__ = ["draw", "draw_readme"]
 
 ACCURACY = Path(__file__).resolve().parent / "accuracy.json"
-OURS, PEER, LITERAL = "tab:red", "tab:blue", "tab:gray"
-_STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none", "savefig.dpi": 150}
+OURS, PEER, LITERAL = "#cf222e", "#0969da", "#818b98"
+_INK, _PAPER, _GRID = "#1f2328", "#ffffff", "#d1d9e0"
+_DARK = {_INK: "#e6edf3", _PAPER: "#0d1117", _GRID: "#3d444d", OURS: "#ff7b72", PEER: "#58a6ff"}
+_STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), _PAPER),
+    **dict.fromkeys(("grid.color", "legend.edgecolor"), _GRID),
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "savefig.dpi": 150,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "mobilemamba",  # the same names of elements every time
+}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> Path:
@@ -41,6 +59,39 @@ def draw(result: Mapping[str, Any], path: Path) -> Path:
         path = path.with_name(path.name + ".png")
         figure.savefig(path)
     return path
+
+
+def draw_readme(result: Mapping[str, Any], path: Path) -> Path:
+    """Draw accuracy against throughput in float32, at the largest batch measured, as SVG in light and dark colours.
+
+    Args:
+        result: Content of a result file of `benchmarks.network`.
+        path: Of the picture.
+
+    Returns:
+        The same path.
+    """
+    batch = max(row["batch"] for row in result["best"])
+    rows = [row for row in result["best"] if (row["batch"], row["precision"]) == (batch, "fp32")]
+    buffer = io.StringIO()
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(8, 4.6), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(f"{_where(result['machine'])}, batch {batch}, float32", fontsize=9)
+        _accuracy_panel(axes, rows, json.loads(ACCURACY.read_text()), size=8)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    path.write_text(buffer.getvalue().replace("<defs>", f"<style>{_dark_mode()}</style>\n <defs>", 1), encoding="utf-8")
+    return path
+
+
+def _dark_mode() -> str:
+    """Return a style sheet that replaces the colours in the elements' own styles where the page is dark."""
+    rules = "\n".join(
+        f'[style*="{property}: {light}"] {{{property}: {dark} !important}}'
+        for light, dark in _DARK.items()
+        for property in ("fill", "stroke")
+    )
+    return f"@media (prefers-color-scheme: dark) {{\n{rules}\n}}"
 
 
 def _where(machine: Mapping[str, Any]) -> str:
@@ -68,7 +119,10 @@ def _network(figure: Figure, result: Mapping[str, Any]) -> None:
             axes[i, j].set_title(f"batch {batch}, {precision}")
 
 
-def _accuracy_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], accuracy: Mapping[str, Any]) -> None:
+def _accuracy_panel(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], accuracy: Mapping[str, Any], *, size: float = 6
+) -> None:
+    """Published accuracy against measured speed; ``size`` is that of the labels, in points."""
     speed = {row["network"]: row["images_per_s"] for row in rows}
     ours = [row["network"] for row in rows if row["kind"] == "ours"]
     for group, label, style in (
@@ -78,27 +132,23 @@ def _accuracy_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], accuracy: Map
         points = [(speed[name], accuracy[group][name]["top1"]) for name in ours]
         if points:
             axes.plot(*zip(*points, strict=True), style, marker="o", color=OURS, label=label, markersize=4)
-    for name in ours:
-        _label(axes, name.removeprefix("MobileMamba_"), speed[name], accuracy["models"][name]["top1"], offset=(-14, -3))
-    for has_teacher, label, face in ((False, "peers in timm", PEER), (True, "peers, with teacher", "none")):
+    labels = [(name.removeprefix("MobileMamba_"), speed[name], accuracy["models"][name]["top1"]) for name in ours]
+    for has_teacher, label, face in ((False, "others", PEER), (True, "others, with teacher", "none")):
         names = [name for name in speed if accuracy["models"].get(name, {}).get("with_teacher") is has_teacher]
-        top1 = [accuracy["models"][name]["top1"] for name in names]
-        if names:
-            axes.scatter([speed[name] for name in names], top1, s=16, facecolor=face, edgecolor=PEER, label=label)
-        for name, value in zip(names, top1, strict=True):
-            _label(axes, name, speed[name], value)
+        points = [(speed[name], accuracy["models"][name]["top1"]) for name in names]
+        if points:
+            axes.scatter(*zip(*points, strict=True), s=16, facecolor=face, edgecolor=PEER, label=label)
+        labels += [(name, *point) for name, point in zip(names, points, strict=True)]
     axes.set_xscale("log")
-    axes.margins(x=0.2)
+    speeds = [x for _, x, _ in labels]
+    axes.set_xlim(0.8 * min(speeds), 2.3 * max(speeds))  # room for the fastest networks' labels
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("images/s")
-    axes.set_ylabel("ImageNet-1K top-1, %")
-    axes.legend(fontsize=7)
-
-
-def _label(axes: Axes, text: str, x: float, y: float, *, offset: tuple[int, int] = (3, 3)) -> None:
-    axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", fontsize=6)
+    axes.set_xlabel("images/s (measured)")
+    axes.set_ylabel("ImageNet-1K top-1, % (published)")
+    axes.legend(fontsize=size, framealpha=1)
+    place_labels(axes, labels, size=size)
 
 
 def _scan(figure: Figure, result: Mapping[str, Any]) -> None:
@@ -123,7 +173,7 @@ def _scan(figure: Figure, result: Mapping[str, Any]) -> None:
 
 
 def _train_step(figure: Figure, result: Mapping[str, Any]) -> None:
-    """Images/s and peak memory, ours beside the literal network."""
+    """Images/s and peak memory, ours next to the literal network."""
     rows = result["cases"]
     groups = list(dict.fromkeys((row["variant"], row["precision"]) for row in rows))
     figure.set_size_inches(max(6.0, 1.5 * len(groups)), 3.5)
@@ -142,11 +192,16 @@ def _train_step(figure: Figure, result: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    """Draw the pictures of result files again, beside them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Draw the pictures of result files again, next to them, or one for the README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
-    for path in parser.parse_args().files:
-        print(draw(json.loads(path.read_text()), path.with_suffix("")))
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE.svg", help="draw only accuracy against speed, to this file"
+    )
+    arguments = parser.parse_args()
+    for path in arguments.files:
+        result = json.loads(path.read_text())
+        print(draw_readme(result, arguments.readme) if arguments.readme else draw(result, path.with_suffix("")))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The repository as a whole: which way imports point, and what the README promises."""
+"""The repository as a whole: the direction of imports, and what the README promises."""
 
 from __future__ import annotations
 
@@ -93,33 +93,83 @@ def test_run_py_is_short():
     assert len((ROOT / "run.py").read_text().splitlines()) <= 40
 
 
+def prose(document):
+    return re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+
+
+def anchors(document):
+    """The names under which GitHub links to a document's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(document), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def tree_of(readme):
+    """Path and description of every entry of the README's tree."""
+    tree = re.search(r"## Where things are\n\n```\n(.*?)```", readme, flags=re.S)[1]
+    folders = []
+    for line in tree.splitlines():
+        indent, names, description = re.fullmatch(r"( *)(\S.*?)(?:  +(.*))?", line).groups()
+        folders = folders[: len(indent) // 2]
+        for name in names.split(", "):
+            yield "/".join([*folders, name.rstrip("/")]), description or ""
+        folders.append(names.rstrip("/"))
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
 def test_readme_has_the_published_figures_and_commands():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     published = json.loads((ROOT / "tests" / "parity" / "published.json").read_text())["imagenet"]
     launch = "python3 -m torch.distributed.launch --nproc_per_node=8 --nnodes=1 --use_env run.py"
+    train, test = re.findall(r"<details>.*?</details>", readme, flags=re.S)
     for entry in published.values():
-        assert f"{launch} -c {entry['config']} -m train\n" in readme
-        assert f"{launch} -c {entry['config']} -m test model.model_kwargs.checkpoint_path={entry['path']}\n" in readme
+        assert f"\n{launch} -c {entry['config']} -m train\n" in train
+        assert f"\n{launch} -c {entry['config']} -m test model.model_kwargs.checkpoint_path={entry['path']}\n" in test
         assert f"{entry['top1']:.3f}" in readme
         assert f"{entry['top5']:.3f}" in readme
         assert entry["drive_id"] in readme
         assert (ROOT / f"{entry['config']}.py").is_file()
 
 
-def test_readme_links_exist():
+def test_downstream_readme_has_the_published_figures():
+    readme = (ROOT / "downstream" / "README.md").read_text(encoding="utf-8")
+    published = json.loads((ROOT / "tests" / "parity" / "published.json").read_text())
+    for entry in published["downstream"].values():
+        (row,) = (line for line in readme.splitlines() if entry["drive_id"] in line)
+        box_or_map = [f"{value:.1f}" for name, value in entry["metrics"].items() if not name.startswith("segm")]
+        assert f"| {' | '.join(box_or_map)} |" in row
+        masks = [f"{value:.1f}" for name, value in entry["metrics"].items() if name.startswith("segm")]
+        assert " | ".join(masks) in readme
+        assert f"]({entry['config'].removeprefix('downstream/')})" in row
+
+
+def test_readme_tree_exists():
+    for path, description in tree_of((ROOT / "README.md").read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), path
+        folder = ROOT / path if (ROOT / path).is_dir() else (ROOT / path).parent
+        for name in re.findall(r"[\w/]+\.py", description):
+            assert (folder / name).is_file(), f"{path}: {name}"
+
+
+def test_links_lead_somewhere():
     own = [folder for folder in ALLOWED if (ROOT / folder).is_dir()]
     for document in [
         *ROOT.glob("*.md"),
         *(path for name in [*own, "docs", "tests"] for path in (ROOT / name).rglob("*.md")),
     ]:
-        prose = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
-        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", prose):
-            assert (document.parent / target).exists(), f"{document.relative_to(ROOT)} links to {target}"
+        for path, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", prose(document)):
+            target = document.parent / path if path else document
+            assert target.exists(), f"{document.relative_to(ROOT)} links to {path}"
+            if anchor:
+                assert anchor in anchors(target), f"{document.relative_to(ROOT)} links to {path}#{anchor}"
 
 
-def test_readme_snippets_run(tmp_path):
+@pytest.mark.parametrize("name", ["README.md", "docs/library.md"])
+def test_python_snippets_run(tmp_path, name):
     """One after the other, as a reader would, from a folder in which they may write."""
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.S)
     assert snippets
     command = [sys.executable, "-c", "\n".join(snippets)]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=300)
