@@ -90,7 +90,7 @@ def _mixer(mixer: Any, x: Tensor) -> Tensor:
     attn = mixer.m.attn
     wavelet, local, proj = attn.global_op, attn.local_op, attn.proj[1]
     ss2d = wavelet.global_atten
-    parameters = [  # in the order of csrc/layers/steps
+    parameters = [  # in the order of csrc/layers/mixer_step.cpp
         *_parameters(ss2d.in_proj),
         ss2d.conv2d.weight,
         ss2d.conv2d.bias,
@@ -130,7 +130,7 @@ def _parameters(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Step(torch.autograd.Function):
-    """A step, by the operators ``<name>_step`` and ``<name>_step_backward`` (csrc/layers/steps.cpp)."""
+    """A step, by the operators ``<name>_step`` and ``<name>_step_backward`` (csrc/layers)."""
 
     @staticmethod
     def forward(
