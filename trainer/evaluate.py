@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from configs import Config
 from data import Batch, TestLoader
-from data.base import listed
+from model.messages import listed
 from util.distributed import Process
 from util.errors import EXIT_USER_ERROR, RunError
 from util.logging import PROGRESS, progress_bar

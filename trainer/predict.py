@@ -9,7 +9,7 @@ import torch
 
 from configs import Config, with_classes
 from data import Batch, Pictures, TestLoader, UnreadableImageError, find_class_names, worker_failures
-from data.base import listed
+from model.messages import listed
 from util.distributed import Process
 from util.errors import EXIT_USER_ERROR, RunError
 from util.logging import progress_bar

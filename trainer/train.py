@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from data import worker_failures
-from data.base import listed
+from model.messages import listed
 from util.distributed import is_lost_process
 from util.errors import EXIT_USER_ERROR, RunError
 from util.logging import progress_bar
