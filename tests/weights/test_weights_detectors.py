@@ -164,4 +164,4 @@ def test_under_a_launcher_detectors_are_refused(monkeypatch, capsys):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "0")
     assert check.main(["det"]) == 2
-    assert "start processes of their own" in capsys.readouterr().err
+    assert "start their own processes" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_imagenets_validation_set_is_recognised_in_folders_and_in_numbered_lists
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"count": 49_999}, "49,999 images, where ImageNet-1K validation has 50,000: a part of it"),
+        ({"count": 49_999}, "49,999 images, where ImageNet-1K validation has 50,000: a subset"),
         ({"count": 51_000}, "another set"),
         ({"stem": "train_{}"}, "not named as those of ImageNet-1K validation, as ILSVRC2012_val_00000001"),
         ({"names": sorted(name[::-1] for name in NAMES)}, "the class names are not those"),
