@@ -206,7 +206,7 @@ def test_mistakes_are_said_before_anything_is_read(predict, class_folders, overr
 
 
 def test_entries_of_predict_need_its_mode():
-    with pytest.raises(ValueError, match=r"predict\.input holds with -m predict alone$"):
+    with pytest.raises(ValueError, match=r"predict\.input holds only with -m predict$"):
         load_config(CONFIG, ["predict.input=a.png"], mode="test")
 
 
