@@ -22,7 +22,6 @@ PACKAGE = "mobilemamba_kernels"
 BUILD = f"pip install {Path(__file__).resolve().parent / 'kernels' / 'selective_scan'}"
 # Raised whenever the operators' schemas change, here and in setup.py: a library with another number is not used.
 SCHEMA = 6
-LANES = 16  # columns of a packed weight are padded to a multiple of these (csrc/layers)
 
 
 @functools.cache
@@ -113,23 +112,10 @@ def _wavelet(x: Tensor, weight: Tensor, base: Tensor) -> Tensor:
     return _new_map(x, *x.shape[1:])
 
 
-def _pack_columns(weight: Tensor) -> Tensor:
-    depth, columns = weight.shape
-    return weight.new_empty(depth * (columns + -columns % LANES))
-
-
-def _pack_depthwise(weight: Tensor) -> Tensor:
-    channels, _, height, width = weight.shape
-    return weight.new_empty((height, width, channels))
-
-
 _FAKES: dict[str, Callable[..., Tensor]] = {
     "pointwise": _pointwise,
     "ffn": _ffn,
     "convs": _convs,
     "depthwise": _depthwise,
     "wavelet": _wavelet,
-    "pack_columns": _pack_columns,
-    "pack_depthwise": _pack_depthwise,
-    "pack_bands": _pack_depthwise,
 }
