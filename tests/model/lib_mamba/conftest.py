@@ -11,8 +11,8 @@ from scan_cases import Backend
 
 from model.lib_mamba import backends, library, use_backend
 
-# The CUDA kernels as C++ on a device that gets a block an image, and on one for which images are cut up.
-CUDA_AS_CPP = {"cuda_as_cpp_whole_images": FEW, "cuda_as_cpp_images_cut_up": MANY}
+# The CUDA kernels as C++: on a device so small that a block takes an image, and on one for which images are divided.
+CUDA_AS_CPP = {"cuda_as_cpp_whole_images": FEW, "cuda_as_cpp_divided_images": MANY}
 
 
 def pytest_configure(config):

@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: compiled as C++, every thread of a block a fiber (cuda_on_cpu/).
 
-Memory is guarded and poisoned: what a kernel reads before it was written is NaN, what it touches beyond the end of a
-tensor ends the process. What a GPU's own instructions do, and how fast, is not tested here.
+Memory is guarded and poisoned: memory that was never written reads as NaN, and an access beyond the end of a tensor
+ends the process. A GPU's own instructions, and its speed, are not tested here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KERNELS = ROOT / "model" / "lib_mamba" / "kernels" / "selective_scan" / "csrc"
 CUDA = KERNELS / "scan" / "cuda"
 SOURCES = [CUDA / "gated_scan.cu", CUDA / "general_scan.cu", SHIM / "fibers.cpp", SHIM / "operators.cpp"]
 OPERATORS = ("gated_scan", "gated_scan_backward", "selective_scan", "selective_scan_backward")
-# Multiprocessors and shared memory of a block, which decide how the work is cut up.
+# Multiprocessors and shared memory of a block, which decide how the work is divided.
 FEW, MANY = 1, 132
 H200_SHARED, SMALL_SHARED = 227 * 1024, 48 * 1024
 

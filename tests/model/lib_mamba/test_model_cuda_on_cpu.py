@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 ORDERS = range(3)  # ascending, descending, shuffled
 
 
-@pytest.fixture(params=[FEW, MANY], ids=["a block an image", "images cut up"])
+@pytest.fixture(params=[FEW, MANY], ids=["a block an image", "images divided"])
 def multiprocessors(request, cuda_as_cpp):
     cuda_as_cpp.set_device(request.param, H200_SHARED)
 
