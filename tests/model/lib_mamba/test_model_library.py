@@ -30,7 +30,13 @@ def package(tmp_path, monkeypatch):
         (folder / "__init__.py").touch()
         (folder / "_C.so").write_text("not a library")
         running = torch.__version__.split("+")[0]
-        fields = {"version": "1.0.0", "schema": library.SCHEMA, "library": "_C.so", "torch": running, "cuda": None}
+        fields = {
+            "version": "1.0.0",
+            "schemas": library.fingerprint(),
+            "library": "_C.so",
+            "torch": running,
+            "cuda": None,
+        }
         (folder / "build.json").write_text(json.dumps(fields | build))
         monkeypatch.syspath_prepend(tmp_path)
         return folder
@@ -48,7 +54,7 @@ def test_a_library_for_another_pytorch_is_never_loaded(package, monkeypatch):
 
 
 def test_a_library_for_another_version_of_the_operators_is_never_loaded(package):
-    package(schema=library.SCHEMA + 1)
+    package(schemas="of other operators")
     assert "of another version" in compiled.cpu.is_available()[1]
 
 

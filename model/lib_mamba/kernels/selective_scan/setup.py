@@ -6,6 +6,7 @@ FORCE_CUDA=0 leaves CUDA out. TORCH_CUDA_ARCH_LIST and MAX_JOBS are PyTorch's ow
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -25,7 +26,6 @@ except ImportError as error:
 
 NAME = "mobilemamba_kernels._C"
 VERSION = "1.0.0"
-SCHEMA = 6  # as in model/lib_mamba/library.py
 FOLDER = Path(__file__).resolve().parent
 CSRC = FOLDER / "csrc"
 FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
@@ -118,7 +118,7 @@ class Build(BuildExtension):
         library = Path(self.get_ext_fullpath(NAME))
         info = {
             "version": VERSION,
-            "schema": SCHEMA,
+            "schemas": hashlib.sha256((CSRC / "operators.cpp").read_bytes()).hexdigest(),
             "library": library.name,
             "torch": torch.__version__.split("+")[0],
             "cuda": None if without_cuda else torch.version.cuda,

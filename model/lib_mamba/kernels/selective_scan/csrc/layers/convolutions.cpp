@@ -131,9 +131,28 @@ Tensor wavelet_weight_gradient(const Tensor& grad, const Tensor& x, int64_t side
   return dweight;
 }
 
+namespace {
+
+Tensor traced_depthwise(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation) {
+  const c10::SymInt side = weight.sym_size(0), height = convolved(x.sym_size(2), side, stride, padding);
+  return traced_map(x, x.sym_size(1), height, convolved(x.sym_size(3), side, stride, padding));
+}
+
+Tensor traced_wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
+  return traced_map(x, x.sym_size(1), x.sym_size(2), x.sym_size(3));
+}
+
+}  // namespace
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
   m.impl("depthwise", mobilemamba::depthwise);
   m.impl("wavelet", mobilemamba::wavelet);
+}
+
+TORCH_LIBRARY_IMPL(mobilemamba_kernels, Meta, m) {
+  m.impl("depthwise", mobilemamba::traced_depthwise);
+  m.impl("wavelet", mobilemamba::traced_wavelet);
 }

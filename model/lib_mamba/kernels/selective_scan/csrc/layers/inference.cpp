@@ -258,6 +258,28 @@ Tensor convs(
   return out;
 }
 
+Tensor traced_pointwise(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
+    int64_t activation) {
+  return traced_map(x, bias.sym_size(0), x.sym_size(2), x.sym_size(3));
+}
+
+Tensor traced_ffn(
+    const Tensor& x, const std::optional<Tensor>& taps, const std::optional<Tensor>& taps_bias,
+    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias) {
+  return traced_map(x, x.sym_size(1), x.sym_size(2), x.sym_size(3));
+}
+
+Tensor traced_convs(
+    const Tensor& x, at::TensorList weights, at::TensorList biases, int64_t side, int64_t stride, int64_t padding) {
+  c10::SymInt height = x.sym_size(2), width = x.sym_size(3);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    height = convolved(height, c10::SymInt(side), stride, padding);
+    width = convolved(width, c10::SymInt(side), stride, padding);
+  }
+  return traced_map(x, biases.back().sym_size(0), height, width);
+}
+
 }  // namespace
 }  // namespace mobilemamba
 
@@ -265,4 +287,10 @@ TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
   m.impl("pointwise", mobilemamba::pointwise);
   m.impl("ffn", mobilemamba::ffn);
   m.impl("convs", mobilemamba::convs);
+}
+
+TORCH_LIBRARY_IMPL(mobilemamba_kernels, Meta, m) {
+  m.impl("pointwise", mobilemamba::traced_pointwise);
+  m.impl("ffn", mobilemamba::traced_ffn);
+  m.impl("convs", mobilemamba::traced_convs);
 }

@@ -34,6 +34,10 @@ Tensor new_like(const Tensor& map) {
   return new_map(map.size(0), map.size(1), map.size(2), map.size(3));
 }
 
+Tensor traced_map(const Tensor& x, c10::SymInt channels, c10::SymInt height, c10::SymInt width) {
+  return at::empty_symint({x.sym_size(0), channels, height, width}, x.options(), at::MemoryFormat::ChannelsLast);
+}
+
 Map map_of(const Tensor& x) {
   return {
       x.size(2),
@@ -63,10 +67,6 @@ void check_vector(const Tensor& tensor, int64_t size, const char* name) {
 
 void check_same(const Tensor& tensor, const Tensor& map, const char* name) {
   TORCH_CHECK(tensor.sizes() == map.sizes(), name, " must be ", map.sizes(), ", got ", tensor.sizes());
-}
-
-int64_t convolved(int64_t size, int64_t side, int64_t stride, int64_t padding) {
-  return (size + 2 * padding - side) / stride + 1;
 }
 
 }  // namespace mobilemamba

@@ -24,6 +24,9 @@ at::Tensor new_map(int64_t batch, int64_t channels, int64_t height, int64_t widt
 // A new map with the sizes of another.
 at::Tensor new_like(const at::Tensor& map);
 
+// A new map as a tracer sees it: type and device of x, no values.
+at::Tensor traced_map(const at::Tensor& x, c10::SymInt channels, c10::SymInt height, c10::SymInt width);
+
 Map map_of(const at::Tensor& x);
 
 // A map of `as_rows`: pixels by channels.
@@ -35,7 +38,10 @@ void check_vector(const at::Tensor& tensor, int64_t size, const char* name);
 
 void check_same(const at::Tensor& tensor, const at::Tensor& map, const char* name);
 
-// A side of the output of a convolution.
-int64_t convolved(int64_t size, int64_t side, int64_t stride, int64_t padding);
+// A side of the output of a convolution; a tracer's sizes may be symbols.
+template <class Size>
+Size convolved(Size size, Size side, int64_t stride, int64_t padding) {
+  return (size + 2 * padding - side) / stride + 1;
+}
 
 }  // namespace mobilemamba
