@@ -217,4 +217,4 @@ def test_weights_for_the_kernels_follow_and_are_no_second_state(inference_kernel
     state = network.state_dict()
     unfolded = create_model("MobileMamba_T2", num_classes=3).state_dict()
     assert sum(value.numel() for value in state.values()) < sum(value.numel() for value in unfolded.values())
-    assert network.to("meta").patch_embed.panels == []
+    assert set(network.to("meta").patch_embed.panels) == {None}
