@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -112,11 +113,22 @@ def write_predictions(path: str | Path, predictions: Sequence[Prediction], *, mo
         OSError: If the file cannot be written.
     """
     path = Path(path).expanduser()
-    with replacing(path) as aside:
+    with _replacing(path) as aside:
         if path.suffix.lower() == ".csv":
             _write_csv(aside, predictions)
         else:
             _write_json(aside, predictions, model=model, weights=weights)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a file that replaces ``path`` at the end; an error names ``path``."""
+    try:
+        with replacing(path) as aside:
+            yield aside
+    except OSError as error:
+        cause = f"cannot be written ({error.strerror or error}); what was there before is unchanged"
+        raise OSError(error.errno, cause, str(path)) from error
 
 
 def _write_csv(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -162,7 +174,7 @@ def write_sheet(path: str | Path, predictions: Sequence[Prediction], pictures: P
         for index, prediction in enumerate(predictions[:limit])
     ]
     path = Path(path).expanduser()
-    with replacing(path) as aside:
+    with _replacing(path) as aside:
         draw_sheet(tiles).save(aside, format=Image.registered_extensions()[path.suffix.lower()])
     return len(tiles)
 
