@@ -15,7 +15,7 @@ from model.messages import listed
 from .images import is_image_name, missing_decoders
 from .printable import printable
 
-__all__ = ["ImageSearch", "class_folders", "left_out", "read_file"]
+__all__ = ["ImageSearch", "class_folders", "file_name", "left_out", "read_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,11 @@ def read_file(path: Path) -> bytes:
 
 def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for a writer
+
+
+def file_name(text: str) -> str:
+    """Return a file's name that a text in UTF-8 gives, as this process spells it: its locale may be another."""
+    return os.fsdecode(text.encode(errors="surrogateescape"))
 
 
 def class_folders(folder: Path) -> list[str]:

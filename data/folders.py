@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from model.messages import listed
 
 from .base import FileDataset, index_names
-from .files import ImageSearch, class_folders
+from .files import ImageSearch, class_folders, file_name
 from .images import is_image_name
 
 __all__ = ["DefaultCLS", "best_folder", "checked_label"]
@@ -136,7 +136,7 @@ def _read_list(list_file: Path) -> tuple[list[str], list[int]]:
             name, _, label = line.strip().replace("\t", " ").rpartition(" ")
             if not name or not LABEL.fullmatch(label):
                 raise ValueError(f"{list_file}, line {number}: expected `path class-index`, got {line.strip()!r}")
-            names.append(name.strip())
+            names.append(file_name(name.strip()))
             labels.append(checked_label(int(label), entry=f"{list_file}, line {number}"))
     if not names:
         raise ValueError(f"{list_file} is empty; list the images, one `path class-index` a line, or remove the file")

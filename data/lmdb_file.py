@@ -128,7 +128,7 @@ class LmdbFile:
         if labels is not None:
             entry = f"{self.path}:{LABELS.decode()}"
             self.labels = np.asarray([checked_label(label, entry=entry) for label in labels], dtype=np.int64)
-        self.paths = None if paths is None else BytesTable(os.fsencode(path) for path in paths)
+        self.paths = None if paths is None else BytesTable(path.encode(errors="surrogateescape") for path in paths)
         num_extras = sum(extra is not None for extra in (self.class_names, labels, paths))
         counts = {
             "records": self._open().stat()["entries"] - 2 - num_extras,

@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,8 @@ from data import Pictures, build_loaders, images
 from data.files import ImageSearch, read_file
 from data.folders import DefaultCLS
 from data.images import UnreadableImageError, missing_decoders
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -149,3 +154,31 @@ def test_control_characters_in_names_are_escaped(tmp_path, caplog):
         search.report()
     assert r"evil\x1b[2J\n.txt" in caplog.text
     assert "\x1b" not in caplog.text
+
+
+READ_LISTS = """
+import sys
+from pathlib import Path
+from data import DATASETS
+
+for kind in ("DefaultCLS", "IN22KDataset"):
+    dataset = DATASETS[kind](Path(sys.argv[1]), split="train", loader_type="pil")
+    print(dataset.path(0).is_file(), len(dataset.read_bytes(0)))
+"""
+
+
+def test_lists_name_the_same_files_in_every_locale(tmp_path):
+    (tmp_path / "grün 日.png").write_bytes(b"abc")
+    (tmp_path / "train.txt").write_text("grün 日.png 0\n", encoding="utf-8")
+    (tmp_path / "train.json").write_text('[["grün 日.png", 0]]', encoding="utf-8")
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", READ_LISTS, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["True 3", "True 3"], done.stderr
+
+
+def test_the_configuration_limits_the_pixels(pets, make_config):
+    loaders = build_loaders(make_config(pets, batch_size=1, max_pixels=24 * 24 - 1), rank=0, world_size=1)
+    assert len([name for batch in loaders.test.iterate() for name in batch.unreadable]) == 2
+    with pytest.raises(ValueError, match=r"cannot be read; .*\(24 x 24 pixels, more than data\.max_pixels=575\)"):
+        next(loaders.train.iterate(0))

@@ -216,3 +216,15 @@ def test_a_split_copies_no_device(tmp_path, make_folders):
     with pytest.raises(OSError, match="a pipe or device"):
         split_folder(root, tmp_path / "out", share=0.2)
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_is_one_line(tmp_path, make_folders, monkeypatch, capsys):
+    root = make_folders({"all": {"a": 3}}) / "all"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.split.read_file", interrupted)
+    assert main(["split", str(root), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not (tmp_path / "out").exists()
