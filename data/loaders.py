@@ -91,7 +91,7 @@ class TrainLoader:
 
     def _with_warnings(self, batch: Batch) -> Batch:
         """Log why images of a batch are left out, once for each."""
-        for name, cause in zip(batch.unreadable, batch.causes, strict=True):
+        for name, cause in batch.unreadable.items():
             if name not in self._warned_of:
                 self._warned_of.add(name)
                 logger.warning("%s: unreadable image (%s), another takes its place", name, cause)

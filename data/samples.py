@@ -30,15 +30,13 @@ class Batch(NamedTuple):
     Attributes:
         images: (B, 3, H, W), float32.
         targets: Class indices (B,), int64.
-        unreadable: Images that could not be read. In training others stand in for them. In evaluation black ones do,
-            with the true class, so that no score holds if any is listed.
-        causes: What is wrong with each of these.
+        unreadable: Images that could not be read, by name, each with what is wrong with it. In training others stand
+            in for them. In evaluation black ones do, with the true class, so that no score holds if any is listed.
     """
 
     images: Tensor
     targets: Tensor
-    unreadable: list[str]
-    causes: Sequence[str] = ()
+    unreadable: dict[str, str]
 
 
 class Sample(NamedTuple):
@@ -46,7 +44,7 @@ class Sample(NamedTuple):
 
     image: Tensor | None = None
     label: int = 0
-    unreadable: tuple[tuple[str, str], ...] = ()  # name and cause
+    unreadable: dict[str, str] = {}  # noqa: RUF012 - never changed
     error: str = ""
 
 
@@ -77,15 +75,15 @@ class SampleReader(Dataset[Sample]):
         return len(self.dataset)
 
     def __getitem__(self, key: Key) -> Sample:
-        unreadable: list[tuple[str, str]] = []
+        unreadable: dict[str, str] = {}
         try:
             image, label = self._load(key, unreadable)
         except ValueError as error:
             return Sample(error=str(error))
         with isolated_randomness(key.seed), no_pixel_limit():
-            return Sample(self.transform(image), label, tuple(unreadable))
+            return Sample(self.transform(image), label, unreadable)
 
-    def _load(self, key: Key, unreadable: list[tuple[str, str]]) -> tuple[Image.Image, int]:
+    def _load(self, key: Key, unreadable: dict[str, str]) -> tuple[Image.Image, int]:
         """Return the image at a key or, in training, the first readable one of those drawn with the key's seed."""
         draw = random.Random(key.seed)
         index = key.image
@@ -93,15 +91,16 @@ class SampleReader(Dataset[Sample]):
             try:
                 image, label = self.dataset.load(index)
             except UnreadableImageError as error:
-                unreadable.append((error.name, error.cause))
+                unreadable[error.name] = error.cause
                 if not self.is_training:
                     return Image.new("RGB", (1, 1)), self._true_label(index)
             else:
                 return image, self._checked(label, index)
             index = draw.randrange(len(self.dataset))
+        examples = listed([f"{name} ({cause})" for name, cause in unreadable.items()])
         raise ValueError(
             f"{self.dataset.source}: {MAX_REPLACEMENTS} images drawn one after another cannot be read; check that "
-            f"data.root is whole and can be reached: {listed([f'{name} ({cause})' for name, cause in unreadable])}"
+            f"data.root is whole and can be reached: {examples}"
         )
 
     def _true_label(self, index: int) -> int:
@@ -138,5 +137,5 @@ def collate(samples: Sequence[Sample]) -> tuple[Batch | None, str]:
             return None, sample.error
     images = default_collate([sample.image for sample in samples])
     targets = torch.tensor([sample.label for sample in samples])
-    unreadable = [pair for sample in samples for pair in sample.unreadable]
-    return Batch(images, targets, [name for name, _ in unreadable], [cause for _, cause in unreadable]), ""
+    unreadable = {name: cause for sample in samples for name, cause in sample.unreadable.items()}
+    return Batch(images, targets, unreadable), ""

@@ -110,9 +110,8 @@ class Predictor:
             for _ in bar:
                 batch = next(batches, None)
                 if batch is not None:
-                    causes = dict(zip(batch.unreadable, batch.causes, strict=True))
                     for scores, index in zip(self._classify(batch), indices, strict=False):
-                        predictions[index] = self._prediction(index, scores, causes)
+                        predictions[index] = self._prediction(index, scores, batch.unreadable)
                 stop_on_signal(process, self.watch)
         return predictions
 
@@ -128,11 +127,11 @@ class Predictor:
             for rows in (zip(*row, strict=True) for row in zip(classes.tolist(), shares.tolist(), strict=True))
         ]
 
-    def _prediction(self, index: int, scores: list[ClassScore], causes: dict[str, str]) -> Prediction:
+    def _prediction(self, index: int, scores: list[ClassScore], unreadable: dict[str, str]) -> Prediction:
         path = str(self.pictures.path(index))
         name = self.pictures.name(index)
-        if name in causes:
-            return Prediction(path=path, classes=[], error=f"unreadable image ({causes[name]})")
+        if name in unreadable:
+            return Prediction(path=path, classes=[], error=f"unreadable image ({unreadable[name]})")
         if not all(math.isfinite(score.probability) for score in scores):
             return Prediction(path=path, classes=[], error="the network's answer is not finite")
         return Prediction(path=path, classes=scores)
