@@ -241,8 +241,10 @@ def test_a_file_without_its_end_is_what_torchvisions_loader_makes_of_it(
         np.testing.assert_array_equal(np.asarray(load(path.read_bytes())), np.asarray(pil_loader(path)))
 
 
-def test_the_first_picture_of_an_animation(load, pixels):
-    first, second, buffer = Image.fromarray(pixels(0)).quantize(16), Image.fromarray(pixels(1)), io.BytesIO()
+@pytest.mark.parametrize("mode", ["P", "L"])
+def test_the_first_picture_of_an_animation(load, pixels, mode):
+    first, second = (Image.fromarray(pixels(number)).convert(mode) for number in range(2))
+    buffer = io.BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=[second])
     np.testing.assert_array_equal(np.asarray(load(buffer.getvalue())), np.asarray(first.convert("RGB")))
 
