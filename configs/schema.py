@@ -158,6 +158,7 @@ class Data(Node):
     sampler: Literal["naive", "ra"] = "naive"  # ra: repeated augmentation
     num_repeats: PositiveCount = 3  # augmented views of each image, for `ra`
     nb_classes: PositiveCount | None = None  # tied to `nb_classes`
+    max_pixels: PositiveCount = 178_956_970  # larger images are unreadable; the default is Pillow's own limit
     max_unreadable: Count = 100  # unreadable training images that are skipped before the run is stopped
     train_transforms: list[AnyTransform] = field(default_factory=lambda: [TimmTrainTransform()])
     test_transforms: list[AnyTransform] = field(default_factory=evaluation_pipeline)

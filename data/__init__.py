@@ -5,6 +5,7 @@ from .datasets import DATASETS, check_dataset, count_classes
 from .images import UnreadableImageError
 from .loaders import Loaders, TestLoader, TrainLoader, build_loaders, worker_failures
 from .pictures import Pictures
+from .printable import printable
 from .samples import Batch
 from .transforms import build_transform
 
@@ -22,5 +23,6 @@ __all__ = [
     "check_dataset",
     "count_classes",
     "find_class_names",
+    "printable",
     "worker_failures",
 ]

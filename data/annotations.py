@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from model.messages import listed
 
 from .base import FileDataset, index_names
+from .files import file_name
 from .folders import best_folder, checked_label
 
 __all__ = ["INAT18CLS", "INAT19CLS", "CustomImageDataset", "IN22KDataset"]
@@ -29,7 +30,7 @@ class _LabelledFiles(FileDataset):
     ) -> None:
         names, labels = [], []
         for name, label in pairs:
-            names.append(name)
+            names.append(file_name(name))
             labels.append(checked_label(label, entry=f"{source}, {name!r}"))
         if not names:
             raise ValueError(f"{source} names no image; fill it, or give data.root another folder")
@@ -112,7 +113,7 @@ class _INaturalist(FileDataset):
         try:
             class_of, class_names = _classes(content["categories"], category)
             category_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
-            names = [entry["file_name"] for entry in content["images"]]
+            names = [file_name(entry["file_name"]) for entry in content["images"]]
             labels = [class_of[category_of[entry["id"]]] for entry in content["images"]]
         except (KeyError, TypeError) as error:
             raise ValueError(

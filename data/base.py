@@ -12,7 +12,9 @@ from typing import overload
 import numpy as np
 from PIL import Image
 
-from .images import UnreadableImageError, decode
+from .files import read_file
+from .images import MAX_PIXELS, UnreadableImageError, decode
+from .printable import printable
 
 __all__ = ["BytesTable", "FileDataset", "ImageDataset", "index_names"]
 
@@ -64,7 +66,10 @@ class ImageDataset(ABC):
         class_names: Name of each class, by class index.
         has_all_classes: Whether ``class_names`` is the whole list; otherwise there may be more than were seen here.
         labels: Class index per image (N,), int64; None where only reading an image tells its class.
+        max_pixels: Larger images are unreadable; ``Data.max_pixels``, where that is given.
     """
+
+    max_pixels: int = MAX_PIXELS
 
     def __init__(
         self,
@@ -154,8 +159,8 @@ class FileDataset(ImageDataset):
         return self.folder / os.fsdecode(self._names[index])
 
     def name(self, index: int) -> str:
-        """Return the file's path."""
-        return str(self.path(index))
+        """Return the file's path, as messages show it."""
+        return printable(self.path(index))
 
     def read_bytes(self, index: int) -> bytes:
         """Return the file's content as it is.
@@ -164,14 +169,15 @@ class FileDataset(ImageDataset):
             UnreadableImageError: If it cannot be read.
         """
         try:
-            return self.path(index).read_bytes()
+            return read_file(self.path(index))
         except OSError as error:
             raise UnreadableImageError(self.name(index), error.strerror) from error
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Return an image in RGB, and its class index."""
-        data = self.read_bytes(index)
-        return decode(data, name=self.name(index), loader_type=self.loader_type), int(self.labels[index])
+        data, name = self.read_bytes(index), self.name(index)
+        image = decode(data, name=name, loader_type=self.loader_type, max_pixels=self.max_pixels)
+        return image, int(self.labels[index])
 
     def _digest(self) -> bytes:
         return self._names.digest()

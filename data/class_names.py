@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 from configs.schema import Data
 
 from .base import index_names
-from .folders import class_folders
+from .files import class_folders
 
 __all__ = ["ClassNames", "find_class_names"]
 

@@ -97,7 +97,9 @@ def _open(config: Config, split: str) -> ImageDataset:
     root = Path(data.root).expanduser()
     if not root.is_dir():
         raise ValueError(f"data.root={data.root}: there is no such folder; set data.root to that of the data set")
-    return DATASETS[data.type](root, split=split, loader_type=data.loader_type)
+    dataset = DATASETS[data.type](root, split=split, loader_type=data.loader_type)
+    dataset.max_pixels = data.max_pixels
+    return dataset
 
 
 def _num_classes(config: Config) -> int:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import os
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from model.messages import listed
 
 from .base import FileDataset, index_names
+from .files import ImageSearch, class_folders, file_name
 from .images import is_image_name
 
-__all__ = ["DefaultCLS", "best_folder", "checked_label", "class_folders", "images_below"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["DefaultCLS", "best_folder", "checked_label"]
 
 NUM_PROBES = 64
+LABEL = re.compile("[0-9]{1,100}")
+MAX_CLASSES = 1_000_000  # a label beyond is a time stamp, an id or the like
 
 
 class DefaultCLS(FileDataset):
@@ -55,23 +55,17 @@ class DefaultCLS(FileDataset):
         )
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Return the names of the visible folders in ``folder``, sorted; empty where there is no such folder."""
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-
-
 def checked_label(label: object, *, entry: str) -> int:
     """Return ``label`` if it can be a class index.
 
     Raises:
-        ValueError: If it is no integer >= 0; ``entry`` names the place.
+        ValueError: If it is no integer from 0 on, or too large for one; ``entry`` names the place.
     """
-    if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
-        return label
-    raise ValueError(f"{entry}: the label is {label!r}, expected a class index, 0 or more")
+    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+        raise ValueError(f"{entry}: the label is {label!r}, expected a class index, 0 or more")
+    if label >= MAX_CLASSES:
+        raise ValueError(f"{entry}: {label} is no class index, the highest is {MAX_CLASSES - 1}; is it another column?")
+    return label
 
 
 def best_folder(folders: Sequence[Path], names: Sequence[str], source: Path) -> Path:
@@ -98,32 +92,21 @@ def _scan(root: Path, split: str) -> tuple[list[str], list[str], list[int]]:
     names: list[str] = []
     labels: list[int] = []
     empty: list[str] = []
-    strays = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    search = ImageSearch(folder, class_names)
+    search.others += [path for path in sorted(folder.iterdir()) if path.is_file()]
     for label, class_name in enumerate(class_names):
-        images = images_below(folder, class_name, strays)
+        images = search.images(class_name)
         if not images:
             empty.append(class_name)
         names += images
         labels += [label] * len(images)
+    search.report()
     if empty:
         raise ValueError(
             f"{folder}: {len(empty)} of {len(class_names)} class folders hold no image ({listed(empty)}); "
             "add their images, or remove these folders from train/ and val/ alike"
         )
-    if strays:
-        logger.info("%s: %d stray files are ignored, the first is %s", folder, len(strays), strays[0])
     return class_names, names, labels
-
-
-def images_below(folder: Path, subfolder: str, strays: list[Path]) -> list[str]:
-    """Return the images in a folder's subfolder, at any depth, as ``subfolder/file``; add other files to ``strays``."""
-    names: list[str] = []
-    for parent, subfolders, files in os.walk(folder / subfolder, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        prefix = Path(parent).relative_to(folder).as_posix()
-        names += [f"{prefix}/{name}" for name in sorted(files) if is_image_name(name)]
-        strays += [Path(parent, name) for name in files if not is_image_name(name)]
-    return names
 
 
 def _no_classes_message(root: Path, split: str) -> str:
@@ -151,10 +134,10 @@ def _read_list(list_file: Path) -> tuple[list[str], list[int]]:
             if not line.strip():
                 continue
             name, _, label = line.strip().replace("\t", " ").rpartition(" ")
-            if not name or not label.isascii() or not label.isdecimal():
+            if not name or not LABEL.fullmatch(label):
                 raise ValueError(f"{list_file}, line {number}: expected `path class-index`, got {line.strip()!r}")
-            names.append(name.strip())
-            labels.append(int(label))
+            names.append(file_name(name.strip()))
+            labels.append(checked_label(int(label), entry=f"{list_file}, line {number}"))
     if not names:
         raise ValueError(f"{list_file} is empty; list the images, one `path class-index` a line, or remove the file")
     return names, labels

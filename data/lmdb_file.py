@@ -22,6 +22,7 @@ from model.files import remove_leftovers, replacing
 
 from .base import BytesTable
 from .folders import checked_label
+from .printable import printable
 
 __all__ = ["LmdbFile", "write_lmdb"]
 
@@ -51,8 +52,10 @@ class LmdbFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._data_file = path / "data.mdb" if path.is_dir() else path
         self._environment: lmdb.Environment | None = None
         self._process_id = -1
+        self._num_bytes = 0
         if not path.exists():
             raise ValueError(f"{path} does not exist; make it with `python -m data.prepare folder-to-lmdb`")
         try:
@@ -71,17 +74,18 @@ class LmdbFile:
     def name(self, index: int) -> str:
         """Return the file, and the path or key of a record in it."""
         key = self.keys[index] if self.paths is None else self.paths[index]
-        return f"{self.path}:{key.decode(errors='replace')}"
+        return printable(f"{self.path}:{os.fsdecode(key)}")
 
     def record(self, index: int) -> tuple[bytes, int]:
         """Return an encoded image and its class index.
 
         Raises:
-            ValueError: If the record is missing, or is no pickle of ``(bytes, int)``.
+            ValueError: If the record is missing, or is no pickle of ``(bytes, int)``, or the file was cut short.
         """
         try:
+            self._refuse_cut()  # it may be overwritten during a run
             value = self._get(self.keys[index])
-        except lmdb.Error as error:
+        except (lmdb.Error, OSError) as error:
             raise ValueError(f"{self.path} is damaged ({error}); make it again") from error
         if value is None:
             raise ValueError(f"{self.path} lacks {self.keys[index]!r}, which its __keys__ names; make it again")
@@ -124,7 +128,7 @@ class LmdbFile:
         if labels is not None:
             entry = f"{self.path}:{LABELS.decode()}"
             self.labels = np.asarray([checked_label(label, entry=entry) for label in labels], dtype=np.int64)
-        self.paths = None if paths is None else BytesTable(os.fsencode(path) for path in paths)
+        self.paths = None if paths is None else BytesTable(path.encode(errors="surrogateescape") for path in paths)
         num_extras = sum(extra is not None for extra in (self.class_names, labels, paths))
         counts = {
             "records": self._open().stat()["entries"] - 2 - num_extras,
@@ -137,15 +141,19 @@ class LmdbFile:
             raise ValueError(f"{self.path}: the counts differ ({counts}); make the file again")
 
     def _check_size(self) -> None:
-        """Refuse a file that is cut short: reading a page beyond its end would kill the process."""
-        data_file = self.path / "data.mdb" if self.path.is_dir() else self.path
-        size = data_file.stat().st_size
-        if size == 0:
-            raise ValueError(f"{data_file} is empty; make it again")
+        if not self._data_file.is_file():
+            raise ValueError(f"{self._data_file} is missing or is no regular file; make it again")
+        if self._data_file.stat().st_size == 0:
+            raise ValueError(f"{self._data_file} is empty; make it again")
         environment = self._open()
-        expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        self._num_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        self._refuse_cut()
+
+    def _refuse_cut(self) -> None:
+        """Refuse a file that is cut short: reading a page beyond its end would kill the process."""
+        size, expected = self._data_file.stat().st_size, self._num_bytes
         if size < expected:
-            raise ValueError(f"{data_file} is cut short: {size} of {expected} bytes; copy or make it again")
+            raise ValueError(f"{self._data_file} is cut short: {size} of {expected} bytes; copy or make it again")
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -49,7 +49,8 @@ class ImageFolderLMDB(ImageDataset):
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Return an image in RGB, and its class index."""
         data, label = self.file.record(index)
-        return decode(data, name=self.name(index), loader_type=self.loader_type), label
+        name = self.name(index)
+        return decode(data, name=name, loader_type=self.loader_type, max_pixels=self.max_pixels), label
 
     def _seen_classes(self) -> list[str]:
         """Return names up to the highest class of some records; reading all would read the whole file."""

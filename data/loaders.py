@@ -69,6 +69,7 @@ class TrainLoader:
             )
         reader = _reader(dataset, config, is_training=True)
         self._batches = _Batches(reader, self._sampler, options, device_type=device_type)
+        self._warned_of: set[str] = set()
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch, on this process as on every other."""
@@ -86,7 +87,15 @@ class TrainLoader:
             RunError: If a worker dies.
         """
         self._sampler.set_position(epoch, start_batch)
-        return iter(self._batches)
+        return map(self._with_warnings, self._batches)
+
+    def _with_warnings(self, batch: Batch) -> Batch:
+        """Log why images of a batch are left out, once for each."""
+        for name, cause in batch.unreadable.items():
+            if name not in self._warned_of:
+                self._warned_of.add(name)
+                logger.warning("%s: unreadable image (%s), another takes its place", name, cause)
+        return batch
 
 
 class TestLoader:

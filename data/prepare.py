@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, or 1 with a line on stderr.
+        The exit code: 0, or 1 with a line on stderr, or 130 after Ctrl-C.
     """
     parsed = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = parsed.command
@@ -124,6 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, default_collate
 from model.messages import listed
 
 from .base import ImageDataset
-from .images import UnreadableImageError
+from .images import UnreadableImageError, no_pixel_limit
 from .samplers import Key
 
 __all__ = ["Batch", "Sample", "SampleReader", "collate", "isolated_randomness"]
@@ -30,13 +30,13 @@ class Batch(NamedTuple):
     Attributes:
         images: (B, 3, H, W), float32.
         targets: Class indices (B,), int64.
-        unreadable: Images that could not be read. In training others stand in for them. In evaluation black ones do,
-            with the true class, so that no score holds if any is listed.
+        unreadable: Images that could not be read, by name, each with what is wrong with it. In training others stand
+            in for them. In evaluation black ones do, with the true class, so that no score holds if any is listed.
     """
 
     images: Tensor
     targets: Tensor
-    unreadable: list[str]
+    unreadable: dict[str, str]
 
 
 class Sample(NamedTuple):
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
     image: Tensor | None = None
     label: int = 0
-    unreadable: tuple[str, ...] = ()
+    unreadable: dict[str, str] = {}  # noqa: RUF012 - never changed
     error: str = ""
 
 
@@ -75,15 +75,15 @@ class SampleReader(Dataset[Sample]):
         return len(self.dataset)
 
     def __getitem__(self, key: Key) -> Sample:
-        unreadable: list[str] = []
+        unreadable: dict[str, str] = {}
         try:
             image, label = self._load(key, unreadable)
         except ValueError as error:
             return Sample(error=str(error))
-        with isolated_randomness(key.seed):
-            return Sample(self.transform(image), label, tuple(unreadable))
+        with isolated_randomness(key.seed), no_pixel_limit():
+            return Sample(self.transform(image), label, unreadable)
 
-    def _load(self, key: Key, unreadable: list[str]) -> tuple[Image.Image, int]:
+    def _load(self, key: Key, unreadable: dict[str, str]) -> tuple[Image.Image, int]:
         """Return the image at a key or, in training, the first readable one of those drawn with the key's seed."""
         draw = random.Random(key.seed)
         index = key.image
@@ -91,15 +91,16 @@ class SampleReader(Dataset[Sample]):
             try:
                 image, label = self.dataset.load(index)
             except UnreadableImageError as error:
-                unreadable.append(error.name)
+                unreadable[error.name] = error.cause
                 if not self.is_training:
                     return Image.new("RGB", (1, 1)), self._true_label(index)
             else:
                 return image, self._checked(label, index)
             index = draw.randrange(len(self.dataset))
+        examples = listed([f"{name} ({cause})" for name, cause in unreadable.items()])
         raise ValueError(
             f"{self.dataset.source}: {MAX_REPLACEMENTS} images drawn one after another cannot be read; check that "
-            f"data.root is whole and can be reached: {listed(unreadable)}"
+            f"data.root is whole and can be reached: {examples}"
         )
 
     def _true_label(self, index: int) -> int:
@@ -134,6 +135,7 @@ def collate(samples: Sequence[Sample]) -> tuple[Batch | None, str]:
     for sample in samples:
         if sample.error:
             return None, sample.error
-    unreadable = [name for sample in samples for name in sample.unreadable]
     images = default_collate([sample.image for sample in samples])
-    return Batch(images, torch.tensor([sample.label for sample in samples]), unreadable), ""
+    targets = torch.tensor([sample.label for sample in samples])
+    unreadable = {name: cause for sample in samples for name, cause in sample.unreadable.items()}
+    return Batch(images, targets, unreadable), ""

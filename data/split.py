@@ -9,9 +9,11 @@ from pathlib import Path
 from model.files import replacing_folder
 from model.messages import listed
 
-from .folders import class_folders, images_below
+from .files import ImageSearch, class_folders, read_file
 
 __all__ = ["split_folder"]
+
+SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 def split_folder(root: Path, out: Path, *, share: float, seed: int = 0) -> dict[str, int]:
@@ -30,22 +32,31 @@ def split_folder(root: Path, out: Path, *, share: float, seed: int = 0) -> dict[
         The number of images by split.
 
     Raises:
-        ValueError: If there are no class folders, one holds fewer than two images, or ``out`` is there already.
+        ValueError: If there are no class folders, one holds fewer than two images, ``root`` is split already, or
+            ``out`` is there already or lies inside ``root``.
     """
     if out.exists():
         raise ValueError(f"{out} is there already; give another folder, or remove it first")
+    if out.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{out} lies inside {root}, where it would count as a class; give a folder elsewhere")
     chosen = _choose(root, share=share, seed=seed)
     with replacing_folder(out) as aside:
         for split, names in chosen.items():
             for name in names:
                 target = aside / split / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(root / name, target)
+                target.write_bytes(read_file(root / name))
+                shutil.copystat(root / name, target)
     return {split: len(names) for split, names in chosen.items()}
 
 
 def _choose(root: Path, *, share: float, seed: int) -> dict[str, list[str]]:
-    images = {name: images_below(root, name, []) for name in class_folders(root)}
+    class_names = class_folders(root)
+    if "train" in class_names and SPLITS.issuperset(class_names) and class_folders(root / "train"):
+        raise ValueError(f"{root} is split already: it holds {listed(class_names)} with class folders; use it as it is")
+    search = ImageSearch(root, class_names)
+    images = {name: search.images(name) for name in class_names}
+    search.report()
     if not images:
         raise ValueError(f"{root} holds no class folders; give the folder that holds one folder of images per class")
     small = [name for name, names in images.items() if len(names) < 2]

@@ -8,7 +8,7 @@ import math
 import torch
 
 from configs import Config, with_classes
-from data import Batch, Pictures, TestLoader, UnreadableImageError, find_class_names, worker_failures
+from data import Batch, Pictures, TestLoader, find_class_names, printable, worker_failures
 from model.messages import listed
 from util.distributed import Process
 from util.errors import EXIT_USER_ERROR, RunError
@@ -17,7 +17,15 @@ from util.logging import progress_bar
 from .evaluate import MAX_LISTED
 from .network import build_tested_network, count_head_classes, memory_format, read_weights
 from .precision import build_precision
-from .predictions import ClassScore, Prediction, as_text, check_output, write_predictions, write_sheet
+from .predictions import (
+    ClassScore,
+    Prediction,
+    as_text,
+    check_output,
+    refuse_overwriting,
+    write_predictions,
+    write_sheet,
+)
 from .report import log_environment, log_network
 from .stop import SignalError, SignalWatch, stop_on_signal
 
@@ -52,7 +60,10 @@ class Predictor:
         self.config = config
         self.precision = build_precision(config.trainer, process.device)
         log_environment(config, process, self.precision)
-        self.pictures = Pictures(config.predict.input, loader_type=config.data.loader_type)
+        self.pictures = Pictures(
+            config.predict.input, loader_type=config.data.loader_type, max_pixels=config.data.max_pixels
+        )
+        process.on_first(lambda: refuse_overwriting(config.predict, self.pictures))
         self.loader = TestLoader(
             self.pictures,
             config,
@@ -82,7 +93,7 @@ class Predictor:
         shares = self.process.gather_objects(own)
         together = sorted(pair for share in shares for pair in share.items())
         self.predictions = [prediction for _, prediction in together]
-        logger.info("%s: %d images\n%s", self.pictures.source, len(together), as_text(self.predictions))
+        logger.info("%s: %d images\n%s", printable(self.pictures.source), len(together), as_text(self.predictions))
         self.process.on_first(self._write)
         self._report_failed()
         return 0
@@ -116,21 +127,14 @@ class Predictor:
             for rows in (zip(*row, strict=True) for row in zip(classes.tolist(), shares.tolist(), strict=True))
         ]
 
-    def _prediction(self, index: int, scores: list[ClassScore], unreadable: list[str]) -> Prediction:
+    def _prediction(self, index: int, scores: list[ClassScore], unreadable: dict[str, str]) -> Prediction:
+        path = str(self.pictures.path(index))
         name = self.pictures.name(index)
         if name in unreadable:
-            return Prediction(path=name, classes=[], error=self._cause(index))
+            return Prediction(path=path, classes=[], error=f"unreadable image ({unreadable[name]})")
         if not all(math.isfinite(score.probability) for score in scores):
-            return Prediction(path=name, classes=[], error="the network's answer is not finite")
-        return Prediction(path=name, classes=scores)
-
-    def _cause(self, index: int) -> str:
-        """Return what is wrong with an image; the data workers only tell that something is."""
-        try:
-            self.pictures.load(index)
-        except UnreadableImageError as error:
-            return str(error).removeprefix(f"{self.pictures.name(index)}: ")
-        return "unreadable image (but not at a second try)"
+            return Prediction(path=path, classes=[], error="the network's answer is not finite")
+        return Prediction(path=path, classes=scores)
 
     def _write(self) -> None:
         options = self.config.predict
@@ -143,7 +147,7 @@ class Predictor:
             logger.info("%d of %d images are shown in %s", num_shown, len(self.predictions), options.sheet)
 
     def _report_failed(self) -> None:
-        failed = [prediction.path for prediction in self.predictions if prediction.error]
+        failed = [printable(prediction.path) for prediction in self.predictions if prediction.error]
         if failed:
             message = f"{len(failed)} of {len(self.predictions)} images have no prediction: "
             raise RunError(message + listed(failed, MAX_LISTED), exit_code=EXIT_USER_ERROR)

@@ -229,3 +229,28 @@ def test_fingerprint_is_that_of_the_content(two_classes, packed, tmp_path):
     next((two_classes / "train" / "bee").iterdir()).unlink()
     folder_to_lmdb(two_classes, tmp_path / "other")
     assert ImageFolderLMDB(tmp_path / "other", split="train").fingerprint() != first
+
+
+@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+def test_cut_short_during_a_run(tmp_path, write_plain, make_config, encoded, pixels, is_folder):
+    entries = {b"%d" % number: (encoded(pixels(number, 64)), 0) for number in range(9)}
+    for split in ("train", "val"):
+        write_plain(tmp_path / f"{split}.lmdb", entries, is_folder=is_folder)
+    config = make_config(tmp_path, type="ImageFolderLMDB", num_classes=1, workers=1)
+    loader = build_loaders(config, rank=0, world_size=1).train
+    path = tmp_path / "train.lmdb" / "data.mdb" if is_folder else tmp_path / "train.lmdb"
+    size = path.stat().st_size
+    os.truncate(path, 4096)
+    with pytest.raises(ValueError, match=rf"{path.name} is cut short: 4096 of {size} bytes; copy or make it again"):
+        list(loader.iterate(0))
+
+
+def test_a_pipe_is_no_lmdb_file(tmp_path):
+    os.mkfifo(tmp_path / "train.lmdb")
+    with pytest.raises(ValueError, match=r"train\.lmdb is missing or is no regular file"):
+        LmdbFile(tmp_path / "train.lmdb")
+
+
+def test_control_characters_in_names_are_escaped(tmp_path):
+    write_lmdb(tmp_path / "train.lmdb", [("c/\x1b[2J\n.png", b"x", 0)], class_names=["c"])
+    assert LmdbFile(tmp_path / "train.lmdb").name(0).endswith(r"train.lmdb:c/\x1b[2J\n.png")

@@ -41,7 +41,7 @@ def test_batches_have_the_agreed_form(two_classes, make_config):
     assert isinstance(batch, Batch)
     assert (batch.images.shape, batch.images.dtype) == ((4, 3, 32, 32), torch.float32)
     assert (batch.targets.shape, batch.targets.dtype) == ((4,), torch.int64)
-    assert batch.unreadable == []
+    assert batch.unreadable == {}
     assert [len(batch.targets) for batch in loaders.test.iterate()] == [4, 3]
 
 
@@ -141,7 +141,7 @@ def test_unreadable_training_image_is_replaced_and_reported(two_classes, make_co
     first, second = list(loader.iterate(0)), list(loader.iterate(0))
     assert_same(first, second)
     intact = torch.cat([batch.images for batch in intact])
-    reported = [batch.unreadable for batch in first]
+    reported = [list(batch.unreadable) for batch in first]
     assert [names for names in reported if names] == [[str(broken)]]
     for batch, names, image in zip(first, reported, intact, strict=False):
         assert torch.equal(batch.images[0], image) is (names == [])

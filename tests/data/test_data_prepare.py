@@ -11,6 +11,7 @@ from data import check_dataset
 from data.digits import write_digits
 from data.lmdb_file import write_lmdb
 from data.prepare import folder_to_lmdb, lmdb_to_folder, main, verify
+from data.split import split_folder
 
 
 def files(root):
@@ -184,3 +185,46 @@ def test_a_split_that_cannot_be_is_refused(tmp_path, make_folders, capsys):
         assert not (tmp_path / "out").exists()
     assert main(["split", str(root), str(root)]) == 1
     assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train", "test"), ("train",)])
+def test_a_split_of_a_split_folder_is_refused(tmp_path, make_folders, names):
+    root = make_folders({name: {"a": 3, "b": 3} for name in names})
+    with pytest.raises(ValueError, match=r"is split already: it holds .*train"):
+        split_folder(root, tmp_path / "out", share=0.2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_may_be_called_like_splits(tmp_path, make_folders):
+    root = make_folders({"all": {"train": 3, "test": 3}})
+    assert split_folder(root / "all", tmp_path / "out", share=0.4) == {"train": 4, "val": 2}
+
+
+@pytest.mark.parametrize("place", ["out", "a/out", "../all/out", "link/out"])
+def test_a_split_into_its_source_is_refused(tmp_path, make_folders, place):
+    root = make_folders({"all": {"a": 3, "b": 3}}) / "all"
+    (root / "link").symlink_to(root)
+    before = files(root)
+    with pytest.raises(ValueError, match=r"lies inside .*all, where it would count as a class"):
+        split_folder(root, root / place, share=0.2)
+    assert files(root) == before
+
+
+def test_a_split_copies_no_device(tmp_path, make_folders):
+    root = make_folders({"all": {"a": 3}}) / "all"
+    (root / "a" / "zero.png").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match="a pipe or device"):
+        split_folder(root, tmp_path / "out", share=0.2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_is_one_line(tmp_path, make_folders, monkeypatch, capsys):
+    root = make_folders({"all": {"a": 3}}) / "all"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.split.read_file", interrupted)
+    assert main(["split", str(root), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 
 import numpy as np
@@ -203,6 +204,45 @@ def test_an_answer_that_is_no_number_is_an_error(predict, trained, class_folders
 def test_mistakes_are_said_before_anything_is_read(predict, class_folders, overrides, message):
     with pytest.raises(ValueError, match=message):
         predict(class_folders / "val", *overrides)
+
+
+@pytest.mark.parametrize(("entry", "name"), [("output", "a.json"), ("sheet", "a.png"), ("sheet", "link.png")])
+def test_an_image_is_not_overwritten(predict, class_folders, tmp_path, entry, name):
+    for image in ("a.png", "a.json"):  # the second is an image all the same
+        shutil.copy(class_folders / "val" / "red" / "0.png", tmp_path / image)
+    (tmp_path / "link.png").symlink_to("a.png")
+    place = tmp_path / ("a.json" if entry == "output" else "*.png")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=rf"predict\.{entry}=.*{name} is one of the images to predict"):
+        predict(place, f"predict.{entry}={tmp_path / name}")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("entry", ["output", "sheet"])
+def test_a_folder_is_not_overwritten(predict, class_folders, tmp_path, entry):
+    path = tmp_path / ("a.json" if entry == "output" else "a.png")
+    path.mkdir()
+    with pytest.raises(ValueError, match=rf"predict\.{entry}=.*{path.name} is a folder; add a file name"):
+        predict(class_folders / "val", f"predict.{entry}={path}")
+
+
+def test_hostile_names_and_pipes(predict, class_folders, tmp_path, capsys):
+    setup_console(is_logging=True)
+    name = "=1+1\x1b[31m\n%s\udcff.png"
+    shutil.copy(class_folders / "val" / "red" / "0.png", tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "left.heif2").write_bytes(b"")
+    with pytest.raises(RunError, match=r"1 of 2 images have no prediction: .*pipe\.png$"):
+        predict(tmp_path, f"predict.output={tmp_path / 'all.json'}")
+    images = json.loads((tmp_path / "all.json").read_text())["images"]
+    assert {image["path"]: image.get("error") for image in images} == {
+        str(tmp_path / name): None,
+        str(tmp_path / "pipe.png"): "unreadable image (a pipe or device, not a regular file)",
+    }
+    text = capsys.readouterr().out
+    assert r"=1+1\x1b[31m\n%s\udcff.png" in text
+    assert "\x1b" not in text
+    assert "1 stray files are ignored (1 .heif2)" in text
 
 
 def test_entries_of_predict_need_its_mode():
