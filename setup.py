@@ -14,6 +14,7 @@ TRAIN = ["torchvision", "PyYAML", "lmdb", "tensorboardX", "fvcore", "tqdm", "pil
 EXTRAS = {
     "train": TRAIN,
     "lmdb": ["lmdb"],
+    "heic": ["pillow-heif"],
     "zoo": ["gdown>=6"],
     "downstream": [
         "onedl-mmengine==0.10.12",

@@ -5,7 +5,6 @@ from .datasets import DATASETS, check_dataset, count_classes
 from .images import UnreadableImageError
 from .loaders import Loaders, TestLoader, TrainLoader, build_loaders, worker_failures
 from .pictures import Pictures
-from .printable import printable
 from .samples import Batch
 from .transforms import build_transform
 
@@ -23,6 +22,5 @@ __all__ = [
     "check_dataset",
     "count_classes",
     "find_class_names",
-    "printable",
     "worker_failures",
 ]

@@ -12,9 +12,10 @@ from typing import overload
 import numpy as np
 from PIL import Image
 
+from model.messages import printable
+
 from .files import read_file
 from .images import MAX_PIXELS, UnreadableImageError, decode
-from .printable import printable
 
 __all__ = ["BytesTable", "FileDataset", "ImageDataset", "index_names"]
 

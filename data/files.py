@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.messages import listed
+from model.messages import listed, printable
 
 from .images import is_image_name, missing_decoders
-from .printable import printable
 
 __all__ = ["ImageSearch", "class_folders", "file_name", "left_out", "read_file"]
 

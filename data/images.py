@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import to_pil_image
 
-from .printable import printable
+from model.messages import printable
 
 __all__ = [
     "DECODERS",

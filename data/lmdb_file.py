@@ -19,10 +19,10 @@ import lmdb
 import numpy as np
 
 from model.files import remove_leftovers, replacing
+from model.messages import printable
 
 from .base import BytesTable
 from .folders import checked_label
-from .printable import printable
 
 __all__ = ["LmdbFile", "write_lmdb"]
 

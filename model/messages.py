@@ -1,4 +1,4 @@
-"""Parts of messages: the first of many names, and what lies near a path that does not exist."""
+"""Parts of messages: names that any terminal can show, the first of many, those near a path that does not exist."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["listed", "neighbours"]
+__all__ = ["listed", "neighbours", "printable"]
+
+
+def printable(text: object) -> str:
+    r"""Return a text in one line of visible characters; others become escapes such as ``\x1b`` and ``\n``.
+
+    File and class names may hold anything: control characters that command a terminal, line ends that forge a line of
+    the log, marks that turn the direction of writing, bytes that are not UTF-8.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in str(text)
+    )
 
 
 def listed(names: Sequence[object], limit: int = 5) -> str:
     """Return the first names, separated by commas, with an ellipsis where there are more."""
-    return ", ".join(str(name) for name in names[:limit]) + (", ..." if len(names) > limit else "")
+    return ", ".join(map(printable, names[:limit])) + (", ..." if len(names) > limit else "")
 
 
 def neighbours(path: Path) -> str:
@@ -20,4 +32,4 @@ def neighbours(path: Path) -> str:
         return f"there is no folder {path.parent} either: check the path"
     names = [entry.name for entry in path.parent.iterdir()]
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.0)
-    return f"the nearest in {path.parent}: {', '.join(near)}" if near else f"the folder {path.parent} is empty"
+    return f"the nearest in {path.parent}: {listed(near)}" if near else f"the folder {path.parent} is empty"

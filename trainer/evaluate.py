@@ -115,7 +115,7 @@ class Evaluator:
                 if batch is not None:
                     hits = self._count(network, batch)
                     counts += hits
-                    unreadable += batch.unreadable
+                    unreadable += [f"{name} ({cause})" for name, cause in batch.unreadable.items()]
                     names = ("top1_cnt", "top5_cnt", "top_all")
                     self.meters.update({"batch_t": time.perf_counter() - start, **dict(zip(names, hits, strict=True))})
                 if number % self.log_every == 0 or number == num_batches:

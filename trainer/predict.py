@@ -8,8 +8,8 @@ import math
 import torch
 
 from configs import Config, with_classes
-from data import Batch, Pictures, TestLoader, find_class_names, printable, worker_failures
-from model.messages import listed
+from data import Batch, Pictures, TestLoader, find_class_names, worker_failures
+from model.messages import listed, printable
 from util.distributed import Process
 from util.errors import EXIT_USER_ERROR, RunError
 from util.logging import progress_bar

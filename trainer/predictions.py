@@ -13,8 +13,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from configs.schema import Predict
-from data import Pictures, printable
+from data import Pictures
 from model.files import replacing
+from model.messages import printable
 
 from .contact_sheet import Tile, draw_sheet
 
