@@ -66,6 +66,7 @@ class Run:
         state: The counters.
         report: Writes the log.
         start: When the run would have started without its interruptions, on the clock of ``time.perf_counter``.
+        num_steps: Optimiser steps since the run was started or resumed.
     """
 
     config: Config
@@ -87,6 +88,7 @@ class Run:
     state: RunState
     report: Report
     start: float
+    num_steps: int = 0
 
 
 def build_run(config: Config, process: Process) -> Run:

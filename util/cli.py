@@ -24,7 +24,7 @@ examples:
     python run.py -c configs/mobilemamba/mobilemamba_t2 -m train trainer.resume_dir=runs/mobilemamba/RUN
 
 Every entry is in configs/schema.py. Exit codes: 0 done, 1 failed, 2 bad input, 128 + signal number when stopped by
-SIGTERM (143), SIGINT (130) or SIGUSR1 (138), after the state has been saved.
+SIGTERM (143), SIGINT (130), SIGUSR1 (138) or SIGHUP (129), after the state has been saved.
 """
 
 
