@@ -17,7 +17,13 @@ from .launch import Launch
 __all__ = ["Process", "choose_device", "init_process", "is_lost_process", "open_store"]
 
 # Texts of gloo's and NCCL's errors; gloo's have no class of their own.
-SIGNS_OF_LOSS = ("gloo/transport", "Connection closed by peer", "Timed out waiting", "NCCL communicator was aborted")
+SIGNS_OF_LOSS = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Timed out waiting",
+    "Application timeout caused pair closure",
+    "NCCL communicator was aborted",
+)
 
 T = TypeVar("T")
 

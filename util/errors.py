@@ -89,13 +89,18 @@ def _one_line(error: Exception) -> str:
 def _say_once(message: str, launch: Launch, *, is_echo: bool) -> None:
     """Print a message unless the logging process has said the same, or its own failure explains an echo of it."""
     if launch.is_logging:
-        print(message, file=sys.stderr, flush=True)
+        _print(message)
         if launch.world_size > 1:
             _tell_others(message, launch)
         return
     heard = _heard_from_logging(launch)
     if heard is None or not (is_echo or heard == message):
-        print(f"[rank {launch.rank}] {message}", file=sys.stderr, flush=True)
+        _print(f"[rank {launch.rank}] {message}")
+
+
+def _print(message: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        print(message, file=sys.stderr, flush=True)
 
 
 def _tell_others(message: str, launch: Launch) -> None:

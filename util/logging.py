@@ -90,7 +90,7 @@ class _Output(logging.Handler):
         """Write a record, unless the output has failed before."""
         return bool(not self.failure and super().handle(record))
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+    def handleError(self, record: logging.LogRecord) -> None:
         """Drop the output after an error of the system; show any other one, a defect of the logging call."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
@@ -159,9 +159,10 @@ class _LogFile(_Output, logging.FileHandler):
 
     def abandon(self) -> None:
         """Close the file without what could not be written."""
-        stream, self.stream = self.stream, None  # type: ignore[assignment]
         with contextlib.suppress(OSError):
-            stream.close()
+            if self.stream is not None:
+                self.stream.close()
+        self.stream = None  # type: ignore[assignment]
 
 
 def add_log_file(path: Path) -> None:
@@ -199,6 +200,7 @@ class EpochLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one epoch's record, which has its number under ``epoch``."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # it may have been deleted during the run
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -213,8 +215,8 @@ def _epoch_of(line: bytes) -> float:
 class ScalarLog:
     """Scalars for TensorBoard.
 
-    Every point is on the disk when `write` returns. tensorboardX's own SummaryWriter has a thread do so: once that dies,
-    of a full disk or of a clock that is set back, its queue fills and the next write never returns.
+    Every point is on the disk when `write` returns. tensorboardX's own SummaryWriter leaves that to a thread: once it
+    dies, of a full disk or of a clock that is set back, its queue fills and the next write never returns.
 
     Args:
         folder: Where the event files go.

@@ -121,9 +121,7 @@ def test_scalars_make_an_event_file(tmp_path):
 def test_events_on_a_full_disk_are_an_error_at_once(tmp_path):
     log = ScalarLog(tmp_path)
     log.write({"a": 1.0}, step=0)
-    (descriptor,) = [
-        int(link.name) for link in Path("/proc/self/fd").iterdir() if "tfevents" in os.path.realpath(link)
-    ]
+    (descriptor,) = [int(link.name) for link in Path("/proc/self/fd").iterdir() if "tfevents" in os.path.realpath(link)]
     full = os.open(FULL, os.O_WRONLY)
     os.dup2(full, descriptor)
     os.close(full)
@@ -149,7 +147,11 @@ def test_a_log_that_fails_is_reported_once_and_dropped(caplog):
         calls.append(reason)
         raise OSError(28, "No space left on device")
 
-    assert [guard("events", fail, "now"), guard("events", fail, "again"), guard("epochs", len, "abc")] == [None, None, 3]
+    assert [guard("events", fail, "now"), guard("events", fail, "again"), guard("epochs", len, "abc")] == [
+        None,
+        None,
+        3,
+    ]
     assert calls == ["now"]
     assert caplog.text.count("events cannot be written (No space left on device): the run continues") == 1
     assert guard.failures == {"events": "No space left on device"}
