@@ -222,24 +222,16 @@ def _build_loaders(config: Config, process: Process) -> Loaders:
 
 
 def _check_smallest_batch(config: Config, process: Process, network: nn.Module, size: int) -> None:
-    """Refuse batches that would fail in the middle of an epoch: of one image for BatchNorm, of an odd number for mixup.
-
-    Args:
-        config: The resolved run.
-        process: This process.
-        network: The network to train.
-        size: Images in the smallest batch of a process, the last one of an epoch.
-    """
-    options = config.trainer.data
-    is_last = size < options.batch_size_per_gpu
-    way_out = "set trainer.data.drop_last=true" if is_last else "set a larger batch_size"
-    which = f"{'the last' if is_last else 'a'} training batch of an epoch holds {size} image(s) per process"
+    """Refuse a batch of one image, the only one or the last one of an epoch, whose statistics BatchNorm cannot take."""
     is_shared = process.is_distributed and config.trainer.sync_BN != "none"
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-    if size == 1 and has_batch_norm and not is_shared:
-        raise ValueError(f"{which}, and BatchNorm needs several for its statistics: {way_out}")
-    if size % 2 and config.trainer.mixup_kwargs.is_active:
-        raise ValueError(f"{which}, and mixup pairs images: {way_out}, or turn it off with trainer.mixup_kwargs.prob=0")
+    if size > 1 or is_shared or not has_batch_norm:
+        return
+    is_last = config.trainer.data.batch_size_per_gpu > 1
+    raise ValueError(
+        f"{'the last' if is_last else 'a'} training batch of an epoch holds 1 image per process, and BatchNorm needs "
+        f"several for its statistics: {'set trainer.data.drop_last=true' if is_last else 'set a larger batch_size'}"
+    )
 
 
 def _build_schedule(config: Config, optimizer: torch.optim.Optimizer, *, num_batches: int) -> Schedule:
