@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -77,37 +77,37 @@ def _network(name: str, weights: Any, network: nn.Module) -> Iterator[str]:
 
 
 def _optimizer(checkpoint: Mapping[str, Any], config: Config, optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    """Yield what keeps the optimiser from going on with the checkpoint's state."""
-    way_out = "start it afresh with trainer.resume_optimizer=false."
-    then, now = _saved_entries(checkpoint, "optim"), config.optim
-    name = _saved_entries(then, "optim_kwargs").get("name", now.optim_kwargs.name)
-    if str(name).lower() != now.optim_kwargs.name.lower():
-        yield f"optimizer: the file has that of {name}, this run takes {now.optim_kwargs.name}; {way_out}"
-        return
-    groups = _saved_entries(checkpoint, "optimizer").get("param_groups", ())
+    """Yield what keeps the optimiser from continuing with the checkpoint's state."""
+    then, now = _entries(checkpoint, "config", "optim"), config.optim
+    name = _entries(then, "optim_kwargs").get("name", now.optim_kwargs.name)
+    groups = _entries(checkpoint, "optimizer").get("param_groups", ())
     sizes, own_sizes = ([len(group["params"]) for group in some] for some in (groups, optimizer.param_groups))
-    if sizes != own_sizes:
-        decay = f"optim.layer_decay={then.get('layer_decay')} there and {now.layer_decay} here"
-        yield (
-            f"optimizer: the file has {len(sizes)} groups of {sum(sizes)} parameters, this run {len(own_sizes)} of "
-            f"{sum(own_sizes)} ({decay}); {way_out}"
+    if str(name).lower() != now.optim_kwargs.name.lower():
+        cause = f"the file has that of {name}, this run takes {now.optim_kwargs.name}"
+    elif sizes != own_sizes:
+        cause = (
+            f"the file has {len(sizes)} groups of {sum(sizes)} parameters, this run {len(own_sizes)} of "
+            f"{sum(own_sizes)} (optim.layer_decay={then.get('layer_decay')} there and {now.layer_decay} here)"
         )
-        return
-    settings = _settings(config)
-    differing = {
-        name for pair in zip(groups, optimizer.param_groups, strict=True) for name in set(pair[0]) ^ set(pair[1])
-    }
-    if differing.intersection(settings):
-        names = listed(sorted(differing.intersection(settings)))
-        yield f"optimizer: the file has that of another one, as only one of the two has {names}; {way_out}"
-    fixed = {
-        f"{name}={group[name]} in the file and {own[name]} in this run"
-        for group, own in zip(groups, optimizer.param_groups, strict=True)
-        for name in settings
-        if name in group and name in own and not _is_adjustable(name, group[name], own[name])
-    }
-    if fixed:
-        yield f"optimizer: what it keeps depends on {listed(sorted(fixed))}; {way_out}"
+    else:
+        cause = _fixed_settings(groups, optimizer.param_groups, _settings(config))
+    if cause:
+        yield f"optimizer: {cause}; start it afresh with trainer.resume_optimizer=false."
+
+
+def _fixed_settings(groups: list[dict[str, Any]], own: list[dict[str, Any]], settings: Sequence[str]) -> str:
+    """Return what differs in groups of the same sizes that cannot change between two steps; empty if nothing does."""
+    lacking, changed = set(), set()
+    for then, now in zip(groups, own, strict=True):
+        lacking |= {name for name in settings if (name in then) != (name in now)}
+        changed |= {
+            f"{name}={then[name]} in the file and {now[name]} in this run"
+            for name in settings
+            if name in then and name in now and not _is_adjustable(name, then[name], now[name])
+        }
+    if lacking:
+        return f"the file's is of another kind: only one of the two has {', '.join(sorted(lacking))}"
+    return f"what it keeps depends on {listed(sorted(changed))}" if changed else ""
 
 
 def _settings(config: Config) -> list[str]:
@@ -125,9 +125,9 @@ def _is_adjustable(name: str, then: Any, now: Any) -> bool:
 
 
 def _differ(then: Any, now: Any) -> bool:
-    return bool(
-        list(then) != list(now) if isinstance(then, (list, tuple)) and isinstance(now, (list, tuple)) else then != now
-    )
+    if isinstance(then, (list, tuple)) and isinstance(now, (list, tuple)):
+        return list(then) != list(now)
+    return bool(then != now)
 
 
 def _progress(saved: Any, expected: Mapping[str, Any]) -> Iterator[str]:
@@ -153,9 +153,8 @@ def _ranks(saved: Any) -> Iterator[str]:
         yield "rng: it holds no random states and meters by process."
 
 
-def _saved_entries(tree: Any, name: str) -> Mapping[str, Any]:
-    """Return a group of entries; an empty one where it is missing, as older checkpoints have no configuration."""
-    if name == "optim":
-        tree = _saved_entries(tree, "config")
-    found = tree.get(name) if isinstance(tree, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
+def _entries(tree: Any, *names: str) -> Mapping[str, Any]:
+    """Return a group of entries within others; an empty one where it is missing, as in older checkpoints."""
+    for name in names:
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree if isinstance(tree, Mapping) else {}

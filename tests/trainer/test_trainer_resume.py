@@ -282,7 +282,7 @@ def test_a_checkpoint_of_before_these_facts_resumes(build, half):
         del checkpoint["config"]
 
     change(run, forget)
-    with pytest.raises(ValueError, match="only one of the two has betas, eps, momentum, nesterov"):
+    with pytest.raises(ValueError, match="only one of the two has amsgrad, betas, eps, momentum, nesterov"):
         build(resume, "optim.optim_kwargs.name=sgd")
     assert train(build(resume)) == 0
 
