@@ -124,7 +124,7 @@ def _expand_homes(config: Config) -> None:
     terms = enumerate(config.loss.loss_terms)
     teachers = [index for index, term in terms if isinstance(term, DistillationTerm)]
     for path in (*_PATHS, *(f"loss.loss_terms.{index}.cfg.model_kwargs.checkpoint_path" for index in teachers)):
-        set_entry(config, path, os.path.expanduser(get_entry(config, path)))
+        set_entry(config, path, os.path.expanduser(get_entry(config, path)))  # noqa: PTH111 (Path("") is ".")
 
 
 def _tie(run: _Run, group: tuple[str, ...]) -> None:

@@ -167,6 +167,8 @@ class Loaders:
             spacing = -(-len(dataset) // NUM_SAMPLED)
             for index in range(0, len(dataset), spacing):
                 digest.update(hashlib.sha256(_stored(dataset, index)).digest())
+            if isinstance(dataset, ImageFolderLMDB):
+                dataset.file.close()  # each worker opens its own
         return digest.hexdigest()
 
 

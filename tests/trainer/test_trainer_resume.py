@@ -10,6 +10,7 @@ import pytest
 import torch
 from trainer_cases import assert_same, epoch_records, write_class_folders
 
+from data.prepare import folder_to_lmdb
 from trainer.checkpoint import load_training_checkpoint
 from trainer.precision import Precision
 from trainer.resume import newest_run
@@ -265,6 +266,18 @@ def test_other_contents_under_the_same_names_are_refused_or_accepted(build, half
     with pytest.raises(ValueError, match=r"other contents under the same names .*resume_data=True"):
         build(*other)
     build(*other, "trainer.resume_data=true")
+
+
+def test_other_contents_of_an_lmdb_are_refused(build, half, own_data, tmp_path):
+    data = (f"data.root={tmp_path / 'packed'}", "data.type=ImageFolderLMDB")
+    folder_to_lmdb(own_data, tmp_path / "packed")
+    _, resume = half(*data)
+    build(resume, *data)
+    shutil.copy(own_data / "train/blue/0.png", own_data / "val/red/1.png")
+    shutil.rmtree(tmp_path / "packed")
+    folder_to_lmdb(own_data, tmp_path / "packed")
+    with pytest.raises(ValueError, match="other contents under the same names"):
+        build(resume, *data)
 
 
 def test_a_copied_data_set_is_the_same(build, half, own_data, tmp_path):
