@@ -269,15 +269,15 @@ def test_other_contents_under_the_same_names_are_refused_or_accepted(build, half
 
 
 def test_other_contents_of_an_lmdb_are_refused(build, half, own_data, tmp_path):
-    data = (f"data.root={tmp_path / 'packed'}", "data.type=ImageFolderLMDB")
-    folder_to_lmdb(own_data, tmp_path / "packed")
-    _, resume = half(*data)
-    build(resume, *data)
+    def pack(name):
+        folder_to_lmdb(own_data, tmp_path / name)
+        return f"data.root={tmp_path / name}", "data.type=ImageFolderLMDB"
+
+    _, resume = half(*pack("packed"))
+    build(resume, *pack("again"))
     shutil.copy(own_data / "train/blue/0.png", own_data / "val/red/1.png")
-    shutil.rmtree(tmp_path / "packed")
-    folder_to_lmdb(own_data, tmp_path / "packed")
     with pytest.raises(ValueError, match="other contents under the same names"):
-        build(resume, *data)
+        build(resume, *pack("changed"))
 
 
 def test_a_copied_data_set_is_the_same(build, half, own_data, tmp_path):
