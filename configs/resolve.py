@@ -6,6 +6,7 @@ in where they are None, and listed in ``Config.derived`` so that they follow aga
 
 from __future__ import annotations
 
+import os
 from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,17 @@ _TEST_MODES = ("test", "test_net", "predict")
 _MODE_GROUPS = {"finetune": "ft", "predict": "predict"}  # groups that only one mode reads
 
 _CLASSES = ("nb_classes", "data.nb_classes", "model.model_kwargs.num_classes", "trainer.mixup_kwargs.num_classes")
+
+# Files and folders; the teachers' checkpoints are among the terms of the loss.
+_PATHS = (
+    "data.root",
+    "trainer.checkpoint",
+    "trainer.resume_dir",
+    "model.model_kwargs.checkpoint_path",
+    "predict.input",
+    "predict.output",
+    "predict.sheet",
+)
 
 # The first entry of each group gives the value where none of the group is overridden.
 _TIES = (
@@ -60,6 +72,7 @@ def resolve(config: Config, given: Set[str], *, world_size: int) -> Config:
         if mode != config.mode:
             way_out = f"; override {name} instead" if owner == "finetune" else ""
             raise ValueError(f"{path} holds only with -m {mode}{way_out}")
+    _expand_homes(config)
     run = _Run(config, given)
     if config.mode == "predict" and run.given.isdisjoint(_CLASSES):
         for path in _CLASSES:
@@ -104,6 +117,14 @@ class _Run:
         if get_entry(self.config, path) is None:
             set_entry(self.config, path, value)
             self.derived.append(path)
+
+
+def _expand_homes(config: Config) -> None:
+    """Replace a leading ``~`` in every path by the home folder."""
+    terms = enumerate(config.loss.loss_terms)
+    teachers = [index for index, term in terms if isinstance(term, DistillationTerm)]
+    for path in (*_PATHS, *(f"loss.loss_terms.{index}.cfg.model_kwargs.checkpoint_path" for index in teachers)):
+        set_entry(config, path, os.path.expanduser(get_entry(config, path)))  # noqa: PTH111 (Path("") is ".")
 
 
 def _tie(run: _Run, group: tuple[str, ...]) -> None:

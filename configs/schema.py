@@ -279,8 +279,10 @@ class Trainer(Node):
 
     name: str = "CLSTrainer"
     checkpoint: str = "runs/mobilemamba"  # folder in which each run makes its own
-    resume_dir: str = ""  # a run's folder; training resumes from its latest checkpoint
+    resume_dir: str = ""  # a run's folder, to resume from its latest checkpoint; auto: the newest of this configuration
     resume_rescale: bool = False  # accept another number of processes or batch size at a resume
+    resume_optimizer: bool = True  # False: a resumed run starts its optimiser afresh
+    resume_data: bool = False  # accept another validation set, or images of other contents, at a resume
     cuda_deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     epoch_full: PositiveCount | None = None  # tied to `epoch_full`
@@ -290,7 +292,8 @@ class Trainer(Node):
     test_start_epoch: Count | None = None  # from here on every epoch is tested; tied to `test_start_epoch`
     test_per_epoch: PositiveCount = 5  # before that, every so many
     save_per_epoch: PositiveCount = 15
-    save_per_iter: Count = 0  # also keep the latest checkpoint every so many iterations; 0: at epoch ends only
+    save_per_iter: Count = 0  # also save the latest checkpoint every so many iterations; 0: at epoch ends
+    keep_checkpoints: PositiveCount | None = None  # periodic checkpoints that are kept, the newest; None: all
     find_unused_parameters: bool = False
     sync_BN: Literal["none", "native", "apex"] = "none"
     dist_BN: Literal["", "reduce", "broadcast"] = ""  # BN statistics over processes before each test

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
 import torch
+from torch import multiprocessing
 from torch.utils.data import DataLoader
 
 from configs.schema import Config, TrainerData
 from util.errors import RunError
 
-from .base import ImageDataset
+from .base import FileDataset, ImageDataset
 from .datasets import open_datasets
+from .images import UnreadableImageError
+from .lmdb_folder import ImageFolderLMDB
 from .samplers import EvaluationSampler, TrainSampler
 from .samples import Batch, SampleReader, collate
 from .transforms import build_transform
@@ -26,6 +32,19 @@ __all__ = ["Loaders", "TestLoader", "TrainLoader", "build_loaders", "worker_fail
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 30
+NUM_SAMPLED = 256  # images of a split whose contents are compared at a resume
+PIPES_PER_WORKER = 8  # those that a worker is started with, and the batches on their way from it
+
+SIGNS_OF_FAILURE = ("DataLoader worker", "shared memory", "unable to mmap", "ancdata")  # texts of PyTorch's errors
+LACKS = (  # signs in an error's text, what they tell
+    (("Too many open files", "ancdata"), "too many files are open: raise the limit with `ulimit -n 65536`"),
+    (
+        ("shared memory", "Bus error", "No space left", "Read-only file system"),
+        "shared memory (/dev/shm) is full, small or read-only: enlarge it (docker run --shm-size=8g, "
+        "mount -o remount,rw,size=8G /dev/shm)",
+    ),
+    (("Killed", "Cannot allocate memory", "unavailable"), "memory probably ran out (see dmesg): free some"),
+)
 
 
 class TrainLoader:
@@ -39,7 +58,9 @@ class TrainLoader:
         device_type: Where the batches go; memory is pinned only for ``cuda``.
 
     Attributes:
+        dataset: The training split.
         fingerprint: Hash of the training set: size, class names, image names and labels.
+        smallest_batch: Images in the last batch of an epoch, the smallest one.
 
     Raises:
         ValueError: If the images do not make one batch.
@@ -51,6 +72,7 @@ class TrainLoader:
         options = config.trainer.data
         batch_size = options.batch_size_per_gpu
         assert batch_size is not None, "a resolved configuration has it"
+        self.dataset = dataset
         self.fingerprint = dataset.fingerprint()
         self._sampler = TrainSampler(
             len(dataset),
@@ -67,8 +89,9 @@ class TrainLoader:
                 f"{dataset.source}: {len(dataset)} images make no batch of {batch_size} on each of {world_size} "
                 "processes; lower batch_size, or set trainer.data.drop_last=False"
             )
+        self.smallest_batch = self._sampler.smallest_batch
         reader = _reader(dataset, config, is_training=True)
-        self._batches = _Batches(reader, self._sampler, options, device_type=device_type)
+        self._batches = _Batches(reader, self._sampler, options, device_type=device_type, rank=rank)
         self._warned_of: set[str] = set()
 
     def __len__(self) -> int:
@@ -122,7 +145,7 @@ class TestLoader:
         self.num_images = len(dataset)
         self._sampler = EvaluationSampler(self.num_images, batch_size=batch_size, rank=rank, world_size=world_size)
         reader = _reader(dataset, config, is_training=False)
-        self._batches = _Batches(reader, self._sampler, options, device_type=device_type)
+        self._batches = _Batches(reader, self._sampler, options, device_type=device_type, rank=rank)
 
     def __len__(self) -> int:
         """Return the number of batches of this process; others may have one more or less."""
@@ -146,6 +169,29 @@ class Loaders:
     test: TestLoader
     class_names: list[str]
 
+    def contents(self) -> str:
+        """Return a hash of the contents of up to 256 images of each split, evenly spaced; it reads them."""
+        digest = hashlib.sha256()
+        for dataset in (self.test.dataset, *([self.train.dataset] if self.train else [])):
+            spacing = -(-len(dataset) // NUM_SAMPLED)
+            for index in range(0, len(dataset), spacing):
+                digest.update(hashlib.sha256(_stored(dataset, index)).digest())
+            if isinstance(dataset, ImageFolderLMDB):
+                dataset.file.close()  # each worker opens its own
+        return digest.hexdigest()
+
+
+def _stored(dataset: ImageDataset, index: int) -> bytes:
+    """Return an image as it is stored; nothing for data whose fingerprint covers the pixels."""
+    try:
+        if isinstance(dataset, FileDataset):
+            return dataset.read_bytes(index)
+        if isinstance(dataset, ImageFolderLMDB):
+            return dataset.file.record(index)[0]
+    except UnreadableImageError:
+        return b"unreadable"
+    return b""
+
 
 def build_loaders(config: Config, *, rank: int, world_size: int, device_type: str = "cpu") -> Loaders:
     """Open and check the data set, and build the loaders of one process.
@@ -168,10 +214,14 @@ def build_loaders(config: Config, *, rank: int, world_size: int, device_type: st
 
 
 @contextlib.contextmanager
-def worker_failures(num_workers: int) -> Iterator[None]:
+def worker_failures(num_workers: int, *, rank: int | None = None) -> Iterator[None]:
     """Turn the errors that PyTorch raises when a data worker dies into one that names the way out.
 
     PyTorch raises them wherever the main process happens to be, so that a loop over batches belongs inside.
+
+    Args:
+        num_workers: Workers of this process.
+        rank: This process, where it is one of several.
 
     Raises:
         RunError: In place of such an error.
@@ -179,20 +229,46 @@ def worker_failures(num_workers: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not any(sign in str(error) for sign in SIGNS_OF_FAILURE):
             raise
-        raise RunError(
-            f"a data worker died ({str(error).splitlines()[0]}); if memory or shared memory (/dev/shm) ran out, lower "
-            f"trainer.data.num_workers_per_gpu (now {num_workers}); with 0 the main process reads and shows the cause"
-        ) from error
+        raise _explained(error, num_workers, rank) from error
+
+
+def _explained(error: Exception, num_workers: int, rank: int | None) -> RunError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = " ".join(dict.fromkeys((lines[0], lines[-1])))  # the worker, and the end of its traceback, if there is one
+    place = "" if rank is None else f"on rank {rank} "
+    lack = next((lack for signs, lack in LACKS if any(sign in text for sign in signs)), "if memory ran out, free some")
+    return RunError(
+        f"a data worker died {place}({text}); {lack}, or lower trainer.data.num_workers_per_gpu (now {num_workers}); "
+        "with 0 the main process reads and shows the cause"
+    )
+
+
+def _check_resources(num_workers: int) -> None:
+    """Raise an OSError where workers could not be started: PyTorch would fail halfway, and again as it cleans up."""
+    multiprocessing.get_context().Semaphore()
+    pipes: list[tuple[int, int]] = []
+    try:
+        pipes.extend(os.pipe() for _ in range(PIPES_PER_WORKER * num_workers))
+    finally:
+        for descriptor in itertools.chain.from_iterable(pipes):
+            os.close(descriptor)
 
 
 class _Batches:
     """A PyTorch loader that draws from no global generator, and whose errors name the way out."""
 
     def __init__(
-        self, reader: SampleReader, sampler: TrainSampler | EvaluationSampler, options: TrainerData, *, device_type: str
+        self,
+        reader: SampleReader,
+        sampler: TrainSampler | EvaluationSampler,
+        options: TrainerData,
+        *,
+        device_type: str,
+        rank: int,
     ) -> None:
+        self.rank = rank
         self.num_workers = min(options.num_workers_per_gpu, len(sampler))  # a worker reads whole batches
         self._loader = DataLoader(
             reader,
@@ -206,11 +282,19 @@ class _Batches:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        with worker_failures(self.num_workers):
-            for batch, error in self._loader:
-                if error:
-                    raise ValueError(error)
-                yield batch
+        try:
+            if self.num_workers > 0:
+                _check_resources(self.num_workers)
+            with worker_failures(self.num_workers, rank=self.rank):
+                for batch, error in self._loader:
+                    if error:
+                        raise ValueError(error)
+                    yield batch
+        except (OSError, EOFError) as error:
+            # Of pipes and shared memory: a worker hands on what goes wrong with a file as text.
+            if self.num_workers == 0:
+                raise
+            raise _explained(error, self.num_workers, self.rank) from error
 
 
 def _reader(dataset: ImageDataset, config: Config, *, is_training: bool) -> SampleReader:
@@ -227,6 +311,7 @@ def _outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _exit_soon)
 
 

@@ -76,6 +76,11 @@ class TrainSampler(Sampler[list[Key]]):
     def __len__(self) -> int:
         return -(-self._images_per_rank // self.batch_size)
 
+    @property
+    def smallest_batch(self) -> int:
+        """Images in the last batch of an epoch, the smallest one."""
+        return (self._images_per_rank - 1) % self.batch_size + 1
+
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch, and the batch of it, with which the next iteration starts.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,20 @@ class CheckpointStore:
         return self._save_state(state, LATEST)
 
     def save_periodic(self, state: Mapping[str, Any], epoch: int) -> Path:
-        """Save the same as ``ckpt_<epoch>.pth``, which is kept."""
+        """Save the same as ``ckpt_<epoch>.pth``, which is kept until `prune` deletes it."""
         return self._save_state(state, f"ckpt_{epoch}.pth")
+
+    def prune(self, keep: int | None, *, epoch: int) -> None:
+        """Delete all but the newest ``keep`` periodic checkpoints; None keeps all.
+
+        Those after ``epoch``, of a run that went back to an earlier one, neither count nor are deleted.
+        """
+        if keep is None:
+            return
+        numbers = (re.fullmatch(r"ckpt_(\d+)\.pth", file.name) for file in self.folder.glob("ckpt_*.pth"))
+        past = sorted(number for found in numbers if found and (number := int(found[1])) <= epoch)
+        for number in past[:-keep]:
+            (self.folder / f"ckpt_{number}.pth").unlink(missing_ok=True)
 
     def save_best_net(self, weights: Mapping[str, Tensor], **facts: Any) -> Path:
         """Save the best plain weights so far, with facts on them (epoch, scores), as ``net.pth``."""
@@ -188,17 +201,19 @@ def load_training_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_resumable(
-    saved: Mapping[str, Any], current: Mapping[str, Any], *, rescale: bool, path: str | Path
+    saved: Mapping[str, Any], current: Mapping[str, Any], *, rescale: bool, path: str | Path, other_data: bool = False
 ) -> tuple[str, ...]:
     """Check that a run may resume from a checkpoint.
 
     Args:
         saved: The checkpoint's ``meta``: ``world_size``, ``batch_size`` (images per optimiser step),
             ``batch_size_per_gpu``, ``accumulation_steps``, ``model`` (the name), ``fingerprint`` (of the dataset),
-            ``freeze`` (empty, where it is left out).
+            ``freeze`` (empty, where it is left out); in newer checkpoints ``num_train``, ``num_test``,
+            ``test_fingerprint`` and ``contents`` (a hash of some images) as well.
         current: The same of this run.
         rescale: Whether other numbers of processes and images were asked for.
         path: The checkpoint, for messages.
+        other_data: Whether another validation set and other contents of the images were accepted.
 
     Returns:
         The names of the numbers that differ; empty unless ``rescale``.
@@ -206,6 +221,7 @@ def check_resumable(
     Raises:
         ValueError: The network or the dataset differs, or a number does without ``rescale``; both values are named.
     """
+    saved = saved if isinstance(saved, Mapping) else {}
     lacking = [name for name in FIXED + RESCALABLE if name not in saved]
     if lacking:
         raise ValueError(f"{path} cannot be resumed from: its meta lacks {', '.join(lacking)}; start a new run")
@@ -214,6 +230,7 @@ def check_resumable(
             f"{path} was trained on another dataset (fingerprint {saved['fingerprint']}, this one has "
             f"{current['fingerprint']}): put the dataset back as it was, or start a new run from its weights"
         )
+    _check_same_data(saved, current, accept=other_data, path=path)
     if saved["model"] != current["model"]:
         raise ValueError(f"{path} is of {saved['model']}, not of {current['model']}: set model.name={saved['model']}")
     if saved.get("freeze", "") != current.get("freeze", ""):
@@ -233,3 +250,22 @@ def check_resumable(
         )
     logger.warning("%s was saved with %s; the run resumes with %s", path, then, now)
     return changed
+
+
+def _check_same_data(saved: Mapping[str, Any], current: Mapping[str, Any], *, accept: bool, path: str | Path) -> None:
+    """Compare the validation set and the contents of the images, which checkpoints of before lack."""
+    then, now = (
+        f"{facts.get('num_train')} training and {facts.get('num_test')} validation images" for facts in (saved, current)
+    )
+    causes = {
+        "test_fingerprint": f"was trained with another validation set ({then}, this run has {now})",
+        "contents": f"was trained on images with other contents under the same names ({now})",
+    }
+    changes = [cause for name, cause in causes.items() if saved.get(name, current.get(name)) != current.get(name)]
+    if not changes:
+        return
+    if not accept:
+        raise ValueError(
+            f"{path} {changes[0]}: put the data back as they were, or accept the change with trainer.resume_data=True"
+        )
+    logger.warning("%s %s", path, changes[0])

@@ -74,15 +74,16 @@ class Precision:
             is_overflow: Whether the loss was finite, so that the scale may have been too large; it then backs off.
 
         Returns:
-            Whether the scale was to blame.
+            Whether the scale was to blame: it is not where each gradient was finite and only their norm was not.
         """
         if self.scaler is None:
             return False
         if not is_overflow:
             self.scaler.update(self.scaler.get_scale())
             return False
+        before = self.scaler.get_scale()
         self.scaler.update()
-        return self.scaler.get_scale() >= SMALLEST_SCALE
+        return SMALLEST_SCALE <= self.scaler.get_scale() < before
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return the scaler's state, None without one."""

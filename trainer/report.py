@@ -15,7 +15,16 @@ from torch import nn
 
 from configs import Config
 from util.distributed import Process
-from util.logging import PROGRESS, EpochLog, ScalarLog, add_log_file, duration, table
+from util.logging import (
+    PROGRESS,
+    EpochLog,
+    LogGuard,
+    ScalarLog,
+    add_log_file,
+    duration,
+    failed_outputs,
+    table,
+)
 from util.meters import Meters
 
 from .evaluate import Score
@@ -76,6 +85,8 @@ def log_scores(rows: Mapping[str, tuple[int | None, Score]], *, seconds: float, 
 class Report:
     """The log of a training run; on the processes that do not log, it writes nothing.
 
+    A file of it that cannot be written is reported, dropped, and named again by `close`; the run continues.
+
     Args:
         folder: The run's folder.
         process: This process.
@@ -93,9 +104,14 @@ class Report:
         self.num_iterations = num_epochs * steps_per_epoch
         self._start = time.perf_counter()
         self._start_iteration = state.iteration
-        is_logging = process.is_logging
-        self._epochs = EpochLog(folder / "epochs.jsonl", num_epochs=state.epoch) if is_logging else None
-        self._scalars = ScalarLog(folder / "tensorboard", step=state.iteration) if is_logging else None
+        self._epoch_path = folder / "epochs.jsonl"
+        self._scalar_path = folder / "tensorboard"
+        self._guard = LogGuard()
+        self._epochs: EpochLog | None = None
+        self._scalars: ScalarLog | None = None
+        if process.is_logging:
+            self._epochs = self._guard(self._epoch_path, EpochLog, self._epoch_path, num_epochs=state.epoch)
+            self._scalars = self._guard(self._scalar_path, ScalarLog, self._scalar_path, step=state.iteration)
 
     def train_line(self, meters: Meters, state: RunState) -> str:
         """Log one line of progress; a collective.
@@ -120,7 +136,7 @@ class Report:
         )
         if self._scalars is not None:
             values = {f"train/{name}": reading.val for name, reading in readings.items()}
-            self._scalars.write(values, step=state.iteration)
+            self._guard(self._scalar_path, self._scalars.write, values, step=state.iteration)
         return columns
 
     def epoch(self, record: Mapping[str, Any], scores: Mapping[str, Score]) -> None:
@@ -130,10 +146,10 @@ class Report:
         pace, seconds = record["images_per_second"], duration(record["seconds"])
         logger.info("Epoch %d: %s [%.1f images/s] %s", record["epoch"], terms, pace, seconds)
         if self._epochs is not None:
-            self._epochs.write({**record, "test": tests})
+            self._guard(self._epoch_path, self._epochs.write, {**record, "test": tests})
         if self._scalars is not None:
             values = {f"test/{name}_{key}": test[key] for name, test in tests.items() for key in ("top1", "top5")}
-            self._scalars.write(values, step=record["iteration"])
+            self._guard(self._scalar_path, self._scalars.write, values, step=record["iteration"])
 
     def results(self, state: RunState) -> None:
         """Log the best of each weights, the time and where the files are."""
@@ -142,9 +158,11 @@ class Report:
         log_scores(rows, seconds=state.seconds, place=f"files in {self.folder}")
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Close the files, and name those that were dropped."""
         if self._scalars is not None:
-            self._scalars.close()
+            self._guard(self._scalar_path, self._scalars.close)
+        for name, reason in {**self._guard.failures, **failed_outputs()}.items():
+            logger.warning("the log is incomplete: %s could not be written (%s)", name, reason)
 
 
 def open_log(folder: Path, process: Process) -> None:

@@ -131,6 +131,13 @@ class RunLock:
         self._file.write(f"{_signature()}\n")
         self._file.flush()
 
+    def is_in_place(self) -> bool:
+        """Return whether the folder still has this lock: not if it was deleted, moved or replaced."""
+        try:
+            return os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def release(self) -> None:
         """Let another process use the folder."""
         if self._claim is not None and not self._file.closed:

@@ -32,6 +32,7 @@ from .freeze import FrozenParts
 from .network import build_network, wrap_parallel
 from .precision import Precision, build_precision
 from .report import Report, log_environment, log_network, open_log
+from .resume import AUTO, newest_run
 from .run_folder import make_run_folder
 from .snapshot import RunState, Saver
 from .step import Objective, Stepper
@@ -66,6 +67,7 @@ class Run:
         state: The counters.
         report: Writes the log.
         start: When the run would have started without its interruptions, on the clock of ``time.perf_counter``.
+        num_steps: Optimiser steps since the run was started or resumed.
     """
 
     config: Config
@@ -87,6 +89,7 @@ class Run:
     state: RunState
     report: Report
     start: float
+    num_steps: int = 0
 
 
 def build_run(config: Config, process: Process) -> Run:
@@ -105,7 +108,7 @@ def build_run(config: Config, process: Process) -> Run:
         keep_freed_memory()
     # All processes build the same network; only then do their random numbers part.
     seed_everything(config.seed, deterministic=config.trainer.cuda_deterministic)
-    folder = _open_folder(config, process)
+    folder, is_resumed = _open_folder(config, process)
     precision = build_precision(config.trainer, process.device)
     log_environment(config, process, precision)
 
@@ -120,6 +123,7 @@ def build_run(config: Config, process: Process) -> Run:
     precision.prepare(network, optimizer)
     objective = _build_objective(config, process, parallel or network)
     loaders = _build_loaders(config, process)
+    _check_smallest_batch(config, process, network, loaders.train.smallest_batch)
     schedule = _build_schedule(config, optimizer, num_batches=len(loaders.train))
 
     watch = SignalWatch()
@@ -149,7 +153,7 @@ def build_run(config: Config, process: Process) -> Run:
         meters={"train": meters, "epoch": epoch_meters},
         loaders=loaders,
     )
-    state = _start_or_resume(config, process, saver, schedule)
+    state = _start_or_resume(config, process, saver, schedule, is_resumed=is_resumed)
     return Run(
         config=config,
         process=process,
@@ -180,15 +184,20 @@ def fill_classes(config: Config, process: Process) -> Config:
     return with_classes(config, process.on_first(lambda: count_classes(config)))
 
 
-def _open_folder(config: Config, process: Process) -> Path:
+def _open_folder(config: Config, process: Process) -> tuple[Path, bool]:
+    """Return the run's folder, and whether it is that of a run to resume."""
     options = config.trainer
 
-    def make() -> str:
-        return str(make_run_folder(options.checkpoint, config.model.name, resume_dir=options.resume_dir))
+    def make() -> tuple[str, bool]:
+        resume_dir: str | Path = options.resume_dir
+        if resume_dir == AUTO:
+            resume_dir = newest_run(config) or ""
+        return str(make_run_folder(options.checkpoint, config.model.name, resume_dir=resume_dir)), bool(resume_dir)
 
-    folder = Path(process.on_first(make))
+    name, is_resumed = process.on_first(make)
+    folder = Path(name)
     open_log(folder, process)
-    return folder
+    return folder, is_resumed
 
 
 def _build_objective(config: Config, process: Process, network: nn.Module) -> Objective:
@@ -212,6 +221,19 @@ def _build_loaders(config: Config, process: Process) -> Loaders:
     return loaders
 
 
+def _check_smallest_batch(config: Config, process: Process, network: nn.Module, size: int) -> None:
+    """Refuse a batch of one image, the only one or the last one of an epoch, whose statistics BatchNorm cannot take."""
+    is_shared = process.is_distributed and config.trainer.sync_BN != "none"
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    if size > 1 or is_shared or not has_batch_norm:
+        return
+    is_last = config.trainer.data.batch_size_per_gpu > 1
+    raise ValueError(
+        f"{'the last' if is_last else 'a'} training batch of an epoch holds 1 image per process, and BatchNorm needs "
+        f"several for its statistics: {'set trainer.data.drop_last=true' if is_last else 'set a larger batch_size'}"
+    )
+
+
 def _build_schedule(config: Config, optimizer: torch.optim.Optimizer, *, num_batches: int) -> Schedule:
     num_micro = config.trainer.accumulation_steps
     steps_per_epoch = num_batches // num_micro
@@ -223,13 +245,15 @@ def _build_schedule(config: Config, optimizer: torch.optim.Optimizer, *, num_bat
     return build_scheduler(config, optimizer, steps_per_epoch=steps_per_epoch)
 
 
-def _start_or_resume(config: Config, process: Process, saver: Saver, schedule: Schedule) -> RunState:
+def _start_or_resume(
+    config: Config, process: Process, saver: Saver, schedule: Schedule, *, is_resumed: bool
+) -> RunState:
     """Return a run's counters, and put one that resumes back where it was.
 
     Random states come last, so that nothing draws from them before.
     """
     seed_everything(config.seed, rank=process.rank, deterministic=config.trainer.cuda_deterministic)
-    if not config.trainer.resume_dir:
+    if not is_resumed:
         return RunState()
     state = saver.resume(steps_per_epoch=schedule.steps_per_epoch)
     logger.info(

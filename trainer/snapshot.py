@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from configs import Config, to_dict
+from configs import Config, save_config, to_dict
 from data import Loaders
 from optim import Schedule
 from util.distributed import Process
+from util.logging import add_log_file
 from util.meters import Meters
 from util.seed import get_rng_state, set_rng_state
 
@@ -22,12 +23,16 @@ from .average import WeightAverage
 from .batchnorm import batch_norm_statistics
 from .checkpoint import CheckpointStore, check_resumable, load_training_checkpoint
 from .evaluate import Score
+from .fit import check_contents, load_optimizer
 from .precision import Precision
+from .resume import changed_entries
 from .run_folder import RunLock, check_free_space
 
 __all__ = ["RunState", "Saver"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,7 +101,7 @@ class Saver:
         schedule: The learning rate over time.
         precision: Number format, with its scaler.
         meters: Named meters of this process.
-        loaders: Give the training set's fingerprint and its class names.
+        loaders: Give the fingerprints of the data and the class names.
 
     Attributes:
         last_good: Path of the latest checkpoint that is whole; None before the first.
@@ -130,7 +135,7 @@ class Saver:
         self.precision = precision
         self.meters = meters
         self.class_names = loaders.class_names
-        self.meta = _facts(config, process, fingerprint=loaders.train.fingerprint)
+        self.meta = _facts(config, process, loaders)
         # Ranks differ in their statistics where neither every step nor the save makes them equal.
         self.has_own_statistics = process.is_distributed and config.trainer.dist_BN == "reduce"
         self.last_good: str | None = None
@@ -160,25 +165,53 @@ class Saver:
         """
         contents = self._contents(state)
 
-        def write() -> str:
-            if periodic_epoch is not None:
-                self._store.save_periodic(contents, periodic_epoch)
-            return str(self._store.save_latest(contents))
+        def save() -> str:
+            if periodic_epoch is None:
+                return str(self._store.save_latest(contents))
+            self._store.save_periodic(contents, periodic_epoch)
+            latest = self._store.save_latest(contents)
+            self._store.prune(self.config.trainer.keep_checkpoints, epoch=periodic_epoch)
+            return str(latest)
 
-        self.last_good = self.process.on_first(write)
+        self.last_good = self._write(save)
         return self.last_good
 
     def save_best(self, name: str, *, epoch: int, scores: Mapping[str, float]) -> None:
         """Keep the present weights as the best, ``name`` being ``net`` or ``net_E``; a collective."""
         facts = {"epoch": epoch, "scores": scores, "class_names": self.class_names}
 
-        def write() -> None:
+        def save() -> None:
             if name == "net":
                 self._store.save_best_net(self.network.state_dict(), **facts)
             elif self.average is not None:
                 self._store.save_best_ema(self.average.module.state_dict(), **facts)
 
-        self.process.on_first(write)
+        self._write(save)
+
+    def is_in_place(self) -> bool:
+        """Return whether the latest checkpoint is where it was saved; a collective."""
+        last_good = self.last_good
+        return last_good is not None and self.process.on_first(Path(last_good).is_file)
+
+    def _write(self, save: Callable[[], T]) -> T:
+        """Call a function that saves, on rank 0, in a folder that is there; a collective."""
+
+        def write() -> T:
+            if not self._lock.is_in_place():
+                self._make_folder_again()
+            return save()
+
+        return self.process.on_first(write)
+
+    def _make_folder_again(self) -> None:
+        logger.warning("%s was deleted or moved during the run: it is made again, without its older files", self.folder)
+        self.last_good = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock.release()
+        self._lock = RunLock(self.folder)
+        save_config(self.config, self.folder / "config.yaml")
+        if self.process.is_logging:
+            add_log_file(self.folder / "log.txt")
 
     def resume(self, *, steps_per_epoch: int) -> RunState:
         """Put the latest checkpoint of the folder back into the run; a collective.
@@ -191,13 +224,30 @@ class Saver:
         """
         path = self.process.on_first(lambda: str(self._store.latest()))
         checkpoint = load_training_checkpoint(path)
-        rescaled = check_resumable(checkpoint["meta"], self.meta, rescale=self.config.trainer.resume_rescale, path=path)
+        options = self.config.trainer
+        rescaled = check_resumable(
+            checkpoint["meta"], self.meta, rescale=options.resume_rescale, other_data=options.resume_data, path=path
+        )
+        networks = {"net": self.network}
+        if self.average is not None:
+            networks["net_E" if checkpoint["net_E"] else "net"] = self.average.module
+        check_contents(
+            checkpoint,
+            self.config,
+            networks=networks,
+            optimizer=self.optimizer,
+            progress=RunState().state_dict(),
+            path=path,
+        )
         if self.process.is_logging:
             _warn_of_changes(checkpoint.get("config", {}), to_dict(self.config))
         self.network.load_state_dict(checkpoint["net"])
         if self.average is not None:
             self.average.module.load_state_dict(checkpoint["net_E"] or checkpoint["net"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if options.resume_optimizer:
+            load_optimizer(self.optimizer, checkpoint["optimizer"], self.config)
+        else:
+            logger.info("the optimiser starts afresh (trainer.resume_optimizer=false)")
         self.schedule.load_state_dict(checkpoint["scheduler"])
         self.precision.load_state_dict(checkpoint["scaler"])
         state = RunState.from_state_dict(checkpoint["progress"])
@@ -258,34 +308,26 @@ class Saver:
         return [self.network] + ([] if self.average is None else [self.average.module])
 
 
-def _facts(config: Config, process: Process, *, fingerprint: str) -> dict[str, Any]:
+def _facts(config: Config, process: Process, loaders: Loaders) -> dict[str, Any]:
     """Return the facts that must agree at a resume; see `check_resumable`."""
+    test = loaders.test.dataset
     return {
         "world_size": process.world_size,
         "batch_size": config.trainer.data.batch_size,
         "batch_size_per_gpu": config.trainer.data.batch_size_per_gpu,
         "accumulation_steps": config.trainer.accumulation_steps,
         "model": config.model.name,
-        "fingerprint": fingerprint,
+        "fingerprint": loaders.train.fingerprint,
         "freeze": config.model.freeze,
+        "num_train": len(loaders.train.dataset),
+        "num_test": len(test),
+        "test_fingerprint": test.fingerprint(),
+        "contents": process.on_first(loaders.contents),
     }
 
 
 def _warn_of_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Warn of entries that have changed, other than those that say how to resume."""
-    before, now = _flatten(saved), _flatten(current)
-    expected = ("trainer.resume_dir", "trainer.resume_rescale", "trainer.checkpoint", "derived")
-    changed = [path for path in now if path in before and before[path] != now[path] and not path.startswith(expected)]
-    if changed:
-        text = ", ".join(f"{path} {before[path]} -> {now[path]}" for path in changed)
+    text = ", ".join(f"{path} {before} -> {now}" for path, before, now in changed_entries(saved, current))
+    if text:
         logger.warning("the run resumes with other entries than before: %s", text)
-
-
-def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, (dict, list)):
-        return {path: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    flat = {}
-    for key, value in items:
-        flat.update(_flatten(value, f"{path}.{key}" if path else str(key)))
-    return flat

@@ -11,9 +11,10 @@ from util.errors import RunError
 
 __all__ = ["WATCHED", "SignalError", "SignalWatch", "StopError", "stop_on_signal"]
 
-# Schedulers send SIGTERM or SIGUSR1 ahead of the end of a job, a terminal sends SIGINT. The first that came in wins.
-WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-SIGNAL_EXIT = 128  # a shell adds this to the number of the signal that ended a process: 143, 130, 138
+# Schedulers send SIGTERM or SIGUSR1 ahead of the end of a job, a terminal sends SIGINT, and SIGHUP when it is closed.
+# The first that came in wins.
+WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+SIGNAL_EXIT = 128  # a shell adds this to the number of the signal that ended a process: 143, 130, 138, 129
 
 
 class StopError(RunError):
@@ -40,7 +41,8 @@ class SignalWatch:
 
     def __enter__(self) -> SignalWatch:
         for number in WATCHED:
-            self._previous[number] = signal.signal(number, self._mark)
+            if not _is_refused(number):
+                self._previous[number] = signal.signal(number, self._mark)
         return self
 
     def __exit__(
@@ -61,6 +63,11 @@ class SignalWatch:
     def agreed(sums: list[float]) -> int | None:
         """Return the signal that any process got, from the summed flags."""
         return next((int(number) for number, total in zip(WATCHED, sums, strict=True) if total > 0), None)
+
+
+def _is_refused(number: int) -> bool:
+    """Return whether the run was started so that a closed terminal does not end it, as ``nohup`` does."""
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
 
 
 def stop_on_signal(process: Process, watch: SignalWatch) -> None:

@@ -57,7 +57,8 @@ class Tester:
     def run(self) -> int:
         """Test the plain and the averaged weights, where there are such; return the exit code."""
         start = time.perf_counter()
-        with self.watch, worker_failures(self.config.trainer.data.num_workers_per_gpu):
+        num_workers = self.config.trainer.data.num_workers_per_gpu
+        with self.watch, worker_failures(num_workers, rank=self.process.rank):
             try:
                 for name, ema in tested_weights(self.config, self.checkpoint).items():
                     self._test(name, ema=ema)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from data import worker_failures
 from model.messages import listed
 from util.distributed import is_lost_process
-from util.errors import EXIT_USER_ERROR, RunError
+from util.errors import EXIT_USER_ERROR, RunError, close_all
 from util.logging import progress_bar
 from util.memory import frozen_objects
 
@@ -20,7 +20,7 @@ from .setup import Run
 from .step import StepResult
 from .stop import SignalError, StopError
 
-__all__ = ["train"]
+__all__ = ["is_save_due", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,30 +50,39 @@ def train(run: Run) -> int:
     # Signals stay marks while the state is saved: a scheduler may send several.
     with run.watch, frozen_objects():
         try:
-            _train_epochs(run)
-        except SignalError as stop:
-            _save(run)
-            logger.info("%s; the state is saved, resume with trainer.resume_dir=%s", stop, run.folder)
-            return stop.exit_code
-        except StopError as stop:
-            _save(run)
-            message = f"{stop}. The state is saved in {run.saver.last_good}"
-            raise RunError(message, exit_code=stop.exit_code) from stop
+            code = _train_until_stopped(run)
+        except StopError:
+            raise
         except (RuntimeError, OSError, ValueError) as error:
             explained = _explain(error, last_good=run.saver.last_good)
             if explained is None:
                 raise
             raise explained from error
         finally:
-            run.report.close()
-            run.saver.close()
-    run.report.results(run.state)
+            close_all(run.report.close, run.saver.close)
+    if code == 0:
+        run.report.results(run.state)
+    return code
+
+
+def _train_until_stopped(run: Run) -> int:
+    try:
+        _train_epochs(run)
+    except SignalError as stop:
+        _save(run)
+        logger.info("%s; the state is saved, resume with trainer.resume_dir=%s", stop, run.folder)
+        return stop.exit_code
+    except StopError as stop:
+        _save(run)
+        raise StopError(f"{stop}. The state is saved in {run.saver.last_good}", exit_code=stop.exit_code) from stop
+    if not run.saver.is_in_place():
+        _save(run)
     return 0
 
 
 def _train_epochs(run: Run) -> None:
     while run.state.epoch < run.schedule.num_epochs:
-        with worker_failures(run.config.trainer.data.num_workers_per_gpu):
+        with worker_failures(run.config.trainer.data.num_workers_per_gpu, rank=run.process.rank):
             pace = _EpochPace()
             _train_epoch(run, pace)
             _end_epoch(run, pace)
@@ -97,6 +106,7 @@ def _train_epoch(run: Run, pace: _EpochPace) -> None:
             result = run.stepper(batches)
             state.step += 1
             state.iteration += 1
+            run.num_steps += 1
             pace.add(result)
             columns = _log_step(run, result)
             if columns:
@@ -136,8 +146,22 @@ def _check_step(run: Run, result: StepResult) -> None:
         raise StopError(f"{state.bad_steps} steps in a row gave a loss or gradient that is not finite")
     if result.signal is not None:
         raise SignalError(result.signal)
-    if options.save_per_iter and state.iteration % options.save_per_iter == 0:
+    if is_save_due(state.iteration, run.num_steps, every=options.save_per_iter):
         _save(run)
+
+
+def is_save_due(iteration: int, num_steps: int, *, every: int) -> bool:
+    """Return whether to save within an epoch.
+
+    Saves are due after 1, 2, 4, 8, ... steps of this process, so that a job which is killed again and again keeps at
+    least half of the steps that it does each time.
+
+    Args:
+        iteration: Optimiser steps done altogether.
+        num_steps: Those since the run was started or resumed.
+        every: Save when the iteration is a multiple; 0 for no such saves.
+    """
+    return num_steps & (num_steps - 1) == 0 or (every > 0 and iteration % every == 0)
 
 
 def _count_unreadable(run: Run, paths: list[str]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
-__all__ = ["parse_arguments"]
+__all__ = ["EXIT_INTERRUPTED", "interruptible", "parse_arguments"]
+
+EXIT_INTERRUPTED = 130  # 128 and the number of SIGINT, as a shell reports it
 
 EPILOG = """\
 examples:
@@ -24,8 +27,17 @@ examples:
     python run.py -c configs/mobilemamba/mobilemamba_t2 -m train trainer.resume_dir=runs/mobilemamba/RUN
 
 Every entry is in configs/schema.py. Exit codes: 0 done, 1 failed, 2 bad input, 128 + signal number when stopped by
-SIGTERM (143), SIGINT (130) or SIGUSR1 (138), after the state has been saved.
+SIGTERM (143), SIGINT (130), SIGUSR1 (138) or SIGHUP (129), after the state has been saved.
 """
+
+
+def interruptible(main: Callable[[], int]) -> int:
+    """Return the exit code of a program; where Ctrl-C ends it, say so in one line and return 130."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted before there was anything to save", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

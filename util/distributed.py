@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -17,7 +18,13 @@ from .launch import Launch
 __all__ = ["Process", "choose_device", "init_process", "is_lost_process", "open_store"]
 
 # Texts of gloo's and NCCL's errors; gloo's have no class of their own.
-SIGNS_OF_LOSS = ("gloo/transport", "Connection closed by peer", "Timed out waiting", "NCCL communicator was aborted")
+SIGNS_OF_LOSS = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Timed out waiting",
+    "Application timeout caused pair closure",
+    "NCCL communicator was aborted",
+)
 
 T = TypeVar("T")
 
@@ -131,7 +138,17 @@ def open_store(launch: Launch, *, timeout_seconds: float) -> dist.Store:
     meeting = dist.rendezvous(launch.dist_url, launch.rank, launch.world_size, timeout=timeout)
     store, _, _ = next(meeting)
     store.set_timeout(timeout)
-    return store
+    return dist.PrefixStore(f"attempt{_attempt()}", store)
+
+
+def _attempt() -> str:
+    """Return the number of times that the launcher has restarted this run.
+
+    torchrun's default store outlives a restart, with the addresses of processes that are gone. Launchers on several
+    nodes may count differently; with ``--rdzv-backend=c10d`` they get a fresh store.
+    """
+    is_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_node else "0"
 
 
 @contextlib.contextmanager

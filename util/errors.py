@@ -12,7 +12,7 @@ from .distributed import is_lost_process, open_store
 from .launch import Launch
 from .logging import FILE_ONLY
 
-__all__ = ["EXIT_FAILED", "EXIT_USER_ERROR", "RunError", "exit_code_of"]
+__all__ = ["EXIT_FAILED", "EXIT_USER_ERROR", "RunError", "close_all", "exit_code_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,15 @@ class RunError(RuntimeError):
     def __init__(self, message: str, *, exit_code: int = EXIT_FAILED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def close_all(*closers: Callable[[], None]) -> None:
+    """Call every closer, whatever the others do; one that fails is reported, and hides no error before it."""
+    for close in closers:
+        try:
+            close()
+        except Exception as error:
+            logger.warning("%s failed: %s", close.__qualname__, error)
 
 
 def exit_code_of(
@@ -80,13 +89,18 @@ def _one_line(error: Exception) -> str:
 def _say_once(message: str, launch: Launch, *, is_echo: bool) -> None:
     """Print a message unless the logging process has said the same, or its own failure explains an echo of it."""
     if launch.is_logging:
-        print(message, file=sys.stderr, flush=True)
+        _print(message)
         if launch.world_size > 1:
             _tell_others(message, launch)
         return
     heard = _heard_from_logging(launch)
     if heard is None or not (is_echo or heard == message):
-        print(f"[rank {launch.rank}] {message}", file=sys.stderr, flush=True)
+        _print(f"[rank {launch.rank}] {message}")
+
+
+def _print(message: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        print(message, file=sys.stderr, flush=True)
 
 
 def _tell_others(message: str, launch: Launch) -> None:

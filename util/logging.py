@@ -1,13 +1,21 @@
-"""Output of a run: console, log file, JSON lines of every epoch, TensorBoard, progress bars, tables."""
+"""Output of a run: console, log file, JSON lines of every epoch, TensorBoard, progress bars, tables.
+
+A log can neither stop nor hang a run: one that cannot be written is reported once, then dropped.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from tqdm import tqdm
 
@@ -15,9 +23,11 @@ __all__ = [
     "FILE_ONLY",
     "PROGRESS",
     "EpochLog",
+    "LogGuard",
     "ScalarLog",
     "add_log_file",
     "duration",
+    "failed_outputs",
     "markdown_table",
     "progress_bar",
     "setup_console",
@@ -31,11 +41,73 @@ TIME = "%Y-%m-%d %H:%M:%S"
 FILE_ONLY = {"is_for_file": True}
 PROGRESS = {"is_progress": True}  # left out where a live progress bar shows the same
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
 
-class _Console(logging.Handler):
+
+class LogGuard:
+    """Calls the writers of logs that a run can do without.
+
+    A log whose writer raises an error, whatever it is, is reported once and not written to again.
+
+    Attributes:
+        failures: The reason for each log that was dropped, by its name.
+    """
+
+    def __init__(self) -> None:
+        self.failures: dict[str, str] = {}
+
+    def __call__(self, name: object, write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Return what ``write`` returns; None if the log ``name`` fails or is dropped already."""
+        if str(name) in self.failures:
+            return None
+        try:
+            return write(*args, **kwargs)
+        except Exception as error:
+            self.failures[str(name)] = _reason(error)
+            logger.warning("%s cannot be written (%s): the run continues without it", name, _reason(error))
+            return None
+
+
+def _reason(error: BaseException | None) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+class _Output(logging.Handler):
+    """A handler that reports to the others, once, that its file or pipe cannot be written to, and is silent from then.
+
+    Attributes:
+        title: Names the output.
+        failure: The reason; empty while all is well.
+    """
+
+    title = ""
+    failure = ""
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Write a record, unless the output has failed before."""
+        return bool(not self.failure and super().handle(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop the output after an error of the system; show any other one, a defect of the logging call."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self.failure = _reason(error)
+        self.abandon()
+        logger.warning("%s cannot be written to (%s): the run continues without it", self.title, self.failure)
+
+    def abandon(self) -> None:
+        """Let go of the output, so that what it still holds back disturbs nothing later."""
+
+
+class _Console(_Output):
     """Writes to stdout without tearing a progress bar on the same terminal."""
+
+    title = "stdout"
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record, unless it is meant only for the file."""
@@ -44,10 +116,15 @@ class _Console(logging.Handler):
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:
-            raise
         except Exception:
             self.handleError(record)
+
+    def abandon(self) -> None:
+        """Point stdout at nothing: Python flushes it once more as it exits, and would fail."""
+        with contextlib.suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, sys.stdout.fileno())
+            os.close(nothing)
 
 
 def setup_console(*, is_logging: bool, rank: int = 0) -> None:
@@ -62,6 +139,8 @@ def setup_console(*, is_logging: bool, rank: int = 0) -> None:
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Console)]:
         root.removeHandler(handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
     console = _Console(level=logging.INFO if is_logging else logging.WARNING)
     prefix = "" if is_logging else f"[rank {rank}] "
     console.setFormatter(logging.Formatter(prefix + LINE, TIME))
@@ -70,8 +149,20 @@ def setup_console(*, is_logging: bool, rank: int = 0) -> None:
     logging.captureWarnings(True)
 
 
-class _LogFile(logging.FileHandler):
+class _LogFile(_Output, logging.FileHandler):
     """The log file of the current run in this process."""
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        """The file's path."""
+        return self.baseFilename
+
+    def abandon(self) -> None:
+        """Close the file without what could not be written."""
+        with contextlib.suppress(OSError):
+            if self.stream is not None:
+                self.stream.close()
+        self.stream = None  # type: ignore[assignment]
 
 
 def add_log_file(path: Path) -> None:
@@ -79,10 +170,17 @@ def add_log_file(path: Path) -> None:
     root = logging.getLogger()
     for earlier in [handler for handler in root.handlers if isinstance(handler, _LogFile)]:
         root.removeHandler(earlier)
-        earlier.close()
-    handler = _LogFile(path, encoding="utf-8")
+        with contextlib.suppress(OSError):
+            earlier.close()
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(LINE, TIME))
     root.addHandler(handler)
+
+
+def failed_outputs() -> dict[str, str]:
+    """Return the reason for each of this process's outputs, console and log file, that was dropped, by its name."""
+    outputs = [handler for handler in logging.getLogger().handlers if isinstance(handler, _Output)]
+    return {output.title: output.failure for output in outputs if output.failure}
 
 
 class EpochLog:
@@ -95,18 +193,19 @@ class EpochLog:
 
     def __init__(self, path: Path, *, num_epochs: int = 0) -> None:
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _epoch_of(line) <= num_epochs]
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = list(itertools.takewhile(lambda line: line.endswith(b"\n") and _epoch_of(line) <= num_epochs, lines))
         if kept != lines:
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.truncate(path, sum(map(len, kept)))  # needs no space, and no moment at which a kill could lose lines
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one epoch's record, which has its number under ``epoch``."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # it may have been deleted during the run
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def _epoch_of(line: str) -> float:
+def _epoch_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["epoch"])
     except (ValueError, KeyError, TypeError):
@@ -116,23 +215,40 @@ def _epoch_of(line: str) -> float:
 class ScalarLog:
     """Scalars for TensorBoard.
 
+    Every point is on the disk when `write` returns. tensorboardX's own SummaryWriter leaves that to a thread: once it
+    dies, of a full disk or of a clock that is set back, its queue fills and the next write never returns.
+
     Args:
         folder: Where the event files go.
         step: Iterations done before; what an earlier run wrote after them is hidden.
     """
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
-        from tensorboardX import SummaryWriter  # slow to import, and only the logging process needs it
+        from tensorboardX.event_file_writer import EventsWriter  # slow to import; only the logging process needs it
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._writer = SummaryWriter(str(folder), purge_step=step or None, flush_secs=30)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        if step:
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=step, session_log=start))
+        self._writer.flush()
 
     def write(self, values: Mapping[str, float], *, step: int) -> None:
-        """Add one point to each named curve."""
+        """Add one point to each named curve.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self._writer.flush()
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Close the file."""
         self._writer.close()
 
 

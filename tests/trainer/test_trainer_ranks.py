@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import time
+
 import pytest
 import torch
 import two_ranks
@@ -83,13 +87,58 @@ def test_a_message_is_said_once_and_never_lost(played):
     assert right["one"] == (2, "[rank 1] error: no such thing\n")
 
 
-def test_a_rank_that_dies_takes_the_others_along(class_folders, tmp_path):
+def start_ranks(target, *arguments):
     context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=two_ranks.run_rank_that_dies, args=(rank, tmp_path, class_folders)) for rank in (0, 1)
-    ]
+    ranks = [context.Process(target=target, args=(rank, *arguments)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
+    return ranks
+
+
+def test_a_rank_that_hangs_takes_the_others_along(class_folders, tmp_path):
+    left, right = start_ranks(two_ranks.run_rank_that_hangs, tmp_path, class_folders)
+    try:
+        left.join(timeout=120)
+        assert left.exitcode == 1
+        assert right.exitcode is None  # it is stopped
+    finally:
+        left.kill()
+        right.kill()
+    message = (tmp_path / "stderr0.txt").read_text()
+    assert message.count("\n") == 1, message
+    assert message.startswith("error: another process of the run was lost; the last good checkpoint is")
+
+
+def is_running(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_worker_that_dies_on_one_rank_ends_both(class_folders, tmp_path):
+    ranks = start_ranks(two_ranks.run_rank_whose_worker_dies, tmp_path, class_folders)
+    for rank in ranks:
+        rank.join(timeout=120)
+    assert [rank.exitcode for rank in ranks] == [1, 1]
+    workers = [(tmp_path / f"workers{rank}.txt").read_text().split() for rank in (0, 1)]
+    assert [len(numbers) for numbers in workers] == [1, 1]
+    left, right = ((tmp_path / f"stderr{rank}.txt").read_text() for rank in (0, 1))
+    assert "another process of the run was lost" in left
+    assert re.match(r"\[rank 1\] error: a data worker died on rank 1 \(", right)
+    assert "lower trainer.data.num_workers_per_gpu (now 1)" in right
+    assert "the last good checkpoint is" in right
+    assert [text.count("\n") for text in (left, right)] == [1, 1], left + right
+    numbers = [int(number) for own in workers for number in own]
+    deadline = time.monotonic() + 20
+    while any(map(is_running, numbers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, numbers))
+
+
+def test_a_rank_that_dies_takes_the_others_along(class_folders, tmp_path):
+    ranks = start_ranks(two_ranks.run_rank_that_dies, tmp_path, class_folders)
     for rank in ranks:
         rank.join(timeout=90)
     assert [rank.exitcode for rank in ranks] == [1, 9]

@@ -164,6 +164,23 @@ def test_an_overflow_at_a_tiny_scale_is_bad():
     assert parameter.item() == 1
 
 
+def test_finite_gradients_whose_norm_is_not_are_bad():
+    """Else the run would skip such steps for ever."""
+    precision = Precision(torch.device("cpu"), torch.float16)
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scale = precision.scaler.get_scale()
+    for _ in range(3):
+        precision.backward((parameter * 3e38 / scale).sum(), optimizer)
+        parameter.grad.fill_(3e38)
+        precision.unscale(optimizer)
+        parameter.grad.fill_(3e38)
+        assert not torch.linalg.vector_norm(parameter.grad).isfinite()
+        assert not precision.skip(optimizer, is_overflow=True)
+        optimizer.zero_grad()
+    assert precision.scaler.get_scale() == scale
+
+
 def test_a_loss_that_is_not_finite_leaves_the_scale():
     precision = Precision(torch.device("cpu"), torch.float16)
     parameter = nn.Parameter(torch.ones(1))
@@ -202,3 +219,17 @@ def test_the_first_signal_decides(build):
         signal.raise_signal(signal.SIGTERM)
         assert watch.agreed(watch.flags()) == signal.SIGUSR1
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_closed_terminal_stops_the_run_unless_it_was_told_to_go_on(build):
+    watch = build().watch
+    previous = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, expected in ((signal.SIG_IGN, None), (signal.SIG_DFL, signal.SIGHUP)):  # the first as nohup does
+            signal.signal(signal.SIGHUP, handler)
+            with watch:
+                signal.raise_signal(signal.SIGHUP)
+            assert watch.received == expected
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, previous)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,50 @@ def run_rank_that_dies(rank: int, folder: Path, data: Path) -> None:
         except RunError as error:
             (folder / "message.txt").write_text(str(error))
             os._exit(error.exit_code)
+
+
+def run_rank_that_hangs(rank: int, folder: Path, data: Path) -> None:
+    """Train; rank 1 stops in the middle of the second epoch, and neither dies nor answers."""
+    torch.set_num_threads(1)
+    launch = Launch(rank=rank, local_rank=rank, world_size=2, dist_url=f"file://{folder}/store")
+
+    def stop(images: torch.Tensor) -> torch.Tensor:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return images
+
+    def body(launch: Launch) -> int:
+        with init_process(launch, device="cpu", timeout_seconds=15) as process:
+            run = build(process, folder / "runs", data)
+            during_step(run, 5, stop)
+            return train(run)
+
+    with (folder / f"stderr{rank}.txt").open("w") as stderr, contextlib.redirect_stderr(stderr):
+        code = exit_code_of(lambda: launch, body)
+    os._exit(code)
+
+
+def run_rank_whose_worker_dies(rank: int, folder: Path, data: Path) -> None:
+    """Train with workers; one of rank 1's is killed in the middle of the second epoch."""
+    torch.set_num_threads(1)
+    launch = Launch(rank=rank, local_rank=rank, world_size=2, dist_url=f"file://{folder}/store")
+
+    def kill_worker(images: torch.Tensor) -> torch.Tensor:
+        workers = [worker.pid for worker in multiprocessing.active_children()]
+        (folder / f"workers{rank}.txt").write_text(" ".join(map(str, workers)))
+        if rank == 1:
+            os.kill(workers[0], signal.SIGKILL)
+        return images
+
+    def body(launch: Launch) -> int:
+        with init_process(launch, device="cpu", timeout_seconds=60) as process:
+            run = build(process, folder / "runs", data, "trainer.data.num_workers_per_gpu=1", "batch_size=4")
+            during_step(run, 8, kill_worker)
+            return train(run)
+
+    with (folder / f"stderr{rank}.txt").open("w") as stderr, contextlib.redirect_stderr(stderr):
+        code = exit_code_of(lambda: launch, body)
+    sys.exit(code)
 
 
 def build(process: Process, runs: Path, data: Path, *more: str) -> Run:

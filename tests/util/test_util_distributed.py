@@ -53,6 +53,7 @@ def test_a_gpu_that_is_not_there(monkeypatch, name, num_gpus, message):
 
 def test_which_errors_tell_of_a_lost_process():
     assert is_lost_process(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9424"))
+    assert is_lost_process(RuntimeError("Application timeout caused pair closure"))
     assert is_lost_process(torch.distributed.DistBackendError("NCCL error"))
     assert not is_lost_process(RuntimeError("shapes cannot be multiplied"))
     assert not is_lost_process(ValueError("Connection closed by peer"))

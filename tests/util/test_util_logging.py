@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +17,11 @@ from util.logging import (
     FILE_ONLY,
     PROGRESS,
     EpochLog,
+    LogGuard,
     ScalarLog,
     add_log_file,
     duration,
+    failed_outputs,
     progress_bar,
     setup_console,
     table,
@@ -25,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 pytestmark = pytest.mark.usefixtures("own_log")
+FULL = Path("/dev/full")
+needs_full_device = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Terminal(io.StringIO):
@@ -106,6 +115,100 @@ def test_scalars_make_an_event_file(tmp_path):
     log.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/CE" in file.read_bytes()
+
+
+@needs_full_device
+def test_events_on_a_full_disk_are_an_error_at_once(tmp_path):
+    log = ScalarLog(tmp_path)
+    log.write({"a": 1.0}, step=0)
+    (descriptor,) = [int(link.name) for link in Path("/proc/self/fd").iterdir() if "tfevents" in os.path.realpath(link)]
+    full = os.open(FULL, os.O_WRONLY)
+    os.dup2(full, descriptor)
+    os.close(full)
+    with pytest.raises(OSError, match="No space left on device"):
+        log.write({"a": 1.0}, step=1)
+
+
+def test_events_outlive_a_clock_that_is_set_back(tmp_path, monkeypatch):
+    log = ScalarLog(tmp_path)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 3e7)
+    for step in range(50):  # more than any queue holds
+        log.write({f"step{step}": 1.0}, step=step)
+    (file,) = tmp_path.iterdir()
+    assert b"step49" in file.read_bytes()
+
+
+def test_a_log_that_fails_is_reported_once_and_dropped(caplog):
+    guard = LogGuard()
+    calls = []
+
+    def fail(reason):
+        calls.append(reason)
+        raise OSError(28, "No space left on device")
+
+    assert [guard("events", fail, "now"), guard("events", fail, "again"), guard("epochs", len, "abc")] == [
+        None,
+        None,
+        3,
+    ]
+    assert calls == ["now"]
+    assert caplog.text.count("events cannot be written (No space left on device): the run continues") == 1
+    assert guard.failures == {"events": "No space left on device"}
+
+
+@needs_full_device
+def test_a_log_file_on_a_full_disk_is_reported_once(capsys):
+    setup_console(is_logging=True)
+    add_log_file(FULL)
+    for number in range(3):
+        logger.info("line %d", number)
+    out, err = capsys.readouterr()
+    assert [out.count(f"line {number}") for number in range(3)] == [1, 1, 1]
+    assert out.count("/dev/full cannot be written to (No space left on device): the run continues") == 1
+    assert err == ""
+    assert failed_outputs() == {"/dev/full": "No space left on device"}
+
+
+def test_a_defect_of_a_logging_call_is_still_shown(capsys):
+    setup_console(is_logging=True)
+    console = logging.getLogger().handlers[-1]
+    console.handle(logger.makeRecord("name", logging.INFO, "file", 1, "%d", ("no number",), None))
+    assert "no number" in capsys.readouterr().err
+    assert failed_outputs() == {}
+
+
+CLOSED_STDOUT = """
+import logging, sys
+from pathlib import Path
+from util.logging import add_log_file, setup_console
+setup_console(is_logging=True)
+add_log_file(Path(sys.argv[1]))
+for number in range(5000):
+    logging.info("line %d", number)
+print("to nobody")
+"""
+
+
+def test_a_run_whose_stdout_is_closed_continues_in_its_log(tmp_path):
+    command = [sys.executable, "-c", CLOSED_STDOUT, str(tmp_path / "log.txt")]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "line 0" in run.stdout.readline()
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait(timeout=60)) == ("", 0)
+    text = (tmp_path / "log.txt").read_text()
+    assert text.count("stdout cannot be written to (Broken pipe): the run continues without it") == 1
+    assert "line 4999" in text
+
+
+def test_a_name_that_the_encoding_lacks_is_escaped(tmp_path):
+    script = CLOSED_STDOUT.replace("range(5000)", "['\\udcff \\u00e4']").replace("%d", "%s")
+    command = [sys.executable, "-c", script, str(tmp_path / "log.txt")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "line \\udcff \\xe4" in done.stdout
+    assert "line \\udcff \u00e4" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+"""The run to resume: whether its configuration is the present one, and the newest such run of a folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs import Config, to_dict
+
+from .checkpoint import LATEST
+from .run_folder import RunLock
+
+__all__ = ["AUTO", "changed_entries", "newest_run"]
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"  # of trainer.resume_dir
+
+# Entries that say where and how to resume, or by how many processes; `check_resumable` compares the numbers of images.
+HOW = ("trainer.resume_", "trainer.checkpoint", "derived")
+WHERE = (
+    "batch_size",
+    "logging",
+    "trainer.data",
+    "trainer.device",
+    "trainer.keep_checkpoints",
+    "trainer.save_per",
+    "trainer.timeout_seconds",
+)
+
+
+def newest_run(config: Config) -> Path | None:
+    """Return the newest run of a configuration that can be resumed; only for the one process that writes.
+
+    It is one in ``trainer.checkpoint`` that has a latest checkpoint, is in use by no other process, and has the same
+    entries, apart from those on batches, logs, the device and how often to save. One that is finished counts too, so
+    that a restart does not start it again.
+    """
+    parent = Path(config.trainer.checkpoint)
+    checkpoints = [*parent.glob(f"*/{LATEST}")] if parent.is_dir() else []
+    # Checkpoints' times are those of saves; a run's name only says when it started.
+    for checkpoint in sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        folder = checkpoint.parent
+        if _is_of(folder, config) and _is_free(folder):
+            return folder
+    return None
+
+
+def _is_of(folder: Path, config: Config) -> bool:
+    try:
+        saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    if not isinstance(saved, dict):
+        return False
+    current = to_dict(config)
+    derived = {*(saved.get("derived") or ()), *current["derived"]}
+    return not [
+        path for path, *_ in changed_entries(saved, current) if path not in derived and not path.startswith(WHERE)
+    ]
+
+
+def _is_free(folder: Path) -> bool:
+    try:
+        RunLock(folder).release()
+    except (ValueError, OSError) as error:
+        logger.info("trainer.resume_dir=%s passes over %s: %s", AUTO, folder, error)
+        return False
+    return True
+
+
+def changed_entries(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield path, value before and value now of each entry that has changed, other than those on the resume itself.
+
+    Entries that only one of the two configurations has are passed over.
+    """
+    before, now = _flatten(saved), _flatten(current)
+    for path, value in now.items():
+        if path in before and before[path] != value and not path.startswith(HOW):
+            yield path, before[path], value
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, (dict, list)):
+        return {path: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    flat = {}
+    for key, value in items:
+        flat.update(_flatten(value, f"{path}.{key}" if path else str(key)))
+    return flat
