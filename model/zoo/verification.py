@@ -90,7 +90,7 @@ def _expected(entry: Entry, file: Path, present: Path) -> tuple[Checksum | None,
         return Checksum(int(values["size"]), str(values["sha256"])), f"its record {record}"
     except FileNotFoundError:
         return None, ""
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{record} is damaged ({error}): delete it to have {file} verified again") from error
 
 
