@@ -29,6 +29,7 @@ EXTRAS = {
         *TRAIN,
         "gdown>=6",
         "pytest",
+        "hypothesis",
         "matplotlib",
         "ruff",
         "mypy",
