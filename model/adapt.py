@@ -9,6 +9,8 @@ from pathlib import Path
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from .mismatch import head_modules
+
 __all__ = ["adapt", "without_head"]
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ def without_head(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], heads
     """
     if any(f"{head}.weight" in own for head in heads):
         return dict(weights)
-    modules = tuple(f"{head.partition('.')[0]}." for head in heads)
+    modules = head_modules(heads)
     return {entry: value for entry, value in weights.items() if entry in own or not entry.startswith(modules)}
 
 

@@ -93,10 +93,9 @@ def _check_archive(path: Path) -> bool:
             names = [Path(name).name for name in archive.namelist()]
             if "constants.pkl" in names:
                 raise ValueError(f"{path} holds code (a TorchScript program) and was refused: {_way_out()}")
-            is_packed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
-            if (
-                "data.pkl" not in names or is_packed
-            ):  # torch.save never compresses, and a few bytes may unpack to all memory
+            # torch.save never compresses, and a few bytes could unpack to more than the memory holds.
+            is_compressed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
+            if "data.pkl" not in names or is_compressed:
                 raise ValueError(f"{path} is a zip archive, but not a checkpoint of torch.save: name another file")
             for record in archive.infolist():
                 if record.CRC:  # 0 where torch.save was told to leave the checksums out
@@ -212,9 +211,8 @@ def network_prefixes(own: Iterable[str] = ()) -> list[str]:
 def _sources(checkpoint: Mapping[str, Any]) -> list[str]:
     """Return under which names weights stand; ``model`` may also be a configuration, next to the weights."""
     present = [name for name in (*AVERAGED, *PLAIN) if isinstance(checkpoint.get(name), Mapping)]
-    return [
-        name for name in present if any(isinstance(value, Tensor) for value in checkpoint[name].values())
-    ] or present
+    holding = [name for name in present if any(isinstance(value, Tensor) for value in checkpoint[name].values())]
+    return holding or present
 
 
 def _bare_names(weights: Mapping[Any, Any], origin: str | Path, prefixes: Sequence[str]) -> dict[str, Tensor]:
