@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart kernels downstream benchmark test test-all lint format clean
+.PHONY: help setup setup-dev quickstart kernels downstream benchmark test test-all fuzz lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ test: setup-dev lint ## Run the checks and the test suite
 test-all: setup-dev downstream lint ## Run the checks and every test, the slow ones and OpenMMLab's too (C++ compiler)
 	$(PY) -m pytest -m "slow or not slow"
 
+fuzz: setup-dev ## Try 2,000 damaged inputs of every kind, where the test suite tries 100
+	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest $(wildcard tests/*/test_*_fuzz.py)
+
 lint: setup-dev ## Check style, types and repeated blocks
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -74,5 +77,5 @@ format: setup-dev ## Format every file
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 clean: ## Remove the environment and caches; runs/ and data/ stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

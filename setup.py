@@ -30,6 +30,7 @@ EXTRAS = {
         *TRAIN,
         "gdown>=6",
         "pytest",
+        "hypothesis",
         "matplotlib",
         "ruff",
         "mypy",

@@ -66,12 +66,12 @@ def _write(entry: _Entry, text: str) -> None:
     if is_group(entry.annotation):
         example = next(_paths(_read(entry.owner, entry.key), entry.path))
         raise ValueError(f"{entry.path}={text}: {entry.path} is a group; override its entries, such as {example}")
+    # Inside a dictionary the schema says nothing of the types.
+    value = read_literal(text) if entry.annotation is Any else convert(text, entry.annotation, entry.path)
     if isinstance(entry.owner, Node):
-        setattr(entry.owner, entry.key, convert(text, entry.annotation, entry.path))
-    elif isinstance(entry.owner, list):
-        entry.owner[entry.key] = convert(text, entry.annotation, entry.path)
+        setattr(entry.owner, entry.key, value)
     else:
-        entry.owner[entry.key] = read_literal(text)
+        entry.owner[entry.key] = value
 
 
 def _find(config: Config, path: str) -> _Entry:
@@ -100,8 +100,9 @@ def _step(node: Any, name: str, parent: _Entry) -> _Entry:
         index = int(name) if name.isdecimal() else _index_of(node, name)
         if index >= len(node):
             raise KeyError(name)
-        return _Entry(node, index, element_type(parent.annotation), f"{parent.path}.{index}")
-    if isinstance(node, dict):
+        annotation = Any if parent.annotation is Any else element_type(parent.annotation)
+        return _Entry(node, index, annotation, f"{parent.path}.{index}")
+    if isinstance(node, dict) and name:
         return _Entry(node, name, Any, path)
     raise KeyError(name)
 

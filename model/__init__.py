@@ -71,7 +71,8 @@ def create_model(
             already; a teacher reads its file again.
         ema: Take the averaged weights (``net_E``) from it.
         strict: Refuse a checkpoint whose entries are not exactly the network's.
-        reset_head: Leave a head of another class count freshly initialised rather than refuse it, for fine-tuning.
+        reset_head: Leave a head of another class count, or that the file lacks, freshly initialised rather than refuse
+            the file, for fine-tuning.
         fuse: Fold for inference after loading; see `MobileMamba.fuse`.
         scan_backend: Force what runs the scans, in the whole process: "reference", "cpu", "cuda" or "triton". Left
             empty, the choice stays as it is: the fastest that is available, unless one was forced before.

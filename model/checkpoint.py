@@ -6,14 +6,14 @@ needs more than tensors and plain values is refused. A network is changed only a
 
 from __future__ import annotations
 
+import argparse
 import errno
-import html
 import logging
 import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +23,36 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .messages import listed, neighbours
+from .adapt import adapt
+from .messages import listed
 from .mismatch import LoadReport, Variants, compare, explain
+from .other_files import check_kind
 
 __all__ = [
     "LoadReport",
     "head_names",
     "load_checkpoint",
+    "network_prefixes",
     "read_checkpoint",
     "select_state_dict",
-    "web_page_title",
 ]
 
 logger = logging.getLogger(__name__)
 
 AVERAGED = ("net_E", "state_dict_ema", "model_ema")  # where averaged weights stand: ours first, then timm's
-PLAIN = ("net", "model", "state_dict")
+PLAIN = ("net", "model", "state_dict", "model_state_dict", "module")  # the last is DeepSpeed's
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
+ATTRIBUTES = ("model.", "backbone.", "net.")  # prefixes of a part of Lightning's, OpenMMLab's and other models
+SAFETENSORS = ".safetensors"
 HEADS = ("head.l", "head_dist.l")
-OTHER_FILES = (  # offset, bytes found there, what the file then is
-    (0, b"\x1f\x8b", "a gzip archive: unpack it and name the file inside"),
-    (257, b"ustar", "a tar archive: unpack it and name the file inside"),
-    (0, b"version https://git-lfs", "a Git LFS pointer: fetch the file itself with `git lfs pull`"),
-)
 REFUSED_GLOBAL = re.compile(r"unsupported (?:global: )?GLOBAL (\S+)", re.IGNORECASE)
 
 
 def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; nothing else that it may hold than tensors and plain values is run.
+    """Read a checkpoint onto the CPU; nothing that it may hold is run.
+
+    Tensors, plain values, numpy scalars and an `argparse.Namespace` of these, such as timm's ``args``, are read; a file
+    that asks for anything else is refused.
 
     Args:
         path: A file of ``torch.save``, zipped or of before PyTorch 1.6, or a ``.safetensors`` file.
@@ -63,8 +65,8 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
             code.
     """
     path = Path(path)
-    _check_file(path)
-    if path.suffix == ".safetensors":
+    check_kind(path)
+    if path.suffix.lower() == SAFETENSORS:
         return _read_safetensors(path)
     is_archive = _check_archive(path)
     checkpoint = _unpickle(path, mmap=mmap and is_archive)
@@ -72,34 +74,6 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         kind = type(checkpoint).__name__
         raise ValueError(f"{path} holds a {kind}, not the dictionary of a checkpoint: give a file with named weights")
     return dict(checkpoint)
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        files = listed(sorted(file.name for file in path.iterdir() if file.is_file())) or "nothing"
-        raise ValueError(f"{path} is a folder, not a checkpoint: name a file in it (it holds {files})")
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}; {neighbours(path)}")
-    with path.open("rb") as file:
-        start = file.read(2048)
-    if not start:
-        raise ValueError(f"{path} is empty: the download or copy of it failed; get it again")
-    if start.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
-        title = web_page_title(start)
-        shown = f" ({title!r})" if title else ""
-        raise ValueError(
-            f"{path} is a web page{shown}, not a checkpoint: the server sent a page in place of the file, as it does "
-            "when a download quota is used up or a confirmation is asked for; download it again, later or in a browser"
-        )
-    for offset, magic, kind in OTHER_FILES:
-        if start[offset:].startswith(magic):
-            raise ValueError(f"{path} is {kind}")
-
-
-def web_page_title(start: bytes) -> str:
-    """Return the title of a web page, given its first bytes; empty where it has none."""
-    title = re.search(r"<title[^>]*>(.*?)</title>", start.decode(errors="replace"), re.IGNORECASE | re.DOTALL)
-    return html.unescape(title[1]).strip() if title else ""
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -119,7 +93,9 @@ def _check_archive(path: Path) -> bool:
             names = [Path(name).name for name in archive.namelist()]
             if "constants.pkl" in names:
                 raise ValueError(f"{path} holds code (a TorchScript program) and was refused: {_way_out()}")
-            if "data.pkl" not in names:
+            # torch.save never compresses, and a few bytes could unpack to more than the memory holds.
+            is_compressed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
+            if "data.pkl" not in names or is_compressed:
                 raise ValueError(f"{path} is a zip archive, but not a checkpoint of torch.save: name another file")
             for record in archive.infolist():
                 if record.CRC:  # 0 where torch.save was told to leave the checksums out
@@ -142,7 +118,7 @@ def _read_through(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
 
 def _unpickle(path: Path, *, mmap: bool) -> Any:
     try:
-        with torch.serialization.safe_globals(_numpy_globals()):
+        with torch.serialization.safe_globals([argparse.Namespace, *_numpy_globals()]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # bytes of any other kind make the unpickler fail in ways that cannot be listed
         if _is_of_machine(error):
@@ -183,18 +159,23 @@ def _numpy_globals() -> list[Any]:
 
 
 def select_state_dict(
-    checkpoint: Mapping[str, Any], *, ema: bool, origin: str | Path = "the checkpoint"
+    checkpoint: Mapping[str, Any],
+    *,
+    ema: bool,
+    origin: str | Path = "the checkpoint",
+    prefixes: Sequence[str] = WRAPPERS,
 ) -> tuple[dict[str, Tensor], str]:
     """Choose the weights in a checkpoint.
 
-    With ``ema`` the first of ``net_E``, ``state_dict_ema``, ``model_ema``; without, the first of ``net``, ``model``,
-    ``state_dict``, and averaged weights where a file holds nothing else. A bare state dict is taken either way.
-    Prefixes that wrappers put before every name are removed.
+    With ``ema`` the first of `AVERAGED` that the file has; without, the first of `PLAIN`, and averaged weights where it
+    holds nothing else. A bare state dict is taken either way. Prefixes that all names share are removed, and logged.
 
     Args:
         checkpoint: What `read_checkpoint` returned.
         ema: Whether the averaged weights are wanted.
         origin: The file, for messages.
+        prefixes: Prefixes to remove: those that wrappers put before every name, and also `ATTRIBUTES` where a network
+            by itself is wanted. See `network_prefixes`.
 
     Returns:
         The weights, and the name under which they stood, or ``bare``.
@@ -202,15 +183,15 @@ def select_state_dict(
     Raises:
         ValueError: There are no such weights; the entries of the checkpoint are named.
     """
-    present = [name for name in (*AVERAGED, *PLAIN) if isinstance(checkpoint.get(name), Mapping)]
+    present = _sources(checkpoint)
     source = next((name for name in (AVERAGED if ema else PLAIN) if name in present), None)
     if source is None and present and not ema:
         source = present[0]
         logger.info("%s holds averaged weights only: taking %s", origin, source)
     if source is not None:
-        return _bare_names(checkpoint[source], f"{origin} ({source})"), source
+        return _bare_names(checkpoint[source], f"{origin} ({source})", prefixes), source
     if not present and any(isinstance(value, Tensor) for value in checkpoint.values()):
-        return _bare_names(checkpoint, origin), "bare"
+        return _bare_names(checkpoint, origin, prefixes), "bare"
     entries = listed(list(checkpoint), 12) or "nothing"
     if present:
         raise ValueError(
@@ -221,15 +202,40 @@ def select_state_dict(
     raise ValueError(f"{origin} holds no weights, only {entries}: name a file with one of {known}")
 
 
-def _bare_names(weights: Mapping[str, Any], origin: str | Path) -> dict[str, Tensor]:
-    odd = next((name for name, value in weights.items() if not isinstance(value, Tensor)), None)
-    if odd is not None:
-        kind = type(weights[odd]).__name__
-        raise ValueError(f"{origin}: entry {odd!r} is a {kind}, not a tensor; a state dict holds tensors only")
+def network_prefixes(own: Iterable[str] = ()) -> list[str]:
+    """Return the prefixes that names of a file may have before the network's own, given these."""
+    names = list(own)
+    return [prefix for prefix in (*WRAPPERS, *ATTRIBUTES) if not names or not _all_start(names, prefix)]
+
+
+def _sources(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Return under which names weights stand; ``model`` may also be a configuration, next to the weights."""
+    present = [name for name in (*AVERAGED, *PLAIN) if isinstance(checkpoint.get(name), Mapping)]
+    holding = [name for name in present if any(isinstance(value, Tensor) for value in checkpoint[name].values())]
+    return holding or present
+
+
+def _bare_names(weights: Mapping[Any, Any], origin: str | Path, prefixes: Sequence[str]) -> dict[str, Tensor]:
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{origin}: entry {name!r} is named by a {type(name).__name__}, not by a text")
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise ValueError(f"{origin}: entry {name!r} is a {kind}, not a tensor; a state dict holds tensors only")
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise ValueError(f"{origin}: entry {name!r} is sparse, quantized or without data, not a plain tensor")
     names = list(weights)
-    while names and (prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in names)), None)):
+    removed = ""
+    while prefix := next((prefix for prefix in prefixes if names and _all_start(names, prefix)), ""):
         names = [name.removeprefix(prefix) for name in names]
+        removed += prefix
+    if removed:
+        logger.info("%s: removed %r from the start of every name", origin, removed)
     return dict(zip(names, weights.values(), strict=True))
+
+
+def _all_start(names: Iterable[str], prefix: str) -> bool:
+    return all(name.startswith(prefix) for name in names)
 
 
 def load_checkpoint(
@@ -246,6 +252,8 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load a checkpoint's weights into a network, which stays untouched when this raises.
 
+    A classifier's weights are adapted to a network without one or for other input channels; see `adapt`.
+
     Args:
         network: The network, on any device.
         path: The file; see `read_checkpoint`.
@@ -253,7 +261,8 @@ def load_checkpoint(
         ema: Take the averaged weights; see `select_state_dict`.
         strict: Refuse a file whose entries are not exactly the network's. Otherwise what fits is loaded, and what does
             not is logged as a warning.
-        reset_head: Leave a head of another class count as the network has it, freshly initialised, for fine-tuning.
+        reset_head: Leave a head of another class count, or that the file lacks, as the network has it, freshly
+            initialised, for fine-tuning.
         heads: Names of the network's classifiers; when None, those that timm notes on it, or else MobileMamba's.
         name: The network's name, for messages.
         variants: Returns the shapes of each known variant's entries; asked only to explain a mismatch.
@@ -264,9 +273,10 @@ def load_checkpoint(
             misshapen entry is counted, by module. Without ``strict``: nothing of it fits.
     """
     entries = read_checkpoint(path, mmap=True) if checkpoint is None else checkpoint
-    weights, source = select_state_dict(entries, ema=ema, origin=path)
     own = network.state_dict()
+    weights, source = select_state_dict(entries, ema=ema, origin=path, prefixes=network_prefixes(own))
     heads = head_names(network) if heads is None else heads
+    weights = adapt(weights, network, heads=heads, origin=path)
     report = compare(weights, own, source=source, reset_heads=heads if reset_head else ())
     left_out = {*report.unexpected, *report.mismatched, *report.reset}
     fitting = {entry: value for entry, value in weights.items() if entry not in left_out}
@@ -279,12 +289,13 @@ def load_checkpoint(
     network.load_state_dict(fitting, strict=False)
     logger.info("%s: loaded %d entries of %s", path, len(fitting), source)
     if report.reset:
-        logger.info("%s: the head has another class count and is initialised again: %s", path, ", ".join(report.reset))
+        logger.info("%s: no head of this class count; initialised again: %s", path, ", ".join(report.reset))
     return report
 
 
 def head_names(network: nn.Module) -> tuple[str, ...]:
-    """Return the names of the classifiers, MobileMamba's or those that timm notes on its networks."""
+    """Return the names of the classifiers: both that a MobileMamba may have, or those that timm notes on a network."""
     noted = getattr(network, "default_cfg", None) or {}
     classifier = noted.get("classifier") or HEADS
-    return (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return HEADS if set(names) <= set(HEADS) else names

@@ -5,7 +5,8 @@
 - ``openmmlab``: ``{"state_dict": {"backbone.<entry>": ...}}`` in a file of torch.save, as mmdet, mmseg and mmpretrain
   load it.
 
-Any of them is read, and checkpoints of a training run (``net``, ``net_E``), of timm and of detectors and segmentors.
+Any of them is read, and checkpoints of a training run (``net``, ``net_E``), of timm, Lightning and DeepSpeed, and of
+detectors and segmentors.
 """
 
 from __future__ import annotations
@@ -19,15 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import read_checkpoint, select_state_dict
+from .checkpoint import SAFETENSORS, network_prefixes, read_checkpoint, select_state_dict
 from .files import replacing, save_safetensors
 from .messages import listed
+from .mismatch import INSIDE_MODEL, is_folded_file
 
 __all__ = ["LAYOUTS", "Conversion", "convert", "main"]
 
 LAYOUTS = ("release", "safetensors", "openmmlab")
-SAFETENSORS = ".safetensors"
-BACKBONE = "backbone."
 STEM = "patch_embed."
 HEADS = ("head.", "head_dist.")
 
@@ -73,12 +73,12 @@ def convert(
     Raises:
         FileNotFoundError: If there is no source.
         FileExistsError: If the target exists and ``overwrite`` is not set.
-        ValueError: If the source cannot be read or holds other weights, the layout is unknown, or the target's suffix
-            belongs to another.
+        ValueError: If the source cannot be read or holds folded weights or another network's, the layout is unknown, or
+            the target's suffix belongs to another.
     """
     source, target = Path(source), Path(target)
     _check_target(target, layout, overwrite=overwrite)
-    weights, found = select_state_dict(read_checkpoint(source), ema=ema, origin=source)
+    weights, found = select_state_dict(read_checkpoint(source), ema=ema, origin=source, prefixes=network_prefixes())
     own, num_outside = _backbone(weights, source)
     kept = own if keep_head else {name: value for name, value in own.items() if not name.startswith(HEADS)}
     _save(kept, target, layout)
@@ -95,7 +95,7 @@ def convert(
 def _check_target(target: Path, layout: str, *, overwrite: bool) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"there is no layout {layout!r}; known: {', '.join(LAYOUTS)}")
-    if (layout == "safetensors") != (target.suffix == SAFETENSORS):
+    if (layout == "safetensors") != (target.suffix.lower() == SAFETENSORS):
         wanted = f"end in {SAFETENSORS}" if layout == "safetensors" else f"not end in {SAFETENSORS}, but in .pth"
         raise ValueError(f"{target}: the name of a file of the layout {layout} has to {wanted}")
     if target.exists() and not overwrite:
@@ -108,9 +108,13 @@ def _check_target(target: Path, layout: str, *, overwrite: bool) -> None:
 
 def _backbone(weights: Mapping[str, Tensor], origin: Path) -> tuple[dict[str, Tensor], int]:
     """Return the network's own entries, and the number of a detector's or segmentor's others."""
-    own = {name.removeprefix(BACKBONE): value for name, value in weights.items() if name.startswith(BACKBONE)}
+    own = {name.removeprefix(INSIDE_MODEL): value for name, value in weights.items() if name.startswith(INSIDE_MODEL)}
     num_outside = len(weights) - len(own) if own else 0
     own = own or dict(weights)
+    if is_folded_file(own):
+        raise ValueError(
+            f"{origin} holds a folded network, whose entries nothing else loads: convert the weights of before fuse()"
+        )
     if not any(name.startswith(STEM) for name in own):
         names = listed(list(weights)) or "nothing"
         raise ValueError(f"{origin} holds no weights of MobileMamba ({names}): name another file")
@@ -126,7 +130,7 @@ def _save(weights: Mapping[str, Tensor], target: Path, layout: str) -> None:
     with replacing(target) as aside:
         if layout == "openmmlab":
             torch.save(
-                {"meta": {}, "state_dict": {f"{BACKBONE}{name}": value for name, value in contents.items()}}, aside
+                {"meta": {}, "state_dict": {f"{INSIDE_MODEL}{name}": value for name, value in contents.items()}}, aside
             )
         else:
             torch.save(contents, aside)

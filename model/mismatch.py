@@ -12,11 +12,13 @@ from torch import Tensor
 
 from .messages import listed
 
-__all__ = ["LoadReport", "Variants", "compare", "explain"]
+__all__ = ["LoadReport", "Variants", "compare", "explain", "head_modules", "is_folded_file"]
 
 Variants = Callable[[], Mapping[str, Mapping[str, Sequence[int]]]]  # variant -> entry -> shape
 
 CLOSE = 0.5  # share of equal entries from which a file is said to look like a variant
+FOLDED_STEM = "patch_embed.weights.0"  # an entry that only a folded network has
+INSIDE_MODEL = "backbone."  # before the entries of a backbone inside a detector or segmentor
 MAX_GROUPS = 8
 NAMES_PER_GROUP = 2
 
@@ -30,7 +32,7 @@ class LoadReport:
         missing: Entries of the network that the file lacks.
         unexpected: Entries of the file that the network lacks.
         mismatched: Entries of both, of different shapes.
-        reset: Entries of a head of another class count, left as the network had them.
+        reset: Entries of a head of another class count, or that the file lacks, left as the network had them.
     """
 
     source: str
@@ -54,11 +56,13 @@ def compare(
         weights: The file's entries.
         own: The network's entries.
         source: Where in the file the weights stood.
-        reset_heads: Names of heads that the network keeps as they are where their shape differs.
+        reset_heads: Names of heads that the network keeps as they are where their shape differs or the file has none.
     """
     mismatched = [entry for entry in own if entry in weights and weights[entry].shape != own[entry].shape]
     changed = [head for head in reset_heads if any(entry.startswith(f"{head}.") for entry in mismatched)]
+    absent = [head for head in reset_heads if not any(entry.startswith(f"{head}.") for entry in weights)]
     reset = [entry for entry in own if entry.startswith(tuple(f"{head}." for head in changed))]
+    reset += [entry for entry in own if entry not in weights and entry.startswith(head_modules(absent))]
     return LoadReport(
         source=source,
         missing=tuple(entry for entry in own if entry not in weights and entry not in reset),
@@ -66,6 +70,11 @@ def compare(
         mismatched=tuple(entry for entry in mismatched if entry not in reset),
         reset=tuple(reset),
     )
+
+
+def head_modules(heads: Iterable[str]) -> tuple[str, ...]:
+    """Return how the entries of the classifiers' modules start, with those of a normalisation before the classifier."""
+    return tuple(f"{head.partition('.')[0]}." for head in heads)
 
 
 def explain(
@@ -90,8 +99,13 @@ def explain(
     return [
         *_describe(report, weights, own),
         *_head_hints(report, weights, own, heads),
-        *_variant_hint(weights, own, heads, variants, entry),
+        *(_kind_hint(weights, own) or _variant_hint(weights, own, heads, variants, entry)),
     ]
+
+
+def is_folded_file(weights: Iterable[str]) -> bool:
+    """Return whether entries are those of a network after `fuse`, inside another model or not."""
+    return any(entry.removeprefix(INSIDE_MODEL) == FOLDED_STEM for entry in weights)
 
 
 def _describe(report: LoadReport, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterable[str]:
@@ -122,6 +136,24 @@ def _grouped(entries: Iterable[str], texts: Mapping[str, str] | None = None) -> 
     return "; ".join(shown)
 
 
+def _kind_hint(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Tell a folded network and a whole detector or segmentor, whose names say so."""
+    if is_folded_file(weights) and not is_folded_file(own):
+        return ["The file holds a folded network, which cannot be unfolded: name the weights of before fuse()."]
+    if is_folded_file(own) and not is_folded_file(weights):
+        return ["The network is folded, the file is not: load the weights first, then fuse()."]
+    if _has_backbone(weights) and not _has_backbone(own):
+        return [
+            f"The file holds a detector, segmentor or the like, with its backbone under {INSIDE_MODEL!r}: take the "
+            "backbone out with `python -m model.convert FILE BACKBONE.pth --to release`."
+        ]
+    return []
+
+
+def _has_backbone(entries: Iterable[str]) -> bool:
+    return any(entry.startswith(INSIDE_MODEL) for entry in entries)
+
+
 def _head_hints(
     report: LoadReport, weights: Mapping[str, Tensor], own: Mapping[str, Tensor], heads: Sequence[str]
 ) -> Iterable[str]:
@@ -133,6 +165,9 @@ def _head_hints(
                 f"{head} has {classes} classes in the file and {own[entry].shape[0]} in the network: set "
                 f"model.model_kwargs.num_classes={classes}, or fine-tune with -m ft, which starts a new head."
             )
+    absent = [head for head in heads if f"{head}.weight" in report.missing]
+    if absent:
+        yield f"The file has no classifier {' or '.join(absent)}: fine-tune with -m ft, which starts a new head."
 
 
 def _variant_hint(
@@ -145,24 +180,34 @@ def _variant_hint(
     """Guess whose weights these are, by the share of entries of the same name and shape."""
     if variants is None:
         return
-    ignored = tuple(f"{head}." for head in heads)
-
-    def comparable(shapes: Mapping[str, Sequence[int]]) -> set[tuple[str, tuple[int, ...]]]:
-        # A scalar has the same shape in every variant, and a head follows the class count.
-        counted = (entry for entry, shape in shapes.items() if len(shape) and not entry.startswith(ignored))
-        return {(entry, tuple(shapes[entry])) for entry in counted}
-
-    found = comparable({entry: value.shape for entry, value in weights.items()})
-
-    def likeness(shapes: Mapping[str, Sequence[int]]) -> float:
-        known = comparable(shapes)
-        return len(found & known) / max(len(found | known), 1)
-
-    scores = {variant: likeness(shapes) for variant, shapes in variants().items()}
-    best = max(scores.values(), default=0.0)
-    present = likeness({entry: value.shape for entry, value in own.items()})
-    if best >= CLOSE and best > present:
-        closest = [variant for variant, score in scores.items() if score == best]
+    known = {variant: _comparable(shapes, heads) for variant, shapes in variants().items()}
+    found, present = (_comparable({key: value.shape for key, value in part.items()}, heads) for part in (weights, own))
+    closest, closest_own = _closest(found, known), _closest(present, known)
+    if not closest and _likeness(found, present) < CLOSE:
+        yield f"The file looks like none of {', '.join(known)}: it holds another network's weights."
+    elif not closest or _likeness(found, present) >= _likeness(found, known[closest[0]]):
+        return
+    elif set(closest) & set(closest_own):
+        yield f"The file looks like {' or '.join(closest)}, and so does the network: give the arguments of the file's."
+    else:
         yield f"The file looks like {' or '.join(closest)}: set {entry}={closest[0]}."
-    elif max(best, present) < CLOSE:
-        yield f"The file looks like none of {', '.join(scores)}: it holds another network's weights."
+
+
+_Entries = set[tuple[str, tuple[int, ...]]]
+
+
+def _comparable(shapes: Mapping[str, Sequence[int]], heads: Sequence[str]) -> _Entries:
+    # A scalar has the same shape in every variant, and a head follows the class count.
+    ignored = tuple(f"{head}." for head in heads)
+    return {(key, tuple(shape)) for key, shape in shapes.items() if len(shape) and not key.startswith(ignored)}
+
+
+def _likeness(found: _Entries, known: _Entries) -> float:
+    return len(found & known) / max(len(found | known), 1)
+
+
+def _closest(found: _Entries, known: Mapping[str, _Entries]) -> list[str]:
+    """Return the variants that entries are closest to, none where they are far from all."""
+    scores = {variant: _likeness(found, entries) for variant, entries in known.items()}
+    best = max(scores.values(), default=0.0)
+    return [variant for variant, score in scores.items() if score == best >= CLOSE]

@@ -16,7 +16,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from .checkpoint import select_state_dict
+from .adapt import without_head
+from .checkpoint import HEADS, network_prefixes, select_state_dict
 from .mobilemamba import VARIANTS, MobileMamba
 from .zoo import Entry, fetch, read_zoo
 
@@ -33,7 +34,6 @@ __all__ = [
 TAGS = {"": "in1k", "s": "dist_in1k"}  # by what follows the variant in the name of a checkpoint
 STRIDE = 64
 MIN_SIZE = 32
-CLASSIFIERS = ("head.l", "head_dist.l")
 
 
 def _address(entry: Entry) -> str:
@@ -54,7 +54,7 @@ def _cfg(entry: Entry) -> dict[str, Any]:
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.0.c",
-        "classifier": CLASSIFIERS[0],
+        "classifier": HEADS[0],
         "license": "mit",
         "paper_ids": "arXiv:2411.15941",
         "paper_name": "MobileMamba: Lightweight Multi-Receptive Visual Mamba Network",
@@ -85,17 +85,16 @@ def note_origin(network: MobileMamba, variant: str, arguments: Mapping[str, Any]
         network.default_cfg = resolve_pretrained_cfg(variant.lower()).to_dict()
         network.pretrained_cfg = network.default_cfg
     if network.distillation:
-        network.default_cfg["classifier"] = CLASSIFIERS
+        network.default_cfg["classifier"] = HEADS
     known = inspect.signature(MobileMamba).parameters
     network.model_args = {name: value for name, value in arguments.items() if name in known}
 
 
 def _filter(checkpoint: Mapping[str, Any], network: MobileMamba) -> dict[str, Tensor]:
     """Return the weights in a checkpoint of any layout, without a head where the network has none."""
-    weights, _ = select_state_dict(checkpoint, ema=False)
-    if isinstance(network.head, nn.Identity):
-        weights = {name: value for name, value in weights.items() if not name.startswith("head")}
-    return weights
+    own = network.state_dict()
+    weights, _ = select_state_dict(checkpoint, ema=False, prefixes=network_prefixes(own))
+    return without_head(weights, own, HEADS)
 
 
 def _create(

@@ -44,7 +44,10 @@ def doubt_of_size(num_images: int, expected: Dataset) -> str:
 
 def _differences(images: ImageDataset, expected: Dataset) -> Iterator[str]:
     """Yield how the names and labels of a set differ from those of the expected one."""
-    names = ImageNetInfo(expected.class_list).label_names()
+    try:
+        names = ImageNetInfo(expected.class_list).label_names()
+    except AssertionError as error:  # timm's way to refuse a name
+        raise ValueError(f"{expected.name} has class_list {expected.class_list!r}: {error}") from error
     is_named = images.class_names != index_names(len(images.class_names))
     if is_named and images.class_names != names:
         yield f"the class names are not those of {expected.title}, as {names[0]}"

@@ -5,17 +5,26 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from ..mobilemamba import VARIANTS
+from .values import check_path, describe, fits
 
 __all__ = ["TASKS", "Dataset", "Entry", "find", "models_of", "read_zoo", "released_entry"]
 
 TASKS = ("imagenet", "det", "seg")
 EVERYTHING = "all"
+ACCURACIES = ("top1", "top5")  # of a classifier
+FORMS = {  # of texts that go into addresses, comparisons and names
+    "url": r"https?://\S+",
+    "drive_id": r"[\w-]+",
+    "sha256": "[0-9A-Fa-f]{64}",
+    "image_names": r"[^{}]*\{(:\d{1,2}d)?\}[^{}]*",
+}
 RELEASED = Path(__file__).with_name("zoo.json")
 
 T = TypeVar("T", "Dataset", "Entry")
@@ -103,39 +112,64 @@ def read_zoo(path: str | Path = RELEASED) -> Mapping[str, Entry]:
     path = Path(path)
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no list of checkpoints can be read from it ({error})") from error
     if not isinstance(contents, dict) or not all(isinstance(contents.get(key), dict) for key in ("datasets", "models")):
         raise ValueError(f"{path}: expected an object with the objects 'datasets' and 'models', as {RELEASED} has them")
-    datasets = {name: _build(Dataset, name, values, path) for name, values in contents["datasets"].items()}
-    folder = None if path == RELEASED else path.resolve().parent
+    try:
+        return _read(contents, None if path == RELEASED else path.resolve().parent)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read(contents: Mapping[str, Mapping[str, Any]], folder: Path | None) -> dict[str, Entry]:
+    datasets = {name: _build(Dataset, name, values) for name, values in contents["datasets"].items()}
     models = {}
     for name, values in contents["models"].items():
-        entry = _build(Entry, name, {**values, "dataset": datasets.get(values.get("dataset")), "folder": folder}, path)
-        _check(entry, values, path)
-        models[name] = entry
+        if isinstance(values, dict) and isinstance(dataset := values.get("dataset"), str):
+            if dataset not in datasets:
+                raise ValueError(f"{name} names the data set {dataset!r}, which is not listed")
+            values = {**values, "dataset": datasets[dataset]}
+        models[name] = _build(Entry, name, values, folder=folder)
     return models
 
 
-def _build(kind: type[T], name: str, values: Any, path: Path) -> T:
-    known = {entry.name for entry in fields(kind)} - {"name"}
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{path}: {name} has an unknown key {key!r}; did you mean {_nearest(key, known)!r}?")
+def _build(kind: type[T], name: str, values: Any, **known: Any) -> T:
+    """Make an entry of the values in a file, each of the type that its annotation says."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} is {values!r}, expected an object")
+    types = {key: wanted for key, wanted in get_type_hints(kind).items() if key not in ("name", *known)}
+    for key, value in values.items():
+        if key not in types:
+            raise ValueError(f"{name} has an unknown key {key!r}; did you mean {_nearest(key, types)!r}?")
+        if not fits(value, types[key]):
+            raise ValueError(f"{name} has {key} {value!r}, expected {describe(types[key])}")
     try:
-        return kind(name=name, **values)
+        entry = kind(name=name, **values, **known)
     except TypeError as error:  # which names the keys that are missing
-        raise ValueError(f"{path}: {name}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
+    _check(entry)
+    return entry
 
 
-def _check(entry: Entry, values: Mapping[str, Any], path: Path) -> None:
-    if entry.dataset is None:
-        raise ValueError(f"{path}: {entry.name} names the data set {values.get('dataset')!r}, which is not listed")
+def _check(entry: Dataset | Entry) -> None:
+    check_path(entry.name, key="the name", is_name=True)
+    for key, form in FORMS.items():
+        value = getattr(entry, key, None)
+        if value and not re.fullmatch(form, value):
+            raise ValueError(f"{entry.name} has {key} {value!r}, expected {form}")
+    if isinstance(entry, Dataset):
+        return
+    check_path(entry.path, key=f"{entry.name}: path")
+    check_path(entry.config, key=f"{entry.name}: config")
     for key, value, choices in (("task", entry.task, TASKS), ("network", entry.network, VARIANTS)):
         if value not in choices:
-            raise ValueError(f"{path}: {entry.name} has {key} {value!r}, expected one of {', '.join(choices)}")
+            raise ValueError(f"{entry.name} has {key} {value!r}, expected one of {', '.join(choices)}")
     if (entry.task == "imagenet") == bool(entry.entries):
-        raise ValueError(f"{path}: {entry.name}: 'entries' belongs to detectors and segmentors, and they need it")
+        raise ValueError(f"{entry.name}: 'entries' belongs to detectors and segmentors, and they need it")
+    unknown = sorted(set(entry.published) - set(ACCURACIES)) if entry.task == "imagenet" else []
+    if unknown:
+        raise ValueError(f"{entry.name} has a published {unknown[0]!r}, expected {' or '.join(ACCURACIES)}")
 
 
 def find(name: str, models: Mapping[str, Entry] | None = None) -> Entry:

@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from ..checkpoint import web_page_title
+from ..other_files import web_page_title
 
 __all__ = ["DownloadError", "DriveSource", "FileSource", "HttpSource", "Source", "check_space"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checkpoint import AVERAGED, HEADS, read_checkpoint, select_state_dict
 from ..files import replacing
-from ..mismatch import compare, explain
+from ..mismatch import INSIDE_MODEL, compare, explain
 from ..mobilemamba import VARIANTS, MobileMamba, variant_shapes
 from .entries import Entry
 from .training_state import reading_histories
@@ -31,7 +31,6 @@ __all__ = ["Checksum", "check_contents", "record_path", "verify"]
 logger = logging.getLogger(__name__)
 
 DOWNSTREAM_ENTRIES = Path(__file__).with_name("downstream_entries.json")
-BACKBONE = "backbone."
 CHUNK = 2**20
 
 
@@ -91,7 +90,7 @@ def _expected(entry: Entry, file: Path, present: Path) -> tuple[Checksum | None,
         return Checksum(int(values["size"]), str(values["sha256"])), f"its record {record}"
     except FileNotFoundError:
         return None, ""
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{record} is damaged ({error}): delete it to have {file} verified again") from error
 
 
@@ -154,7 +153,7 @@ def _own_entries(entry: Entry) -> dict[str, Tensor]:
         if entry.task == "imagenet":
             return network.state_dict()
         network.reset_classifier(0)
-        backbone = {f"{BACKBONE}{name}": value for name, value in network.state_dict().items()}
+        backbone = {f"{INSIDE_MODEL}{name}": value for name, value in network.state_dict().items()}
         others = {name: torch.empty(shape) for name, shape in _outside_backbone(entry).items()}
     return {**backbone, **others}
 

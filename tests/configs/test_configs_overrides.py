@@ -236,3 +236,25 @@ def test_value_at_the_edge_of_its_range_is_taken(override, expected):
 def test_list_element_by_a_name_that_no_element_has(path):
     with pytest.raises(ValueError, match=path.replace(".", r"\.")):
         load_config(T2, [f"{path}=0"])
+
+
+def test_lists_inside_a_dictionary_are_reached():
+    extra = "optim.optim_kwargs.extra"
+    config = load_config(T2, [f"{extra}={{'a': [1, 2]}}", f"{extra}.a.0=[3]"])
+    assert to_dict(config)["optim"]["optim_kwargs"]["extra"] == {"a": [[3], 2]}
+
+
+@pytest.mark.parametrize(
+    "path", ["optim.optim_kwargs.extra.", "optim.optim_kwargs.extra.a.b", "optim.optim_kwargs..lr"]
+)
+def test_unnamed_and_missing_entries_of_a_dictionary_are_refused(path):
+    with pytest.raises(ValueError, match="there is no such entry"):
+        load_config(T2, [f"{path}=1"])
+
+
+def test_saved_configuration_that_names_code_is_refused(tmp_path):
+    saved = tmp_path / "config.yaml"
+    saved.write_text(f"data: !!python/object/apply:os.system ['touch {tmp_path}/marker']\n")
+    with pytest.raises(ValueError, match=r"config\.yaml: not YAML: .*python/object/apply"):
+        load_config(saved)
+    assert not (tmp_path / "marker").exists()

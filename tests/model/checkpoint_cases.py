@@ -1,7 +1,8 @@
-"""A network with the names of MobileMamba's modules at a toy size, and files of its weights."""
+"""A network with the names of MobileMamba's modules at a toy size, files of its weights, and code for a hostile one."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -23,6 +24,16 @@ class Net(nn.Module):
         self.patch_embed = nn.Conv2d(3, width, 3)
         self.blocks1 = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
         self.head = Head(width, num_classes)
+
+
+class Payload:
+    """Runs a command on unpickling, as a hostile checkpoint would."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.marker}'",)
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
+import fractions
 import logging
 import os
 import pickle
@@ -15,21 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import Net, same, saved
+from checkpoint_cases import Net, Payload, same, saved
 from safetensors.torch import save_file
 from torch import nn
 
 from model.checkpoint import load_checkpoint, read_checkpoint, select_state_dict
-
-
-class Payload:
-    """Runs a command on unpickling, as a hostile checkpoint would."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch '{self.marker}'",)
 
 
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
@@ -107,6 +97,21 @@ def test_file_without_checksums_loads(tmp_path: Path) -> None:
     assert torch.equal(read_checkpoint(path)["weight"], torch.arange(5.0))
 
 
+def test_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
+    source = saved(tmp_path, {"weight": torch.zeros(10)})
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    with pytest.raises(ValueError, match=r"a\.pth is a zip archive, but not a checkpoint"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth is a pipe or a device"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
 def test_other_zip_archive(tmp_path: Path) -> None:
     np.savez(tmp_path / "arrays.npz", weight=np.zeros(3))
     with pytest.raises(ValueError, match=r"is a zip archive, but not a checkpoint"):
@@ -147,8 +152,8 @@ def test_bare_pickle_is_not_run(tmp_path: Path, protocol: int) -> None:
 
 @pytest.mark.parametrize(
     ("value", "wanted"),
-    [(argparse.Namespace(lr=1.0), "argparse.Namespace"), (nn.Linear(2, 2), "torch.nn.modules.linear.Linear")],
-    ids=["namespace", "module"],
+    [(fractions.Fraction(1, 2), "fractions.Fraction"), (nn.Linear(2, 2), "torch.nn.modules.linear.Linear")],
+    ids=["fraction", "module"],
 )
 def test_object_is_refused_by_name(tmp_path: Path, value: object, wanted: str) -> None:
     path = saved(tmp_path, {"net": Net().state_dict(), "value": value})
@@ -252,6 +257,9 @@ def test_wrapper_prefixes_are_stripped(prefix: str) -> None:
         ({}, False, "holds no weights, only nothing"),
         ({"net": {"a": 1.0}}, False, r"x\.pth \(net\): entry 'a' is a float, not a tensor"),
         ({"a": torch.zeros(1), "epoch": 2}, False, "entry 'epoch' is a int"),
+        ({"net": {3: torch.zeros(1)}}, False, r"x\.pth \(net\): entry 3 is named by a int, not by a text"),
+        ({"net": {"a": torch.zeros(2).to_sparse()}}, False, "entry 'a' is sparse, quantized or without data"),
+        ({"net": {"a": torch.zeros(2, device="meta")}}, False, "entry 'a' is sparse, quantized or without data"),
     ],
 )
 def test_no_weights(checkpoint: dict, ema: bool, cause: str) -> None:

@@ -58,10 +58,28 @@ def test_layouts_are_what_others_read(release, weights, tmp_path):
     assert list(torch.load(tmp_path / FILES["release"], weights_only=True)) == list(weights)
 
 
-def test_safetensors_load_as_a_checkpoint(release, weights, tmp_path):
-    convert(release, tmp_path / "a.safetensors", layout="safetensors")
-    network = create_model("MobileMamba_T2", num_classes=3, checkpoint_path=tmp_path / "a.safetensors")
+@pytest.mark.parametrize("layout", FILES)
+def test_every_layout_loads_as_a_checkpoint(release, weights, tmp_path, layout):
+    convert(release, tmp_path / FILES[layout], layout=layout)
+    network = create_model("MobileMamba_T2", num_classes=3, checkpoint_path=tmp_path / FILES[layout])
     assert bits(network.state_dict()) == bits(weights)
+
+
+def test_layout_of_lightning_is_read(tmp_path, weights):
+    torch.save({"state_dict": {f"model.{name}": value for name, value in weights.items()}}, tmp_path / "last.ckpt")
+    convert(tmp_path / "last.ckpt", tmp_path / "A.SafeTensors", layout="safetensors")
+    assert bits(safetensors.torch.load_file(tmp_path / "A.SafeTensors")) == bits(weights)
+
+
+@pytest.mark.parametrize("layout", FILES)
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_folded_weights_are_refused(tmp_path, capsys, layout, prefix):
+    folded = create_model("MobileMamba_T2", num_classes=3).fuse().state_dict()
+    entries = {f"{prefix}{name}": value for name, value in folded.items()} | {"decode_head.bias": torch.ones(2)}
+    torch.save({"state_dict": entries}, tmp_path / "folded.pth")
+    assert main([str(tmp_path / "folded.pth"), str(tmp_path / FILES[layout]), "--to", layout]) == 2
+    assert "folded.pth holds a folded network" in capsys.readouterr().err
+    assert not (tmp_path / FILES[layout]).exists()
 
 
 @pytest.mark.parametrize("ema", [False, True])

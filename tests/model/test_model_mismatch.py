@@ -142,6 +142,56 @@ def test_closest_variant_is_guessed(tmp_path: Path) -> None:
         load_checkpoint(Net(), path, variants=variant_shapes)
 
 
+def test_advice_is_never_what_the_user_has(tmp_path: Path) -> None:
+    network, other = Net(), Net(**VARIANTS["Small"])
+    del other.head.bn  # as another argument of the network would
+    network.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="looks like Small, and so does the network: give the arguments") as caught:
+        load_checkpoint(network, saved(tmp_path, other.state_dict()), variants=variant_shapes)
+    assert "model.name" not in str(caught.value)
+
+
+def test_released_variant_with_another_argument(tmp_path: Path) -> None:
+    path = saved(tmp_path, create_model("MobileMamba_T2").state_dict())
+    with pytest.raises(ValueError, match="MobileMamba_T2, and so does the network") as caught:
+        create_model("MobileMamba_T2", d_state=2, checkpoint_path=path)
+    assert "set model.name" not in str(caught.value)
+
+
+def test_file_without_a_head(tmp_path: Path) -> None:
+    network, other = Net(), Net()
+    weights = {name: value for name, value in other.state_dict().items() if not name.startswith("head.")}
+    fresh = copy.deepcopy(network.head.state_dict())
+    path = saved(tmp_path, weights)
+    with pytest.raises(ValueError, match=r"has no classifier head\.l: fine-tune with -m ft, which starts a new head"):
+        load_checkpoint(network, path)
+    report = load_checkpoint(network, path, reset_head=True)
+    assert set(report.reset) == {f"head.{name}" for name in fresh}
+    assert same(network.head.state_dict(), fresh)
+    assert torch.equal(network.patch_embed.weight, other.patch_embed.weight)
+
+
+def test_folded_weights_are_recognised(tmp_path: Path) -> None:
+    network = create_model("MobileMamba_T2", num_classes=2)
+    plain = saved(tmp_path, network.state_dict(), "plain.pth")
+    folded = saved(tmp_path, network.fuse().state_dict(), "folded.pth")
+    with pytest.raises(
+        ValueError, match="folded network, which cannot be unfolded: name the weights of before"
+    ) as told:
+        create_model("MobileMamba_T2", num_classes=2, checkpoint_path=folded)
+    assert "another network's weights" not in str(told.value)
+    with pytest.raises(ValueError, match="The network is folded, the file is not: load the weights first"):
+        load_checkpoint(network, plain, variants=released_shapes)
+    assert load_checkpoint(network, folded).fits
+
+
+def test_detector_is_told_from_another_network(tmp_path: Path) -> None:
+    weights = {f"backbone.{name}": value for name, value in Net().state_dict().items()} | {"neck.a": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"holds a detector.*python -m model\.convert") as caught:
+        load_checkpoint(Net(), saved(tmp_path, {"state_dict": weights}), variants=variant_shapes)
+    assert "another network's weights" not in str(caught.value)
+
+
 def test_variants_are_asked_for_only_to_explain(tmp_path: Path) -> None:
     def never() -> dict:
         raise AssertionError("building every variant costs time")

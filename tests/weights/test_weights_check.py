@@ -86,12 +86,12 @@ def _scores(network, loader):
 
 
 def changed(zoo: Path, tmp_path: Path, change) -> Path:
-    """Return a copy of the list beside its checkpoint's folder, changed."""
+    """Return a copy of the list next to it, changed."""
     contents = json.loads(zoo.read_text())
     change(contents["datasets"]["mine"], contents["models"]["mine"])
-    contents["models"]["mine"]["path"] = str(zoo.parent / "here" / "mine.pth")
-    (tmp_path / "zoo.json").write_text(json.dumps(contents))
-    return tmp_path / "zoo.json"
+    copy = zoo.with_name(f"{tmp_path.name}.json")
+    copy.write_text(json.dumps(contents))
+    return copy
 
 
 def run(zoo: Path, data: Path, tmp_path: Path, *more: str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,12 @@ def test_imagenets_validation_set_is_recognised_in_folders_and_in_numbered_lists
 )
 def test_other_sets_are_told_apart(tmp_path, change, message):
     assert message in doubts_about(dataset(tmp_path, **change), IMAGENET)[0]
+
+
+def test_an_unknown_list_of_classes_is_named(tmp_path):
+    unknown = dataclasses.replace(IMAGENET, class_list="imagenet-5k")
+    with pytest.raises(ValueError, match="imagenet-1k has class_list 'imagenet-5k': Unknown imagenet subset"):
+        doubts_about(dataset(tmp_path), unknown)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ class FileServer(ThreadingHTTPServer):
         statuses: For each of the next requests, a status in place of the file.
         has_ranges: Whether it supports them.
         has_length: Whether it sends the length of a file.
+        location: An address to which every request is redirected.
         page: A web page, sent with status 200 whatever is asked for.
         requests: Path and ``Range`` of every request so far.
     """
@@ -31,6 +32,7 @@ class FileServer(ThreadingHTTPServer):
         self.statuses: list[int] = []
         self.has_ranges = True
         self.has_length = True
+        self.location = ""
         self.page = b""
         self.requests: list[tuple[str, str | None]] = []
 
@@ -47,6 +49,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.path[1:], asked))
         if self.server.statuses:
             self.send_error(self.server.statuses.pop(0))
+        elif self.server.location:
+            self._send(302, b"", {"Location": self.server.location})
         elif self.server.page:
             self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8"})
         elif self.path[1:] not in self.server.files:

@@ -86,6 +86,15 @@ def test_a_server_that_keeps_failing_is_an_error_with_the_way_out(server, file):
     assert len(leftovers(file)) == 1
 
 
+def test_a_redirection_to_a_local_file_is_not_followed(server, file, contents, tmp_path):
+    (tmp_path / "secret.pth").write_bytes(contents)
+    server.location = (tmp_path / "secret.pth").as_uri()
+    with pytest.raises(DownloadError, match=r"was refused \(HTTP 302"):
+        fetch(NAME, source=server.url)
+    assert not file.exists()
+    assert leftovers(file) == []
+
+
 @pytest.mark.parametrize(("status", "kind"), [(404, FileNotFoundError), (403, DownloadError)])
 def test_a_refusal_is_not_retried(server, file, status, kind):
     server.statuses = [status] * 2

@@ -81,9 +81,12 @@ def test_a_changed_file_is_refused_with_both_checksums_and_the_way_out(tmp_path)
     assert verify(entry, file).sha256 != first.sha256
 
 
-def test_a_damaged_record_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "record", ["{}", "[]", "5", "", '{"size": null, "sha256": ""}', '{"size": 1e999, "sha256": ""}', "[" * 100_000]
+)
+def test_a_damaged_record_is_named(tmp_path, record):
     file = saved(tmp_path / "file.pth", {})
-    record_path(file).write_text("{}")
+    record_path(file).write_text(record)
     with pytest.raises(ValueError, match=r"file\.pth\.json is damaged .*: delete it"):
         verify(find("mobilemamba_t2"), file)
 
