@@ -167,8 +167,13 @@ class CheckpointStore:
         path = self.folder / LATEST
         if path.is_file():
             return path
-        others = ", ".join(sorted(file.name for file in self.folder.glob("*.pth")))
-        hint = f"; copy one of {others} to that name to resume from it" if others else ": start a new run"
+        weights = self.folder / BEST_NET
+        if periodic := sorted(file.name for file in self.folder.glob("ckpt_*.pth")):
+            hint = f"; copy one of {', '.join(periodic)} to that name to resume from it"
+        elif weights.is_file():
+            hint = f": start a new run, from its weights with model.model_kwargs.checkpoint_path={weights}"
+        else:
+            hint = ": start a new run"
         raise FileNotFoundError(f"{self.folder} holds no {LATEST} to resume from{hint}")
 
     def _save_state(self, state: Mapping[str, Any], name: str) -> Path:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configs import Config
 from configs.schema import Trainer as TrainerConfig
 from model import TIMM_PREFIX, MobileMamba, create_model
-from model.checkpoint import HEADS, read_checkpoint, select_state_dict
+from model.checkpoint import HEADS, network_prefixes, read_checkpoint, select_state_dict
 from model.lib_mamba.backends import choose as choose_backend
 from model.lib_teacher import TEACHERS
 from util.distributed import Process
@@ -115,7 +115,9 @@ def count_head_classes(config: Config, checkpoint: Mapping[str, Any] | None) -> 
         return known.num_classes
     heads = known.classifier or HEADS
     heads = (heads,) if isinstance(heads, str) else heads
-    weights, source = select_state_dict(checkpoint, ema=kwargs.ema, origin=kwargs.checkpoint_path)
+    weights, source = select_state_dict(
+        checkpoint, ema=kwargs.ema, origin=kwargs.checkpoint_path, prefixes=network_prefixes()
+    )
     widths = {len(weights[entry]) for head in heads if (entry := f"{head}.weight") in weights}
     if len(widths) != 1:
         raise ValueError(
