@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import json
@@ -55,26 +56,27 @@ def test_names_are_one_visible_line_on_screen():
     assert all(line.isprintable() for line in lines)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk():
-    """No file grows beyond 512 bytes, as on a full disk."""
+    """No file grows beyond 512 bytes, as on a full disk; pytest's own output must not be written meanwhile."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.png"])
-def test_a_full_disk_leaves_the_old_file(tmp_path, request, name):
+def test_a_full_disk_leaves_the_old_file(tmp_path, name):
     path = tmp_path / "out" / name
     path.parent.mkdir()
     path.write_bytes(b"old")
     Image.effect_noise((64, 64), 90).save(tmp_path / "in.png")
     pictures = Pictures(str(tmp_path / "in.png"))
     predictions = predictions_of(["long " * 200])
-    request.getfixturevalue("small_disk")
     writer = functools.partial(write_sheet, pictures=pictures, limit=1) if name == "a.png" else write
-    with pytest.raises(OSError, match=r"cannot be written \(File too large\)") as caught:
+    with pytest.raises(OSError, match=r"cannot be written \(File too large\)") as caught, small_disk():
         writer(path, predictions)
     assert caught.value.filename == str(path)
     assert path.read_bytes() == b"old"
