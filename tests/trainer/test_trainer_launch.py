@@ -96,7 +96,8 @@ def test_slurm_variables(class_folders, tmp_path):
     assert outputs[1] == ""
 
 
-def test_sigterm_saves_and_exits_with_143(class_folders, tmp_path):
+def start_training(class_folders, tmp_path):
+    """Start a long run, and return its process when it trains; SIGHUP is not ignored in it, whoever started us."""
     short = short_run(class_folders, tmp_path / "runs", *TINY_NETWORK, "epoch_full=1000")
     run = subprocess.Popen(
         [sys.executable, "run.py", "-c", CONFIG, "-m", "train", *short],
@@ -105,10 +106,16 @@ def test_sigterm_saves_and_exits_with_143(class_folders, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     for line in run.stdout:
         if "Epoch 1:" in line:
             break
+    return run
+
+
+def test_sigterm_saves_and_exits_with_143(class_folders, tmp_path):
+    run = start_training(class_folders, tmp_path)
     run.send_signal(signal.SIGTERM)
     output = run.communicate(timeout=60)[0]
     assert run.returncode == 143, output
@@ -161,19 +168,7 @@ def test_an_elastic_restart_resumes_in_place(class_folders, tmp_path):
 
 
 def test_sighup_saves_and_exits_with_129(class_folders, tmp_path):
-    short = short_run(class_folders, tmp_path / "runs", *TINY_NETWORK, "epoch_full=1000")
-    run = subprocess.Popen(
-        [sys.executable, "run.py", "-c", CONFIG, "-m", "train", *short],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-    )
-    for line in run.stdout:
-        if "Epoch 1:" in line:
-            break
+    run = start_training(class_folders, tmp_path)
     run.stdout.close()
     run.send_signal(signal.SIGHUP)
     assert run.wait(timeout=60) == 129
