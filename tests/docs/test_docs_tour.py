@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("configs", "data", "loss", "model", "optim", "trainer", "util", "weights")
+PACKAGES = ("configs", "data", "downstream", "loss", "model", "optim", "trainer", "util", "weights")
 NOT_COPIED = ("*.pth", "__pycache__", "imagenet", "digits", "csrc", "build")
 BLOCK = re.compile(r"(?:<!-- (?P<mark>\w+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", flags=re.S)
 RUNNERS = {"python": [sys.executable, "-"], "bash": ["bash", "-euo", "pipefail", "-s"]}
