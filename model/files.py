@@ -7,7 +7,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -81,13 +81,13 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
+def remove_leftovers(folder: Path, name: str | None = None, *, suffixes: Sequence[str] = (SUFFIX,)) -> list[Path]:
     """Remove and return what writers that were killed left in a folder, of one name or of all.
 
     Only for a process that knows that no other is writing there.
     """
     pattern = "*" if name is None else glob.escape(name)
-    leftovers = list(folder.glob(f".{pattern}.*{SUFFIX}"))
+    leftovers = [leftover for suffix in suffixes for leftover in folder.glob(f".{pattern}.*{suffix}")]
     for leftover in leftovers:
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import read_checkpoint
-from model.files import replacing
+from model.files import SUFFIX, remove_leftovers, replacing
 
 __all__ = [
     "TRAINING_ENTRIES",
@@ -48,7 +48,7 @@ TRAINING_ENTRIES = (
     "rng",
     "meta",
 )
-LEFTOVERS = (".part", ".tmp")  # suffixes of files that were being written: today's, and that of older runs
+LEFTOVERS = (SUFFIX, ".tmp")  # suffixes of files that were being written: today's, and that of older runs
 RESCALABLE = ("world_size", "batch_size", "batch_size_per_gpu", "accumulation_steps")
 FIXED = ("model", "fingerprint")
 
@@ -100,11 +100,9 @@ def _to_plain(value: Any, where: str) -> Any:
     raise TypeError(f"checkpoint{where} is a {type(value).__name__}, which would not load again with weights_only")
 
 
-def _remove_leftovers(folder: Path, name: str = "*") -> None:
-    for leftover in folder.glob(f".{name}.*"):
-        if leftover.suffix in LEFTOVERS:
-            leftover.unlink(missing_ok=True)
-            logger.info("removed %s, left over from a save that was killed", leftover)
+def _remove_leftovers(folder: Path, name: str | None = None) -> None:
+    for leftover in remove_leftovers(folder, name, suffixes=LEFTOVERS):
+        logger.info("removed %s, left over from a save that was killed", leftover)
 
 
 def _os_error_behind(error: BaseException | None) -> OSError | None:
