@@ -37,7 +37,6 @@ from .common import (
     table,
 )
 from .networks import NAMES, Candidate, build, literal_name
-from .plots import draw
 
 __all__ = ["Case", "main", "run"]
 
@@ -324,6 +323,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         figures["failures"] += failures
     path = result_path(arguments, "network", machine)
     saved = save_result(path, "network", machine, arguments, plan=vars(plan), **figures)
+    from .plots import draw  # needs matplotlib, which measuring does not
+
     result = {"benchmark": "network", "machine": machine, **figures}
     print(f"\n{saved}\n{draw(result, path)}")
     return result

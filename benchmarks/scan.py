@@ -40,7 +40,6 @@ from .common import (
     table,
 )
 from .literal import literal_core
-from .plots import draw
 
 __all__ = ["Call", "calls_of", "core_arguments", "count_bytes", "literal_arguments", "main", "parse", "run"]
 
@@ -382,6 +381,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     figures = {"totals": sums, "calls": calls, "lengths": lengths}
     path = result_path(arguments, "scan", machine)
     saved = save_result(path, "scan", machine, arguments, plan=vars(plan), **figures)
+    from .plots import draw  # needs matplotlib, which measuring does not
+
     result = {"benchmark": "scan", "machine": machine, **figures}
     print(f"\n{saved}\n{draw(result, path)}")
     return result

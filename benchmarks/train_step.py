@@ -42,7 +42,6 @@ from .common import (
     warm_up,
 )
 from .literal import create_literal
-from .plots import draw
 
 __all__ = ["Case", "main", "parse", "run"]
 
@@ -176,6 +175,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     figures = {"cases": rows, "ratios": ratios}
     path = result_path(arguments, "train_step", machine)
     saved = save_result(path, "train_step", machine, arguments, plan=vars(plan), **figures)
+    from .plots import draw  # needs matplotlib, which measuring does not
+
     result = {"benchmark": "train_step", "machine": machine, **figures}
     print(f"\n{saved}\n{draw(result, path)}")
     return result

@@ -13,9 +13,9 @@ import pickle
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import lmdb
 import numpy as np
 
 from model.files import remove_leftovers, replacing
@@ -23,6 +23,9 @@ from model.messages import printable
 
 from .base import BytesTable
 from .folders import checked_label
+
+if TYPE_CHECKING:
+    import lmdb
 
 __all__ = ["LmdbFile", "write_lmdb"]
 
@@ -32,6 +35,15 @@ PICKLE_PROTOCOL = 4
 
 # py-lmdb opens no file twice in a process, so readers of one file share its environment while any of them lives.
 _environments: weakref.WeakValueDictionary[tuple[int, Path], lmdb.Environment] = weakref.WeakValueDictionary()
+
+
+def _library() -> ModuleType:
+    """Return the package that reads and writes these files; other data sets do without it."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ValueError("LMDB files need the package lmdb; install it with `pip install lmdb`") from error
+    return lmdb
 
 
 class LmdbFile:
@@ -47,7 +59,7 @@ class LmdbFile:
         paths: Path per record relative to the split's folder, if stored.
 
     Raises:
-        ValueError: If it is missing, cut short or laid out otherwise.
+        ValueError: If it is missing, cut short or laid out otherwise, or the package lmdb is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,9 +70,10 @@ class LmdbFile:
         self._num_bytes = 0
         if not path.exists():
             raise ValueError(f"{path} does not exist; make it with `python -m data.prepare folder-to-lmdb`")
+        library = _library()
         try:
             self._read_contents()
-        except lmdb.Error as error:
+        except library.Error as error:
             raise ValueError(f"{path} is no LMDB file, or is damaged ({error}); make it again") from error
         finally:
             self.close()  # no worker may inherit it open
@@ -85,7 +98,7 @@ class LmdbFile:
         try:
             self._refuse_cut()  # it may be overwritten during a run
             value = self._get(self.keys[index])
-        except (lmdb.Error, OSError) as error:
+        except (_library().Error, OSError) as error:
             raise ValueError(f"{self.path} is damaged ({error}); make it again") from error
         if value is None:
             raise ValueError(f"{self.path} lacks {self.keys[index]!r}, which its __keys__ names; make it again")
@@ -179,7 +192,7 @@ def _open_shared(path: Path) -> lmdb.Environment:
             inherited.close()  # LMDB's handles do not survive a fork
     environment = _environments.get(key)
     if environment is None:
-        environment = lmdb.open(
+        environment = _library().open(
             str(real_path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
         )
         _environments[key] = environment
@@ -206,16 +219,18 @@ def write_lmdb(
 
     Raises:
         OSError: If the disk is full or the folder cannot be written to.
+        ValueError: If the package lmdb is not installed.
     """
+    library = _library()
     remove_leftovers(path.parent, path.name)
     try:
         with (
             replacing(path) as aside,
-            lmdb.open(str(aside), subdir=False, map_size=map_size, lock=False, sync=False) as environment,
+            library.open(str(aside), subdir=False, map_size=map_size, lock=False, sync=False) as environment,
         ):
             num_records = _write(environment, records, class_names)
             environment.sync(True)
-    except lmdb.Error as error:
+    except library.Error as error:
         raise OSError(f"{path} could not be written: {error}") from error
     return num_records
 
@@ -267,7 +282,7 @@ def _commit(environment: lmdb.Environment, entries: Sequence[tuple[bytes, bytes]
             with environment.begin(write=True) as transaction:
                 for key, value in entries:
                     transaction.put(key, value, append=True)
-        except lmdb.MapFullError:
+        except _library().MapFullError:
             environment.set_mapsize(2 * environment.info()["map_size"])
         else:
             return

@@ -23,6 +23,7 @@ from util.logging import (
     add_log_file,
     duration,
     failed_outputs,
+    open_scalar_log,
     table,
 )
 from util.meters import Meters
@@ -111,7 +112,7 @@ class Report:
         self._scalars: ScalarLog | None = None
         if process.is_logging:
             self._epochs = self._guard(self._epoch_path, EpochLog, self._epoch_path, num_epochs=state.epoch)
-            self._scalars = self._guard(self._scalar_path, ScalarLog, self._scalar_path, step=state.iteration)
+            self._scalars = self._guard(self._scalar_path, open_scalar_log, self._scalar_path, step=state.iteration)
 
     def train_line(self, meters: Meters, state: RunState) -> str:
         """Log one line of progress; a collective.

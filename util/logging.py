@@ -29,6 +29,7 @@ __all__ = [
     "duration",
     "failed_outputs",
     "markdown_table",
+    "open_scalar_log",
     "progress_bar",
     "setup_console",
     "table",
@@ -250,6 +251,20 @@ class ScalarLog:
     def close(self) -> None:
         """Close the file."""
         self._writer.close()
+
+
+def open_scalar_log(folder: Path, *, step: int = 0) -> ScalarLog | None:
+    """Return the log of a folder; None where tensorboardX is not installed, which is said once and harms no run.
+
+    Args:
+        folder: As for `ScalarLog`.
+        step: The same.
+    """
+    try:
+        return ScalarLog(folder, step=step)
+    except ImportError as error:
+        logger.info("no curves for TensorBoard, as %s is not installed (pip install tensorboardX)", error.name)
+        return None
 
 
 def progress_bar(items: Iterable[T], *, title: str, total: int, start: int = 0, is_shown: bool = True) -> tqdm[T]:  # type: ignore[type-arg]
