@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, trial
+from . import library, reference, trial
 
 __all__ = [
     "NAMES",
@@ -167,8 +167,10 @@ def _choose(device_type: str, forced: str | None) -> Choice:
     else:
         choice = _first_available(device_type)
     is_slow = device_type == "cuda" and choice.name == REFERENCE
+    # Whoever has nvcc and a GPU wants the CUDA kernels, and hears that they could not be built.
+    is_lost = device_type == "cuda" and choice.name != "cuda" and not forced and library.cuda_errors()
     logger.log(
-        logging.WARNING if is_slow else logging.INFO,
+        logging.WARNING if is_slow or is_lost else logging.INFO,
         "scan on %s: %s backend%s (%s)",
         device_type,
         choice.name,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, library
 from .gated_scan import gated_scan
 from .trial import TOLERANCES, relative_error, synthetic_inputs
 
@@ -55,10 +55,25 @@ def describe() -> list[str]:
     for name in backends.NAMES:
         is_available, reason = backends.availability(name)
         lines += [f"{name:9} {'available' if is_available else 'missing'}: {reason}"]
+    lines += _build_lines()
     for device_type in _device_types():
         choice = backends.choose(device_type)
         lines += [f"chosen on {device_type}: {choice.name} ({choice.reason})"]
     return lines
+
+
+def _build_lines() -> list[str]:
+    """Return for which GPUs the compiled library was built, or why its CUDA part was not."""
+    built, errors = library.build_info()[0], library.cuda_errors()
+    if errors:
+        return [
+            "the CUDA kernels could not be built, though nvcc was there:",
+            *(f"  {line}" for line in errors),
+            f"  with that mended, or to see it all: FORCE_CUDA=1 {library.BUILD}",
+        ]
+    if built.get("cuda"):
+        return [f"compiled for CUDA {built['cuda']}, architectures {built.get('architectures', 'unknown')}"]
+    return []
 
 
 def _device_types() -> list[str]:

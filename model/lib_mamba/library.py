@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["BUILD", "PACKAGE", "build_info", "fingerprint", "has_kernel", "load"]
+__all__ = ["BUILD", "PACKAGE", "build_info", "cuda_errors", "fingerprint", "has_kernel", "load"]
 
 PACKAGE = "mobilemamba_kernels"
 SOURCES = Path(__file__).resolve().parent / "kernels" / "selective_scan"
@@ -45,6 +45,11 @@ def build_info() -> tuple[dict[str, Any], str]:
     if info.get("schemas") != fingerprint():
         return {}, f"{PACKAGE} is of another version of MobileMamba: build it again ({BUILD})"
     return {**info, "path": str(library)}, ""
+
+
+def cuda_errors() -> list[str]:
+    """Return why the library was built without CUDA though nvcc was there: the compiler's errors, say; else nothing."""
+    return build_info()[0].get("cuda_errors", [])
 
 
 @functools.cache

@@ -72,6 +72,14 @@ def test_triton_comes_next_on_a_gpu(only):
     assert "no cuda here" in choice.reason
 
 
+def test_a_gpu_without_the_cuda_kernels_though_nvcc_is_there_is_a_warning(only, monkeypatch, caplog):
+    only("triton")
+    monkeypatch.setattr(library, "cuda_errors", lambda: ["scan.cu(30): error: x is undefined"])
+    with caplog.at_level(logging.INFO, logger="model.lib_mamba.backends"):
+        assert backends.choose("cuda").name == "triton"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 def test_plain_pytorch_on_a_gpu_is_a_warning(only, caplog):
     only("cpu")
     with caplog.at_level(logging.INFO, logger="model.lib_mamba.backends"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.lib_mamba import backends, compiled, library
+from model.lib_mamba import backends, compiled, info, library
 
 pytestmark = pytest.mark.usefixtures("fresh_choice")
 
@@ -70,6 +71,50 @@ def test_an_incomplete_package_is_reported(package):
     assert "is incomplete: build it again" in compiled.cpu.is_available()[1]
 
 
+@pytest.fixture
+def setup_script():
+    """The module setup.py, which builds nothing unless it is run."""
+    spec = importlib.util.spec_from_file_location("kernels_setup", KERNELS / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+COMPILER_OUTPUT = """
+[7/18] /usr/local/cuda/bin/nvcc -Werror=all-warnings -c scan/error.cu
+scan.cuh(12): warning #177-D: variable "error" was declared but never referenced
+scan.cuh(30): error: identifier "warp" is undefined
+scan.cuh(30): error: identifier "warp" is undefined
+ptxas error   : Entry function uses too much shared data
+nvcc fatal   : Unsupported gpu architecture 'compute_20'
+c++: fatal error: Killed signal terminated program cc1plus
+ninja: build stopped: subcommand failed.
+"""
+
+
+def test_the_errors_in_a_compilers_output_are_found(setup_script):
+    assert setup_script.compiler_errors(COMPILER_OUTPUT) == [
+        'scan.cuh(30): error: identifier "warp" is undefined',
+        "ptxas error   : Entry function uses too much shared data",
+        "nvcc fatal   : Unsupported gpu architecture 'compute_20'",
+        "c++: fatal error: Killed signal terminated program cc1plus",
+    ]
+
+
+def test_a_compilers_output_is_recorded_and_shown(setup_script, capfd):
+    with setup_script.recorded_output() as output:
+        subprocess.run("echo one; echo two >&2", shell=True, check=True)
+    print("three")
+    assert b"".join(output).split() == [b"one", b"two"]
+    assert capfd.readouterr().out.split() == ["one", "two", "three"]
+
+
+def test_why_there_is_no_cuda_though_nvcc_is_there_is_shown(package):
+    package(without_cuda="the CUDA part failed to build: a.cu(1): error: x", cuda_errors=["a.cu(1): error: x"])
+    assert library.cuda_errors() == ["a.cu(1): error: x"]
+    assert "  a.cu(1): error: x" in info.describe()
+
+
 @pytest.mark.slow
 def test_the_published_command_builds_the_kernels(tmp_path):
     """`pip install .` with the isolation that pip has by default, against the PyTorch that is installed."""
@@ -96,7 +141,7 @@ def test_a_cuda_part_that_fails_to_build_leaves_the_rest(tmp_path):
     nvcc.write_text(
         f'#!/bin/sh\n[ "$1" = --version ] && echo "release {torch.version.cuda}, V{torch.version.cuda}.1"\n'
     )
-    nvcc.write_text(nvcc.read_text() + 'case "$*" in *csrc*) exit 1;; esac\n')
+    nvcc.write_text(nvcc.read_text() + 'case "$*" in *csrc*) echo "a.cu(1): error: no" >&2; exit 1;; esac\n')
     nvcc.chmod(0o755)
     source, target = tmp_path / "selective_scan", tmp_path / "installed"
     shutil.copytree(KERNELS, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
@@ -106,7 +151,8 @@ def test_a_cuda_part_that_fails_to_build_leaves_the_rest(tmp_path):
     subprocess.run(command, cwd=source, env=environment, check=True)
     build = json.loads((target / library.PACKAGE / "build.json").read_text())
     assert build["cuda"] is None
-    assert "the CUDA part failed to build" in build["without_cuda"]
+    assert build["without_cuda"] == "the CUDA part failed to build: a.cu(1): error: no"
+    assert build["cuda_errors"][0] == "a.cu(1): error: no"
     assert (target / library.PACKAGE / build["library"]).is_file()
     forced = subprocess.run(command, cwd=source, env=environment | {"FORCE_CUDA": "1"}, check=False)
     assert forced.returncode != 0
