@@ -33,6 +33,7 @@ __all__ = [
     "Plan",
     "Timing",
     "add_arguments",
+    "capture",
     "describe_machine",
     "measure",
     "precision_context",
@@ -185,6 +186,30 @@ def measure(cases: Mapping[Key, Callable[[], Any]], plan: Plan, device: str) -> 
     finally:
         gc.enable()
     return {key: Timing(samples) for key, samples in turns.items()}
+
+
+def capture(run: Callable[[], Any], *, stream: torch.cuda.Stream | None = None) -> Callable[[], Any]:
+    """Return what replays a call as a CUDA graph.
+
+    Args:
+        run: Reads and writes the same memory each time.
+        stream: Where it is run and captured. Backward passes run on the stream of their forward passes: give that one.
+    """
+    stream = torch.cuda.Stream() if stream is None else stream
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        output = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return output
+
+    return replay
 
 
 def precision_context(precision: str, device: str) -> torch.autocast:

@@ -25,6 +25,7 @@ from .common import (
     Plan,
     Timing,
     add_arguments,
+    capture,
     describe_machine,
     measure,
     precision_context,
@@ -196,26 +197,7 @@ def _prepare(case: Case, candidate: Candidate, batch: int, device: str) -> Calla
             return run_network(image)
 
     run()  # compiles; what fails, fails here
-    return _capture(run) if "graph" in case.mode else run
-
-
-def _capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return what replays a call as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return output
-
-    return replay
+    return capture(run) if "graph" in case.mode else run
 
 
 def _scan_share(run: Callable[[], Any], device: str) -> float | None:

@@ -65,8 +65,12 @@ class Candidate:
     parameters: int
 
 
-def build(name: str) -> Candidate:
+def build(name: str, *, device: str = "cpu") -> Candidate:
     """Build a network by name and fold it.
+
+    Args:
+        name: One of `NAMES`.
+        device: Where it is folded, which may lay its weights out for it.
 
     Raises:
         ValueError: If the name is not one of `NAMES`.
@@ -74,12 +78,12 @@ def build(name: str) -> Candidate:
     if name not in NAMES:
         raise ValueError(f"no network {name!r} here; known: {', '.join(NAMES)}")
     if name in PEERS:
-        network = settle(timm.create_model(name))
+        network = settle(timm.create_model(name)).to(device)
         size = network.default_cfg["input_size"][-1]
         return Candidate(name, "peer", fold_peer(network), size, _count(network))
     variant = name.removesuffix(_SUFFIX)
     is_literal = name != variant
-    network = settle(create_literal(variant) if is_literal else create_model(variant))
+    network = settle(create_literal(variant) if is_literal else create_model(variant)).to(device)
     parameters = _count(network)
     return Candidate(name, "literal" if is_literal else "ours", network.fuse(), network.img_size, parameters)
 

@@ -103,27 +103,28 @@ def calls_of(variant: str) -> Counter[Call]:
 
 def core_arguments(call: Call, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     """Return the tensors of `gated_scan` for a call; z is part of a wider tensor, as in the network."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device=device)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=device)
 
     inner, length, rank = call.channels, call.length, call.rank
     x = normal(batch, length, inner)
     projected = normal(batch, length, 2 * inner)
     projection = normal(batch, length, 2 * (rank + 2))
-    activations = [tensor.to(device, dtype) for tensor in (x, projected, projection)]
+    x, projected, projection = (tensor.to(dtype) for tensor in (x, projected, projection))
     parameters = [
-        0.1 * torch.rand(2, inner, rank, generator=generator),
-        0.1 * torch.rand(2, inner, generator=generator),
+        0.1 * uniform(2, inner, rank),
+        0.1 * uniform(2, inner),
         0.1 * normal(2 * inner, 1),
-        torch.ones(2 * inner),
-        torch.ones(inner),
+        torch.ones(2 * inner, device=device),
+        torch.ones(inner, device=device),
         0.1 * normal(inner),
     ]
-    x, projected, projection = activations
-    z = projected[..., inner:]
-    return [x, z, projection, *(parameter.to(device) for parameter in parameters)]
+    return [x, projected[..., inner:], projection, *parameters]
 
 
 def literal_arguments(arguments: Sequence[Tensor]) -> list[Tensor]:

@@ -37,6 +37,7 @@ FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 CXX_FLAGS = [
     "-O3",
+    "-g0",  # Python's own flags ask for debugging information, three times the size of the code
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
