@@ -90,10 +90,11 @@ def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--skip-done", action="store_true", help="leave out figures that --out has from earlier runs")
     parser.add_argument("--kernels", type=Path, help=f"folder with a prebuilt {PACKAGE} to use")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: every step in small")
-    parser.add_argument("--compiler", default="inductor", help="backend of torch.compile")
+    parser.add_argument("--compiler", help="backend of torch.compile (GPU: inductor; CPU: aot_eager, as it is quick)")
     parser.add_argument("--plan", action="store_true", help="print the steps and their planned times, and end")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print the figures in FILE as Markdown")
     arguments = parser.parse_args(command_line)
+    arguments.compiler = arguments.compiler or ("inductor" if arguments.device == "cuda" else "aot_eager")
     arguments.steps = [step for name, step in STEPS.items() if name in arguments.steps]
     try:
         arguments.kernels = arguments.kernels and kernels_folder(arguments.kernels)

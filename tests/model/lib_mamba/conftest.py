@@ -57,7 +57,7 @@ def cuda_as_cpp(cuda_operators, monkeypatch):
         "reference",
         "cpu",
         pytest.param("cuda", marks=pytest.mark.gpu),
-        "triton",
+        pytest.param("triton", marks=pytest.mark.gpu),
         *(pytest.param(name, marks=pytest.mark.slow) for name in CUDA_AS_CPP),
     ]
 )

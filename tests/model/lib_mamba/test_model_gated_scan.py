@@ -119,13 +119,17 @@ def test_extreme_time_steps_and_gates(extreme, backend):
 
 
 def test_long_memory(backend):
-    """A decay of nearly 1 over thousands of steps, from small inputs."""
+    """A decay of nearly 1 over thousands of steps, from small inputs.
+
+    A GPU's exponential is off by some 2 ulp, always to the same side for the same decay: over 4,000 steps, up to 1e-3.
+    """
     tensors = arguments(4000, batch=1, channels=16, device=backend.device)
     tensors[4] = torch.full_like(tensors[4], -9.0)
     tensors[3] = tensors[3] * 0.01
     y = gated_scan(*tensors).double().cpu()
     expected = gated_scan_loop(*(tensor.double().cpu() for tensor in tensors))
-    assert (y - expected).abs().max() < 2e-5 * y.abs().max()
+    tolerance = 1e-3 if backend.device.type == "cuda" else 2e-5
+    assert (y - expected).abs().max() < tolerance * y.abs().max()
 
 
 @pytest.mark.parametrize("place", [pytest.param(0, marks=INTERPRETED), 1, 2], ids=NAMES[:3])
