@@ -5,9 +5,9 @@
     python -m benchmarks.gpu_report --table FOLDER/gpu-report.jsonl
 
 Each step has a process of its own, with a limit of time, the most wanted first. Every figure is a line of JSON in
-FOLDER/gpu-report.jsonl as soon as it is known; what the steps print is in FOLDER/gpu-report.log. A step that fails
-harms no other, and --skip-done takes up where an earlier run has ended. Without a GPU, --device cpu runs every step in
-small.
+FOLDER/gpu-report.jsonl as soon as it is known; what the steps print is in FOLDER/gpu-report.log, and at the end the
+tables are in FOLDER/gpu-report.md. A step that fails harms no other, and --skip-done takes up where an earlier run has
+ended. Without a GPU, --device cpu runs every step in small.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ __all__ = ["main", "parse", "plan"]
 
 MINUTES = 8.0
 PACKAGE = "mobilemamba_kernels"
+TABLES = "gpu-report.md"
 
 
 def plan(steps: Sequence[Step], *, minutes: float) -> str:
@@ -100,6 +101,9 @@ def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
         arguments.kernels = arguments.kernels and kernels_folder(arguments.kernels)
     except ValueError as error:
         parser.error(str(error))
+    missing = [str(path) for path in arguments.table or () if not path.is_file()]
+    if missing:
+        parser.error(f"--table: there is no file {', '.join(missing)}")
     if not (arguments.plan or arguments.table) and arguments.device == "cuda":
         import torch
 
@@ -144,7 +148,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
     )
     with _ended_by_sigterm():
         is_well = runner.run(arguments.steps)
-    print(out / FILE)
+    (out / TABLES).write_text(tables([out / FILE]) + "\n", encoding="utf-8")
+    print(f"{out / FILE}\n{out / TABLES}")
     return 0 if is_well else 1
 
 

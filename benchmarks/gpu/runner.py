@@ -111,7 +111,7 @@ class Runner:
         self.settings = settings
         self.figures = Figures(out / FILE, settings.run)
         self.is_resumed = is_resumed
-        self.environment = dict(os.environ)
+        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what a killed worker has said is in the log
         if kernels is not None:
             self.environment["PYTHONPATH"] = os.pathsep.join(
                 [str(kernels), *filter(None, [self.environment.get("PYTHONPATH")])]

@@ -163,19 +163,18 @@ def find_sanitizer() -> str | None:
 
 
 def sanitizer(context: Context) -> Cases:
-    """Run the scan under memcheck and racecheck at small shapes."""
-    for tool, (channels, length, rank) in ((tool, shape) for tool in TOOLS for shape in context.scale.sanitizer_shapes):
-        case = {"tool": tool, "D": channels, "L": length, "R": rank}
-        yield case, functools.partial(_sanitize, context, tool, [channels, length, rank])
+    """Run the scan at small shapes under memcheck, then under racecheck."""
+    for tool in TOOLS:
+        yield {"tool": tool}, functools.partial(_sanitize, context, tool)
 
 
-def _sanitize(context: Context, tool: str, shape: Sequence[int]) -> dict[str, Any]:
+def _sanitize(context: Context, tool: str) -> dict[str, Any]:
     found = find_sanitizer() if context.is_cuda else None
     if context.is_cuda and found is None:
         return {"problem": "compute-sanitizer is neither on the path nor in a CUDA toolkit here", "passed": None}
     executable = [found, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)] if found else []
-    command = ["-m", "benchmarks.gpu.sanitized", context.device, *map(str, shape)]
-    figures = _program(command, executable=executable)
+    shapes = ["x".join(map(str, shape)) for shape in context.scale.sanitizer_shapes]
+    figures = _program(["-m", "benchmarks.gpu.sanitized", context.device, *shapes], executable=executable)
     summary = [line.strip("= ") for line in figures["output"].splitlines() if "SUMMARY" in line]
     return {**figures, "summary": summary}
 

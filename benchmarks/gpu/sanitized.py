@@ -1,7 +1,8 @@
-"""One small scan on every chosen kernel, forward and backward, for a sanitizer to watch: DEVICE D L R."""
+"""Small scans on the chosen kernels, forward and backward, for a sanitizer to watch: DEVICE DxLxR ..."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
@@ -11,13 +12,14 @@ from .checks import compare_scan
 
 
 def main() -> int:
-    """Compare the scan with the reference in every type, for batches of 3 and 1; return 1 if one is off."""
-    device, channels, length, rank = sys.argv[1], *map(int, sys.argv[2:])
-    call = scan.Call(channels, length, rank)
-    dtypes = (torch.float32, torch.bfloat16)
-    results = [compare_scan(call, batch, dtype, device) for dtype in dtypes for batch in (3, 1)]
-    sys.stdout.write("\n".join(map(str, results)) + "\n")
-    return 0 if all(result["passed"] for result in results) else 1
+    """Compare each scan with the reference in two types, for batches of 3 and 1; return 1 if one is off."""
+    device, *shapes = sys.argv[1:]
+    is_well = True
+    for shape, dtype, batch in itertools.product(shapes, (torch.float32, torch.bfloat16), (3, 1)):
+        found = compare_scan(scan.Call(*map(int, shape.split("x"))), batch, dtype, device)
+        sys.stdout.write(f"{shape} {dtype} {batch}: {found}\n")
+        is_well = is_well and found["passed"]
+    return 0 if is_well else 1
 
 
 if __name__ == "__main__":

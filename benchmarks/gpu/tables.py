@@ -16,20 +16,12 @@ US, MS, GB, MIB = 1e6, 1e3, 1e-9, 2**-20
 
 
 def tables(paths: Iterable[Path]) -> str:
-    """Return every table of the files: the latest figure of each case counts, whichever run it is of.
-
-    Raises:
-        ValueError: If a file holds no figure.
-    """
+    """Return every table of the files: the latest figure of each case counts, whichever run it is of."""
     latest: dict[str, Line] = {}
-    for path in paths:
-        lines = [line for line in read(path) if line["case"]]
-        if not lines:
-            raise ValueError(f"{path} holds no figure of a report")
-        for line in lines:
-            key = key_of(line["step"], line["case"])
-            if not line["error"] or key not in latest:
-                latest[key] = line
+    for line in (line for path in paths for line in read(path) if line["case"]):
+        key = key_of(line["step"], line["case"])
+        if not line["error"] or key not in latest:
+            latest[key] = line
     by_step: dict[str, list[Line]] = {}
     for line in latest.values():
         by_step.setdefault(line["step"], []).append(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,31 @@ def test_the_quick_steps_run(context):
     for title in ("The scan against float64", "All scans of a pass", "Triton", "Process group"):
         assert f"## {title}\n" in text
     assert "What failed" not in text
+
+
+class PretendGpu(Context):
+    """A CPU that takes the branches of a GPU."""
+
+    is_cuda = True
+
+
+def test_the_branches_for_a_gpu_run(context, monkeypatch):
+    """Everything but CUDA itself, whose calls do nothing here: no line of Python waits for a GPU to run at first."""
+    properties = SimpleNamespace(L2_cache_size=1 << 18, uuid="0123")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**20)
+    monkeypatch.setattr(Context, "_stream", lambda self: contextlib.nullcontext("stream"))
+    captured = []
+    monkeypatch.setattr("benchmarks.gpu.context.capture", lambda run, *, stream: captured.append(stream) or run)
+    pretending = PretendGpu(context.settings)
+    lines = run(pretending, "core", "latency")
+    core = [line["figures"] for line in lines if line["step"] == "core"]
+    assert all(own["precision"] == "bf16" and own["sets"] > 1 for own in core)
+    modes = {line["case"]["mode"]: line["figures"] for line in lines if line["step"] == "latency"}
+    assert modes["graph"]["peak_bytes"] == 2**20
+    assert captured == ["stream"] * (2 * len(core)) + [None] * 2
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,9 @@ def test_the_published_command_builds_the_kernels(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "self-check of cpu on cpu: passed" in result.stdout
+    # Any interpreter can load it: it needs no symbol of Python, nor what PyTorch links to one.
+    (built,) = (target / library.PACKAGE).glob("_C*.so")
+    assert not re.search(rb"\0_?Py[A-Z]\w+\0|libtorch_python|libpython", built.read_bytes())
 
 
 @pytest.mark.slow
