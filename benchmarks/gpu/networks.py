@@ -118,10 +118,11 @@ def _time(
     return {
         "seconds": seconds,
         "images_per_s": prepared.batch / seconds,
+        "precision": prepared.precision,
         "size": prepared.image.shape[-1],
         "peak_bytes": context.peak_bytes(),
         "gauges": measured.gauges,
-        "aim_s": None if aim is None else aim * prepared.batch,
+        "aim_s": None if aim is None or context.settings.is_small else aim * prepared.batch,
     }
 
 

@@ -163,7 +163,7 @@ def _networks(title: str) -> Callable[[Sequence[Line]], list[str]]:
                 case["network"],
                 own["size"],
                 case["batch"],
-                case["precision"],
+                own["precision"],
                 case["layout"],
                 case["mode"],
                 own["images_per_s"],

@@ -19,6 +19,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "interpreted: short enough for Triton's interpreter (TRITON_INTERPRET=1)")
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """On a GPU, PyTorch would round what convolutions multiply to TF32, and which do depends on the compiler."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def fresh_choice():
     """Start, and leave, as if no backend had been chosen yet."""

@@ -72,7 +72,7 @@ def test_any_number_of_channels(batch, channels, rank, backend, poisoned_memory)
         torch.testing.assert_close(actual[0].double().cpu(), expected[0])
         torch.testing.assert_close(actual[2].double().cpu(), expected[2], rtol=1e-5, atol=1e-6)
     else:
-        assert_accurate(actual, expected, torch.float32)
+        assert_accurate(actual, expected, torch.float32, backend.name)
 
 
 @pytest.mark.parametrize("num_states", [1, 3, 16])
@@ -80,7 +80,7 @@ def test_any_number_of_channels(batch, channels, rank, backend, poisoned_memory)
 def test_any_set_of_directions_and_states(reverse, num_states, backend, poisoned_memory):
     tensors = arguments(21, num_directions=len(reverse), num_states=num_states, device=backend.device)
     actual = output_and_gradients(gated_scan, tensors, reverse=reverse)
-    assert_accurate(actual, exact(tensors, reverse=reverse), torch.float32)
+    assert_accurate(actual, exact(tensors, reverse=reverse), torch.float32, backend.name)
 
 
 @INTERPRETED
@@ -234,7 +234,7 @@ def test_sequences_of_two_types(types, backend):
     tensors[0], tensors[1] = tensors[0].to(types[0]), tensors[1].to(types[1])
     actual = output_and_gradients(gated_scan, tensors)
     assert [tensor.dtype for tensor in actual[:3]] == [types[0], *types]
-    assert_accurate(actual, exact(tensors), torch.bfloat16)
+    assert_accurate(actual, exact(tensors), torch.bfloat16, backend.name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
