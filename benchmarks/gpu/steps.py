@@ -40,7 +40,7 @@ def _step(name: str, function: str, title: str, seconds: int, limit: int, **opti
 STEPS = {
     step.name: step
     for step in (
-        _step("environment", "environment.environment", "machine, backends, rate of a copy", 15, 60, is_timed=True),
+        _step("environment", "environment.environment", "machine, backends, rate of a copy", 15, 120, is_timed=True),
         _step("compile", "compilation.compilation", "compile in parallel what is timed later", 90, 180, is_behind=True),
         _step("exactness", "checks.exactness", "scan at all production shapes against float64, twice", 50, 120),
         _step("operators", "checks.operators", "opcheck, fullgraph, CUDA graph, released logits", 25, 70),

@@ -274,3 +274,17 @@ def test_without_a_gpu_it_says_what_works(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu_report.parse([])
     assert "--device cpu runs every step in small" in capsys.readouterr().err
+
+
+def test_the_report_needs_few_packages():
+    """On the machine that has the GPU there may be no others."""
+    code = """
+import sys
+for name in ("lmdb", "tensorboardX", "matplotlib", "sklearn", "fvcore", "pytest", "hypothesis", "pynvml", "scipy"):
+    sys.modules[name] = None
+from benchmarks import gpu_report
+from benchmarks.gpu import worker
+worker._import_all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
