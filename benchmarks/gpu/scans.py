@@ -137,7 +137,7 @@ def triton(context: Context) -> Cases:
     batch = context.scale.batch
     for call in triton_calls(context):
         yield (
-            {**_case(call, batch, "check")},
+            _case(call, batch, "check"),
             functools.partial(_on, name, compare_scan, call, batch, scan.DTYPES[PRECISION], context.device),
         )
         for direction in TENSORS:
