@@ -141,7 +141,8 @@ def _settle(run: Run, launched: list[_LaunchedStep], pace: _EpochPace) -> StopEr
         run.stepper.settle(step.result)
         pace.add(step.result)
         _log_step(run, step)
-        stop = stop or _count_step(run, step)
+        reason = _count_step(run, step)
+        stop = stop or reason
     return stop
 
 
