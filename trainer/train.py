@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from data import worker_failures
 from model.messages import listed
-from util.distributed import is_lost_process
+from util.distributed import is_lost_process, lost_in_nccl
 from util.errors import EXIT_USER_ERROR, RunError, close_all
 from util.logging import progress_bar
 from util.memory import frozen_objects
@@ -56,6 +56,8 @@ def train(run: Run) -> int:
     Raises:
         RunError: If the run cannot continue; the message names the checkpoint to resume from.
     """
+    if run.process.alarm is not None:
+        run.process.alarm.explain = lambda: _lost(lost_in_nccl(run.process.rank), last_good=run.saver.last_good)
     # Signals stay marks while the state is saved: a scheduler may send several.
     with run.watch, frozen_objects():
         try:
@@ -276,13 +278,21 @@ def _save(run: Run, *, periodic_epoch: int | None = None) -> None:
 
 def _explain(error: Exception, *, last_good: str | None) -> RunError | None:
     """Return the error to raise for one that processes have not agreed on; None if it is a defect."""
-    resumable = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+    resumable = _resumable(last_good)
     text = str(error).strip()
     if is_lost_process(error):
-        return RunError(f"another process of the run was lost; {resumable} ({text})")
+        return RunError(_lost(text, last_good=last_good))
     if isinstance(error, RunError):
         return RunError(f"{text}; {resumable}", exit_code=error.exit_code)
     if isinstance(error, (OSError, ValueError)):
         return RunError(f"{text}; {resumable}", exit_code=EXIT_USER_ERROR)
     logger.error("the run ends with an error; %s", resumable)
     return None
+
+
+def _resumable(last_good: str | None) -> str:
+    return f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+
+
+def _lost(text: str, *, last_good: str | None) -> str:
+    return f"another process of the run was lost; {_resumable(last_good)} ({text})"
