@@ -32,10 +32,12 @@ class _EpochPace:
     start: float = field(default_factory=time.perf_counter)
     num_images: int = 0
     step_seconds: float = 0.0
+    data_seconds: float = 0.0
 
     def add(self, result: StepResult) -> None:
         self.num_images += result.num_images
         self.step_seconds += result.seconds["batch_t"]
+        self.data_seconds += result.seconds["data_t"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,12 +258,16 @@ def _test(run: Run) -> dict[str, Score]:
 
 def _report_epoch(run: Run, pace: _EpochPace, epoch: int, scores: Mapping[str, Score]) -> None:
     now = time.perf_counter()
+    # The others wait for the slowest within a step: only the wait for images tells them apart.
+    waits = run.process.gather_objects(pace.data_seconds)
     record = {
         "epoch": epoch,
         "iteration": run.state.iteration,
         "lr": _learning_rate(run),
         "train": {name: reading.avg for name, reading in run.epoch_meters.read(run.process).items()},
         "images_per_second": run.process.sum([pace.num_images])[0] / max(pace.step_seconds, 1e-9),
+        "slowest_rank": waits.index(max(waits)),
+        "slowest_rank_data_seconds": max(waits),
         "skipped_steps": run.state.skipped_steps,
         "unreadable": len(run.state.unreadable),
         "seconds": now - pace.start,

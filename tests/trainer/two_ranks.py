@@ -180,7 +180,7 @@ def nan_on_one_rank(process: Process, runs: Path, data: Path) -> dict[str, Any]:
 
 @scenario
 def deferred(process: Process, runs: Path, data: Path) -> dict[str, Any]:
-    """The device decides, as on GPUs: a NaN on rank 1, then a signal to rank 0, both in steps that are settled later."""
+    """As on GPUs: a NaN on rank 1, then a signal to rank 0, both in steps that are settled later."""
     run = build(process, runs, data, "batch_size=4")  # 6 steps an epoch
     run.stepper.is_deferred = True
     compute_loss = run.stepper.compute_loss
