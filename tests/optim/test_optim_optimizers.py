@@ -229,7 +229,7 @@ def test_an_optimizer_is_fused_on_gpus(name, is_fused):
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole.to("cuda")
         part.head.to("cuda")
-        fused = [build_optimizer(make_config(name), network).defaults.get("fused", False) for network in (whole, part)]
+        fused = [bool(build_optimizer(make_config(name), network).defaults.get("fused")) for network in (whole, part)]
     assert fused == [is_fused, False]
 
 
