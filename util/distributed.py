@@ -220,9 +220,7 @@ def lost_in_nccl(rank: int) -> str:
     waited = "it did not answer within trainer.timeout_seconds"
     path = Path(tempfile.gettempdir()) / f"nccl_flight_record_{os.getpid()}_rank{rank}.pickle"
     try:
-        from torch._C._distributed_c10d import _dump_nccl_trace
-
-        path.write_bytes(_dump_nccl_trace())
-    except (ImportError, OSError, RuntimeError) as error:
+        path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
+    except (AttributeError, OSError, RuntimeError) as error:
         return f"{waited} (no flight record: {' '.join(str(error).split())})"
     return f"{waited} (NCCL's flight record: {path})"

@@ -223,7 +223,7 @@ def test_an_optimizer_of_a_missing_package_is_refused():
         build_optimizer(make_config("bnblion8bit"), Network())
 
 
-@pytest.mark.parametrize(("name", "is_fused"), [("adamw", True), ("lamb", False)])
+@pytest.mark.parametrize(("name", "is_fused"), [("adamw", True), ("lamb", False), ("sgd", False), ("adagrad", False)])
 def test_an_optimizer_is_fused_on_gpus(name, is_fused):
     whole, part = Network(), Network()
     with FakeTensorMode(allow_non_fake_inputs=True):
