@@ -179,6 +179,28 @@ def nan_on_one_rank(process: Process, runs: Path, data: Path) -> dict[str, Any]:
 
 
 @scenario
+def deferred(process: Process, runs: Path, data: Path) -> dict[str, Any]:
+    """As on GPUs: a NaN on rank 1, then a signal to rank 0, both in steps that are settled later."""
+    run = build(process, runs, data, "batch_size=4")  # 6 steps an epoch
+    run.stepper.is_deferred = True
+    compute_loss = run.stepper.compute_loss
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def spoil(images, targets):
+        step = run.state.iteration + 1
+        kept.append(weights(run))
+        if (step, process.rank) == (9, 0):
+            kill_self(images)
+        return compute_loss(images * (float("nan") if (step, process.rank) == (3, 1) else 1.0), targets)
+
+    run.stepper.compute_loss = spoil
+    code = train(run)
+    is_same = all(torch.equal(value, kept[3][name]) for name, value in kept[2].items())
+    facts = {"code": code, "iter": run.state.iteration, "skipped": run.state.skipped_steps, "same": is_same}
+    return {**facts, "net": weights(run)}
+
+
+@scenario
 def signal_on_one_rank(process: Process, runs: Path, data: Path) -> dict[str, Any]:
     run = build(process, runs, data)
     during_step(run, 2, kill_self if process.rank == 1 else nn.Identity())
