@@ -27,6 +27,10 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
       "depthwise(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int stride, int padding, "
       "int activation) -> Tensor");
   m.def("wavelet(Tensor x, Tensor weight, Tensor base) -> Tensor");
+  m.def(
+      "squeeze_excite(Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, Tensor expand_bias) "
+      "-> Tensor");
+  m.def("mixer(Tensor x, Tensor[] parameters, int[] split, int[] reverse, float norm_eps) -> Tensor");
   // Weights in the layouts that the layers read (layers/weights.h).
   m.def("pack_columns(Tensor weight) -> Tensor");
   m.def("pack_depthwise(Tensor weight) -> Tensor");

@@ -1,9 +1,11 @@
-// The layers of a folded network: products with bias, activation and residual, feed-forwards, the stem's convolutions.
-#include <ATen/Parallel.h>
+// The layers of a folded network: products with bias, activation and residual, feed-forwards, squeeze-excite, the
+// stem's convolutions. The mixer is in mixer.cpp.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -54,9 +56,13 @@ void multiply(const Dense& d, const float* x, int64_t stride, int64_t rows) {
     });
     return;
   }
-  at::parallel_for(
-      0, num_vectors(d.columns), 1, [&](int64_t begin, int64_t end) { kernel.dense(d, x, stride, rows, begin, end); });
+  const Strips columns{num_vectors(d.columns), 3};  // a tile's
+  share(columns.count(), kForwards, [&](int64_t i) {
+    kernel.dense(d, x, stride, rows, columns.begin(i), columns.end(i));
+  });
 }
+
+}  // namespace
 
 Tensor pointwise(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
@@ -74,6 +80,8 @@ Tensor pointwise(
   multiply(d, rows.const_data_ptr<float>(), row_stride(rows), num_rows(rows));
   return out;
 }
+
+namespace {
 
 // y + second(relu(first(y))), where y is a depthwise convolution of x, or x itself. Neither y nor the wide rows between
 // the two products leave the cache.
@@ -151,6 +159,32 @@ Tensor ffn(
   return out;
 }
 
+// x times a gate of each channel: sigmoid(expand(relu(reduce(means)))).
+Tensor squeeze_excite(
+    const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias, const Tensor& expand_weight,
+    const Tensor& expand_bias) {
+  const Tensor map = as_rows(x), out = new_like(map), means = new_map(map.size(0), map.size(1), 1, 1);
+  const int64_t B = map.size(0), C = map.size(1), pixels = map.size(2) * map.size(3);
+  const Kernels& kernel = kernels();
+  float* mean = means.mutable_data_ptr<float>();
+  share_with_scratch(B, C, [&](int64_t image, float* squares) {
+    kernel.moments(matrix_of(map).from(image * pixels), pixels, C, mean + image * C, squares);
+  });
+  const Tensor hidden = pointwise(means, reduce_weight, reduce_bias, {}, kRelu);
+  const Tensor gates = pointwise(hidden, expand_weight, expand_bias, {}, kNone), zeros = at::zeros({C});
+  TORCH_CHECK(gates.size(1) == C, "there are ", C, " channels, and gates for ", gates.size(1));
+  float* gate = gates.mutable_data_ptr<float>();
+  const float* zero = zeros.const_data_ptr<float>();
+  share(B, kForwards, [&](int64_t image) {
+    float* own = gate + image * C;
+    for (int64_t c = 0; c < C; ++c)
+      own[c] = 1 / (1 + std::exp(-own[c]));
+    const Normalization scale{C, zero, own, zero, kNone};
+    kernel.normalize(scale, matrix_of(map).from(image * pixels), Matrix{}, matrix_of(out).from(image * pixels), pixels);
+  });
+  return out;
+}
+
 struct Range {
   int64_t first, last;
 };
@@ -207,6 +241,24 @@ Convolution convolution_of(
       convolved(map.width, side, stride, padding)};
 }
 
+// An image as it comes from a data loader, (B, C, H, W) in any order, to a channels-last map without gaps.
+Tensor dense_map(const Tensor& x) {
+  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "a map must be (B, C, H, W) in float32, got ", x.sizes());
+  if (x.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return x;
+  const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
+  const Tensor out = new_map(x.size(0), C, H, W);
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  share(x.size(0) * H, kForwards, [&](int64_t i) {
+    const float* row = from + i / H * x.stride(0) + i % H * x.stride(2);
+    for (int64_t pixel = 0; pixel < W; ++pixel)
+      for (int64_t c = 0; c < C; ++c)
+        to[(i * W + pixel) * C + c] = row[c * x.stride(1) + pixel * x.stride(3)];
+  });
+  return out;
+}
+
 Map compact(int64_t channels, int64_t height, int64_t width, float* data) {
   return {height, width, channels, height * width * channels, width * channels, channels, data};
 }
@@ -215,7 +267,7 @@ Map compact(int64_t channels, int64_t height, int64_t width, float* data) {
 Tensor convs(
     const Tensor& x, at::TensorList weights, at::TensorList biases, int64_t side, int64_t stride, int64_t padding) {
   TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "there must be as many biases as weights");
-  const Tensor pixels = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor pixels = dense_map(x);
   const Map map = map_of(pixels);
   std::vector<Convolution> layers;
   int64_t largest = 0;
@@ -244,17 +296,14 @@ Tensor convs(
     }
   };
   if (is_balanced(x.size(0))) {
-    at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
-      const Tensor scratch = floats(2 * largest);
-      for (int64_t image = begin; image < end; ++image)
-        run(image, scratch.mutable_data_ptr<float>(), [](int64_t rows, const auto& body) { body(0, rows); });
+    share_with_scratch(x.size(0), 2 * largest, [&](int64_t image, float* scratch) {
+      run(image, scratch, [](int64_t rows, const auto& body) { body(0, rows); });
     });
     return out;
   }
   const Tensor scratch = floats(2 * largest);
   for (int64_t image = 0; image < x.size(0); ++image)
-    run(image, scratch.mutable_data_ptr<float>(),
-        [](int64_t rows, const auto& body) { at::parallel_for(0, rows, 1, body); });
+    run(image, scratch.mutable_data_ptr<float>(), [](int64_t rows, const auto& body) { share_range(rows, 1, body); });
   return out;
 }
 
@@ -262,6 +311,12 @@ Tensor traced_pointwise(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
     int64_t activation) {
   return traced_map(x, bias.sym_size(0), x.sym_size(2), x.sym_size(3));
+}
+
+Tensor traced_squeeze_excite(
+    const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias, const Tensor& expand_weight,
+    const Tensor& expand_bias) {
+  return traced_map(x, x.sym_size(1), x.sym_size(2), x.sym_size(3));
 }
 
 Tensor traced_ffn(
@@ -284,13 +339,15 @@ Tensor traced_convs(
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
-  m.impl("pointwise", mobilemamba::pointwise);
-  m.impl("ffn", mobilemamba::ffn);
-  m.impl("convs", mobilemamba::convs);
+  m.impl("pointwise", mobilemamba::OnOwnThreads<mobilemamba::pointwise>::call);
+  m.impl("squeeze_excite", mobilemamba::OnOwnThreads<mobilemamba::squeeze_excite>::call);
+  m.impl("ffn", mobilemamba::OnOwnThreads<mobilemamba::ffn>::call);
+  m.impl("convs", mobilemamba::OnOwnThreads<mobilemamba::convs>::call);
 }
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, Meta, m) {
   m.impl("pointwise", mobilemamba::traced_pointwise);
+  m.impl("squeeze_excite", mobilemamba::traced_squeeze_excite);
   m.impl("ffn", mobilemamba::traced_ffn);
   m.impl("convs", mobilemamba::traced_convs);
 }
