@@ -21,7 +21,7 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
   m.def("pointwise(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int activation) -> Tensor");
   m.def(
       "ffn(Tensor x, Tensor? taps, Tensor? taps_bias, Tensor first_weight, Tensor first_bias, Tensor second_weight, "
-      "Tensor second_bias) -> Tensor");
+      "Tensor second_bias, Tensor? residual=None) -> Tensor");
   m.def("convs(Tensor x, Tensor[] weights, Tensor[] biases, int side, int stride, int padding) -> Tensor");
   m.def(
       "depthwise(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int stride, int padding, "

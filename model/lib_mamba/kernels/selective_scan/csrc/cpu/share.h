@@ -86,6 +86,11 @@ void share_range(int64_t total, int64_t size, const Body& body) {
   share(pieces.count, kForwards, [&](int64_t i) { body(pieces.begin(i), pieces.begin(i + 1)); });
 }
 
+inline void add(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    to[i] += from[i];
+}
+
 // Partial sums (groups, size) of groups of images, made by `body(first image, last image, unit, partial sum, scratch)`,
 // added up in an order that does not depend on the number of threads.
 template <class Body>

@@ -64,7 +64,7 @@ void multiply(const Dense& d, const float* x, int64_t stride, int64_t rows) {
 
 }  // namespace
 
-Tensor pointwise(
+Tensor packed_pointwise(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
     int64_t activation) {
   const Tensor rows = as_rows(x);
@@ -83,13 +83,14 @@ Tensor pointwise(
 
 namespace {
 
-// y + second(relu(first(y))), where y is a depthwise convolution of x, or x itself. Neither y nor the wide rows between
-// the two products leave the cache.
+// y + second(relu(first(y))) + residual, where y is a depthwise convolution of x, or x itself. Neither y nor the wide
+// rows between the two products leave the cache.
 struct FeedForward {
   const Kernels& kernel = kernels();
   Dense widen, narrow;
   Depthwise before{};  // without weight: nothing comes before
   Map x{};
+  Matrix residual{};  // without data: none
 
   // Floats of scratch memory.
   int64_t floats_per_pixel() const { return widen.columns + (before.weight ? x.channels : 0); }
@@ -112,6 +113,12 @@ struct FeedForward {
     wide.out = between;
     kernel.dense(wide, from, stride, count, 0, num_vectors(wide.columns));
     kernel.dense(back, between, widen.columns, count, 0, num_vectors(back.columns));
+    add_residual(first * width, count);
+  }
+
+  void add_residual(int64_t first, int64_t count) const {
+    for (int64_t row = first; residual.data && row < first + count; ++row)
+      add(narrow.out + row * narrow.out_row, residual.at(row), narrow.columns);
   }
 
   // A row of the depthwise convolution, from its first pixel on to `to`.
@@ -126,8 +133,9 @@ struct FeedForward {
 
 Tensor ffn(
     const Tensor& x, const std::optional<Tensor>& taps, const std::optional<Tensor>& taps_bias,
-    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias) {
-  const Tensor map = as_rows(x);
+    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias,
+    const std::optional<Tensor>& residual) {
+  const Tensor map = as_rows(x), added = residual ? as_rows(*residual) : Tensor();
   const int64_t C = map.size(1), hidden = first_bias.numel(), rows = num_rows(map);
   const Tensor out = new_like(map);
   FeedForward f;
@@ -138,6 +146,10 @@ Tensor ffn(
   TORCH_CHECK(f.narrow.columns == C, "the second product must lead back to ", C, " channels, got ", f.narrow.columns);
   f.narrow.out = out.mutable_data_ptr<float>();
   f.narrow.residual = f.x.data;
+  if (residual) {
+    check_same(added, map, "residual");
+    f.residual = matrix_of(added);
+  }
   TORCH_CHECK(taps.has_value() == taps_bias.has_value(), "taps and their bias go together");
   if (taps)
     f.before = depthwise_of(map, out, *taps, *taps_bias, 1, taps->size(0) / 2, kNone);
@@ -156,6 +168,7 @@ Tensor ffn(
   f.narrow.residual_row = row_stride(y);
   multiply(f.widen, f.narrow.residual, row_stride(y), rows);
   multiply(f.narrow, f.widen.out, hidden, rows);
+  f.add_residual(0, rows);
   return out;
 }
 
@@ -170,8 +183,8 @@ Tensor squeeze_excite(
   share_with_scratch(B, C, [&](int64_t image, float* squares) {
     kernel.moments(matrix_of(map).from(image * pixels), pixels, C, mean + image * C, squares);
   });
-  const Tensor hidden = pointwise(means, reduce_weight, reduce_bias, {}, kRelu);
-  const Tensor gates = pointwise(hidden, expand_weight, expand_bias, {}, kNone), zeros = at::zeros({C});
+  const Tensor hidden = packed_pointwise(means, reduce_weight, reduce_bias, {}, kRelu);
+  const Tensor gates = packed_pointwise(hidden, expand_weight, expand_bias, {}, kNone), zeros = at::zeros({C});
   TORCH_CHECK(gates.size(1) == C, "there are ", C, " channels, and gates for ", gates.size(1));
   float* gate = gates.mutable_data_ptr<float>();
   const float* zero = zeros.const_data_ptr<float>();
@@ -321,7 +334,8 @@ Tensor traced_squeeze_excite(
 
 Tensor traced_ffn(
     const Tensor& x, const std::optional<Tensor>& taps, const std::optional<Tensor>& taps_bias,
-    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias) {
+    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias,
+    const std::optional<Tensor>& residual) {
   return traced_map(x, x.sym_size(1), x.sym_size(2), x.sym_size(3));
 }
 
@@ -339,7 +353,7 @@ Tensor traced_convs(
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
-  m.impl("pointwise", mobilemamba::OnOwnThreads<mobilemamba::pointwise>::call);
+  m.impl("pointwise", mobilemamba::OnOwnThreads<mobilemamba::packed_pointwise>::call);
   m.impl("squeeze_excite", mobilemamba::OnOwnThreads<mobilemamba::squeeze_excite>::call);
   m.impl("ffn", mobilemamba::OnOwnThreads<mobilemamba::ffn>::call);
   m.impl("convs", mobilemamba::OnOwnThreads<mobilemamba::convs>::call);

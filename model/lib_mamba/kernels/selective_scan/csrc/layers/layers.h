@@ -86,7 +86,7 @@ void depthwise_into(
     int64_t last_activation, const at::Tensor& out);
 
 // act(x W + b) + residual, for every pixel, by the packed W (layers/weights.h).
-at::Tensor pointwise(
+at::Tensor packed_pointwise(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& residual,
     int64_t activation);
 

@@ -67,16 +67,16 @@ Tensor mixer(const Tensor& x, at::TensorList p, at::IntArrayRef split, at::IntAr
   TORCH_CHECK(global + local + rest == x.size(1), "split must add up to ", x.size(1), " channels, got ", split);
   const Tensor map = as_rows(x), joined = new_like(map), x_global = map.narrow(1, 0, global);
 
-  const Tensor xz = pointwise(x_global, p[kInWeight], p[kInBias], {}, kNone);
+  const Tensor xz = packed_pointwise(x_global, p[kInWeight], p[kInBias], {}, kNone);
   const int64_t inner = xz.size(1) / 2, conv_side = p[kConvWeight].size(0);
   const Tensor x_in = xz.narrow(1, 0, inner), z = xz.narrow(1, inner, inner);
   const Tensor x_scan = depthwise(x_in, p[kConvWeight], p[kConvBias], {}, {}, 1, conv_side / 2, kSilu);
-  const Tensor projection = pointwise(x_scan, p[kXWeight], p[kXBias], {}, kNone);
+  const Tensor projection = packed_pointwise(x_scan, p[kXWeight], p[kXBias], {}, kNone);
   const Tensor y_scan = gated_scan(
       sequence_of(x_scan), sequence_of(z), sequence_of(projection), p[kDtWeight], p[kDtBias], p[kALog], p[kDSkip],
       p[kNormWeight], p[kNormBias], norm_eps, reverse);
   const Tensor y_map = y_scan.view({map.size(0), map.size(2), map.size(3), inner}).permute({0, 3, 1, 2});
-  const Tensor base = pointwise(y_map, p[kOutWeight], p[kOutBias], {}, kNone);
+  const Tensor base = packed_pointwise(y_map, p[kOutWeight], p[kOutBias], {}, kNone);
   wavelet_into(x_global, p[kBandWeight], base, kRelu, joined.narrow(1, 0, global));
 
   if (local)
@@ -85,7 +85,7 @@ Tensor mixer(const Tensor& x, at::TensorList p, at::IntArrayRef split, at::IntAr
         kRelu, kRelu, joined.narrow(1, global, local));
   if (rest)
     relu_into(map.narrow(1, global + local, rest), joined.narrow(1, global + local, rest));
-  return pointwise(joined, p[kProjWeight], p[kProjBias], map, kNone);
+  return packed_pointwise(joined, p[kProjWeight], p[kProjBias], map, kNone);
 }
 
 Tensor traced_mixer(

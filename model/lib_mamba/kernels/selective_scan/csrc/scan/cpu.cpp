@@ -131,11 +131,6 @@ void forward(const Problem& p) {
   });
 }
 
-void add(float* to, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    to[i] += from[i];
-}
-
 // Partial sums of the parameters' gradients: one row of them for each group of images, in the images' order.
 struct Partials {
   int64_t groups, channels, width, size;                        // width of D padded, size of a row
