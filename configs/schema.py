@@ -301,7 +301,7 @@ class Trainer(Node):
     amp_dtype: Literal["float16", "bfloat16"] = "float16"  # float16: scaled, GPU only
     ema: Decay | None = 0.9998  # decay of the weight average; None: no average
     accumulation_steps: PositiveCount = 1
-    channels_last: bool = False
+    channels_last: bool | None = None  # how weights and images lie in memory; None: so on a GPU
     compile: bool = False  # torch.compile the training network
     max_bad_steps: PositiveCount = 50  # consecutive steps with a NaN or Inf before the run is stopped
     timeout_seconds: PositiveCount = 1800  # a process that waits longer for the others gives up

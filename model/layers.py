@@ -5,12 +5,20 @@ The attribute names `c`, `bn`, `l` and `m` are those of the released checkpoints
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
+import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-__all__ = ["FFN", "Activation", "BatchNormLinear", "ConvBN", "Residual"]
+__all__ = ["FFN", "Activation", "BatchNorm2d", "BatchNormLinear", "ConvBN", "Residual", "count_batch", "is_on_gpu"]
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    """Return whether a tensor is on a GPU, where launches count and some layouts and operators are the better ones."""
+    return tensor.is_cuda
 
 
 class Activation(IntEnum):
@@ -25,6 +33,32 @@ class Activation(IntEnum):
         if self is Activation.RELU:
             return F.relu(x, inplace=True)
         return F.silu(x, inplace=True) if self is Activation.SILU else x
+
+
+@register_notrace_module  # as torch.fx would trace PyTorch's own checks, which depend on sizes
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation whose batches a network counts on a GPU, for all of its layers at once: see `count_batch`.
+
+    Attributes:
+        is_counted: Whether it belongs to a network that counts. Without, it counts its batches itself.
+    """
+
+    is_counted: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.is_counted and is_on_gpu(x)) or self.momentum is None:
+            return super().forward(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+        )
+
+
+def count_batch(norms: Sequence[BatchNorm2d]) -> None:
+    """Count a batch in all those that are in training and have a momentum: one launch on a GPU, not one for each."""
+    norms = [norm for norm in norms if norm.training and norm.momentum is not None]
+    counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    if counts:
+        torch._foreach_add_(counts, 1)
 
 
 class ConvBN(nn.Module):
@@ -53,7 +87,7 @@ class ConvBN(nn.Module):
     ) -> None:
         super().__init__()
         self.c = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels)
+        self.bn = BatchNorm2d(out_channels)
         nn.init.constant_(self.bn.weight, bn_weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_i
 from torch import nn
 
 from configs.schema import Config, OptimKwargs
+from model.lib_mamba import SS2D
 
 from .clip import clip_gradients
 from .param_groups import no_decay_names, parameter_groups
@@ -41,11 +42,16 @@ def build_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer
         network: The bare network, neither compiled nor wrapped for data parallelism.
 
     Raises:
-        ValueError: The name is unknown, an argument is not one of the optimiser's, a package for it is missing, or
-            nothing is to be trained.
+        ValueError: The name is unknown, an argument is not one of the optimiser's, a package for it is missing,
+            nothing is to be trained, or second derivatives are asked of a network without.
     """
     kwargs = config.optim.optim_kwargs
     _check_name(kwargs.name, create_graph=config.loss.create_graph)
+    if config.loss.create_graph and any(isinstance(module, SS2D) for module in network.modules()):
+        raise ValueError(
+            "loss.create_graph=true asks for second derivatives, which MobileMamba's scan does not have: set "
+            "loss.create_graph=false, and an optimiser of first order (optim.optim_kwargs.name=adamw)"
+        )
     arguments = _arguments(kwargs)
     if _can_fuse(kwargs.name, network) and not {"foreach", "fused"} & set(arguments):
         arguments["fused"] = True
@@ -99,9 +105,14 @@ def _arguments(kwargs: OptimKwargs) -> dict[str, Any]:
 
 
 def _can_fuse(name: str, network: nn.Module) -> bool:
-    """Return whether PyTorch has the optimiser for a CPU in one pass, not one for each of its operations."""
+    """Return whether PyTorch has the optimiser in one pass, not one for each of its operations: on CPUs and GPUs.
+
+    On a GPU it also reads from the GPU whether to skip a step, where others would wait for the answer.
+    """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return "fused" in _accepted(name) and all(p.is_cpu and p.is_floating_point() for p in parameters)
+    kinds = {parameter.device.type for parameter in parameters}
+    is_served = kinds in ({"cpu"}, {"cuda"}) and all(parameter.is_floating_point() for parameter in parameters)
+    return is_served and "fused" in _accepted(name)
 
 
 def _accepted(name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ is then consistent in itself and needs no recalibration.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -44,6 +45,15 @@ class WeightAverage(ModelEmaV3):
         super().__init__(unwrap_network(network), decay=decay)
         self.requires_grad_(False)
 
+    def update_unless(self, network: nn.Module, is_skipped: Tensor) -> None:
+        """Do as `update`, but change nothing where a scalar on the device is true, without waiting for the device.
+
+        The network's tensors must be finite, and its counts those of before the skipped step.
+        """
+        share = (1.0 - self.decay) * (1.0 - is_skipped.float())
+        with torch.no_grad():
+            self._take_in(network, lambda averages, currents: _move(averages, currents, share))
+
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """Average every tensor once, in its own format.
 
@@ -53,6 +63,10 @@ class WeightAverage(ModelEmaV3):
         Raises:
             ValueError: It is another network than the one that the average was started from.
         """
+        self._take_in(model, lambda averages, currents: torch._foreach_lerp_(averages, currents, 1.0 - decay))
+
+    def _take_in(self, model: nn.Module, move: Callable[[list[Tensor], list[Tensor]], None]) -> None:
+        """Move the averages of floating-point tensors towards the present ones, and copy the others."""
         averages, currents = _tensors(self.module), _tensors(unwrap_network(model))
         if [tensor.shape for tensor in averages] != [tensor.shape for tensor in currents]:
             raise ValueError("the network is not the one that the average was started from: its tensors differ")
@@ -60,9 +74,16 @@ class WeightAverage(ModelEmaV3):
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
         counts = [pair for pair in pairs if not pair[0].is_floating_point()]
         if floating:
-            torch._foreach_lerp_(*map(list, zip(*floating, strict=True)), 1.0 - decay)
+            move(*map(list, zip(*floating, strict=True)))
         if counts:
             torch._foreach_copy_(*map(list, zip(*counts, strict=True)))
+
+
+def _move(averages: list[Tensor], currents: list[Tensor], share: Tensor) -> None:
+    """Move averages by a share, a scalar on the device, of the way to the present tensors."""
+    ways = torch._foreach_sub(currents, averages)
+    torch._foreach_mul_(ways, share)
+    torch._foreach_add_(averages, ways)
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

@@ -77,7 +77,9 @@ class StatisticsKeeper:
         self._current: dict[torch.dtype, list[torch.Tensor]] = {}
         for value in batch_norm_statistics(network).values():
             self._current.setdefault(value.dtype, []).append(value)
-        self._kept = {dtype: [value.clone() for value in values] for dtype, values in self._current.items()}
+        # Side by side in memory, so that `restore_if` chooses among all with one operation.
+        self._flat = {dtype: _flatten(values) for dtype, values in self._current.items()}
+        self._kept = {dtype: _split(self._flat[dtype], values) for dtype, values in self._current.items()}
 
     @torch.no_grad()
     def keep(self) -> None:
@@ -90,3 +92,20 @@ class StatisticsKeeper:
         """Restore the copy."""
         for dtype, values in self._current.items():
             torch._foreach_copy_(values, self._kept[dtype])
+
+    @torch.no_grad()
+    def restore_if(self, is_skipped: torch.Tensor) -> None:
+        """Restore the copy where a scalar on the device is true, without waiting for the device."""
+        for dtype, values in self._current.items():
+            chosen = torch.where(is_skipped, self._flat[dtype], _flatten(values))
+            torch._foreach_copy_(values, _split(chosen, values))
+
+
+def _flatten(values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in values])
+
+
+def _split(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return views of a flat tensor with the shapes of others."""
+    parts = flat.split([value.numel() for value in like])
+    return [part.view(value.shape) for part, value in zip(parts, like, strict=True)]

@@ -159,5 +159,5 @@ def build_evaluator(
         meters=Meters(config.logging.log_terms_test),
         log_every=config.logging.test_log_per,
         watch=watch,
-        memory_format=memory_format(config.trainer),
+        memory_format=memory_format(config.trainer, process.device),
     )

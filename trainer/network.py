@@ -173,16 +173,17 @@ def wrap_parallel(config: Config, network: nn.Module, process: Process) -> Distr
     )
 
 
-def memory_format(options: TrainerConfig) -> torch.memory_format:
-    """Return how the network's weights and its images (B, C, H, W) lie in memory."""
-    return torch.channels_last if options.channels_last else torch.contiguous_format
+def memory_format(options: TrainerConfig, device: torch.device) -> torch.memory_format:
+    """Return how the network's weights and its images (B, C, H, W) lie in memory on a device."""
+    is_last = device.type == "cuda" if options.channels_last is None else options.channels_last
+    return torch.channels_last if is_last else torch.contiguous_format
 
 
 def _place(network: nn.Module, config: Config, process: Process) -> nn.Module:
     """Move the network to its device, and log which backend will run its scans there."""
     if isinstance(network, MobileMamba):
         choose_backend(process.device.type)
-    return network.to(process.device, memory_format=memory_format(config.trainer))
+    return network.to(process.device, memory_format=memory_format(config.trainer, process.device))
 
 
 def _pretrained(config: Config) -> bool | str:

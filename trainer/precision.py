@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs.schema import Trainer as TrainerConfig
 
@@ -78,12 +78,45 @@ class Precision:
         """
         if self.scaler is None:
             return False
-        if not is_overflow:
+        if not is_overflow or not self._overflow(optimizer).item():
             self.scaler.update(self.scaler.get_scale())
             return False
-        before = self.scaler.get_scale()
         self.scaler.update()
-        return SMALLEST_SCALE <= self.scaler.get_scale() < before
+        return self.scaler.get_scale() >= SMALLEST_SCALE
+
+    def can_skip_by_itself(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether the device can decide whether to do a step: `step_unless`."""
+        return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+    def step_unless(self, optimizer: torch.optim.Optimizer, is_bad_loss: torch.Tensor, is_bad: torch.Tensor) -> Tensor:
+        """Do the step or skip it as the device finds, without waiting for it.
+
+        Args:
+            optimizer: One that skips by itself.
+            is_bad_loss: Whether the loss of any process is not finite; a scalar on the device.
+            is_bad: Whether the loss or the gradients of any process are not finite; a scalar on the device.
+
+        Returns:
+            Whether the loss scale was not to blame for a skipped step, a scalar on the device.
+        """
+        optimizer.grad_scale = None
+        optimizer.found_inf = is_bad.float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        if self.scaler is None:
+            return is_bad
+        state = (self.scaler._scale, self.scaler._growth_tracker)
+        before = [value.clone() for value in state]
+        is_left = is_bad & (is_bad_loss | ~self._overflow(optimizer))
+        self.scaler.update()
+        for value, old in zip(state, before, strict=True):
+            value.copy_(torch.where(is_left, old, value))
+        return is_left | (is_bad & (self.scaler._scale < SMALLEST_SCALE))
+
+    def _overflow(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """Return whether the scaler has found a gradient that is not finite; a scalar on the device."""
+        found = self.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+        return torch.stack([value.to(self.device) for value in found]).sum() > 0
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return the scaler's state, None without one."""
@@ -117,6 +150,10 @@ class ApexPrecision(Precision):
         """Add the loss's gradient, unscaled."""
         with self.amp.scale_loss(loss, optimizer) as scaled:
             scaled.backward(**graph)
+
+    def can_skip_by_itself(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return False: apex has to be asked."""
+        return False
 
     def skip(self, optimizer: torch.optim.Optimizer, *, is_overflow: bool) -> bool:
         """Skip the step; apex has backed off already."""

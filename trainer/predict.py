@@ -118,7 +118,7 @@ class Predictor:
 
     def _classify(self, batch: Batch) -> list[list[ClassScore]]:
         """Return the most probable classes of every image of a batch."""
-        layout = memory_format(self.config.trainer)
+        layout = memory_format(self.config.trainer, self.process.device)
         images = batch.images.to(self.process.device, non_blocking=True, memory_format=layout)
         with self.precision.autocast():
             logits = self.network(images)

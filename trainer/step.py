@@ -51,6 +51,29 @@ class Objective:
         return self.loss(images, outputs, targets)
 
 
+class _Report:
+    """Numbers on their way from the device to the host.
+
+    Args:
+        values: (N,).
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """Wait for the numbers and return them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
 @dataclass(kw_only=True, slots=True)
 class StepResult:
     """The outcome of one step.
@@ -60,18 +83,23 @@ class StepResult:
         num_images: Images of this process.
         is_skipped: Whether the step was skipped.
         is_bad: Whether it was skipped for a reason other than the loss scale.
+        cause: Why it was skipped.
         signal: Signal that some process got.
-        unreadable: Files that could not be read, over all processes.
+        unreadable: Files that could not be read, over all processes once it is settled.
         seconds: Time in ``data_t`` (waiting for images), ``optim_t`` (computing) and ``batch_t`` (both).
+        report: What is still on its way from a GPU; the attributes above but the first two wait for it. None once it
+            is settled.
     """
 
     terms: dict[str, Tensor] = field(default_factory=dict)
     num_images: int = 0
     is_skipped: bool = False
     is_bad: bool = False
+    cause: str = ""
     signal: int | None = None
     unreadable: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    report: _Report | None = None
 
 
 class Stepper:
@@ -87,6 +115,9 @@ class Stepper:
         precision: Number format.
         compute_loss: From images and targets on the device to the loss and its terms; an `Objective`.
         watch: Signals to share with the other processes.
+
+    Attributes:
+        is_deferred: Whether the device decides if a step is done, so that nothing waits for it but `settle`.
     """
 
     def __init__(
@@ -111,16 +142,20 @@ class Stepper:
         self.compute_loss = compute_loss
         self.watch = watch
         self.num_micro = config.trainer.accumulation_steps
-        self.memory_format = memory_format(config.trainer)
+        self.memory_format = memory_format(config.trainer, process.device)
         self.graph = {"create_graph": config.loss.create_graph, "retain_graph": config.loss.retain_graph}
         self.clip = config.loss.clip_grad
         self.clip_mode = config.loss.clip_mode
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.clipped = self._clipped_parameters() if self.clip_mode == "agc" else self.parameters
         self.statistics = StatisticsKeeper(network)
+        self.is_deferred = process.device.type == "cuda" and precision.can_skip_by_itself(optimizer)
 
     def __call__(self, batches: Iterator[Batch]) -> StepResult:
-        """Take micro-batches from ``batches`` and do one step; a collective."""
+        """Take micro-batches from ``batches`` and do one step; a collective.
+
+        On a GPU, with an optimiser that can skip a step by itself, nothing waits: the result has to be settled.
+        """
         result = StepResult(seconds={"data_t": 0.0})
         start = time.perf_counter()
         self.statistics.keep()
@@ -129,12 +164,27 @@ class Stepper:
             loss += self._accumulate(batches, result, is_last=index + 1 == self.num_micro)
         self.precision.unscale(self.optimizer)
         norm = self._gradient_norm()
-        is_finite = self._agree(loss, norm, result)
-        self._apply(result, is_finite=is_finite)
+        found = self._exchange_findings(loss, norm, result)
+        if self.is_deferred:
+            result.report = _Report(self._apply_on_device(found))
+        else:
+            self._apply(found.tolist(), result)
         self.optimizer.zero_grad(set_to_none=True)
         result.seconds["batch_t"] = time.perf_counter() - start
         result.seconds["optim_t"] = result.seconds["batch_t"] - result.seconds["data_t"]
         return result
+
+    def settle(self, result: StepResult) -> None:
+        """Wait for what a step has found, on a GPU; a collective."""
+        if result.report is None:
+            return
+        start = time.perf_counter()
+        *found, is_bad = result.report.read()
+        result.report = None
+        self._note(found, result, is_bad=bool(is_bad))
+        waited = time.perf_counter() - start
+        for name in ("batch_t", "optim_t"):
+            result.seconds[name] += waited
 
     def _accumulate(self, batches: Iterator[Batch], result: StepResult, *, is_last: bool) -> Tensor:
         """Add one micro-batch's gradient; gradients are exchanged with the last one."""
@@ -168,33 +218,55 @@ class Stepper:
             clip_gradients(self.clipped, clip=self.clip, mode=self.clip_mode)
         return norm
 
-    def _agree(self, loss: Tensor, norm: Tensor, result: StepResult) -> tuple[bool, bool]:
-        """Exchange in one collective everything that the processes must act on together.
-
-        This is the one place of a step where the host waits for the GPU.
+    def _exchange_findings(self, loss: Tensor, norm: Tensor, result: StepResult) -> Tensor:
+        """Sum up, in the one collective of a step, everything that the processes must act on together.
 
         Returns:
-            Whether every loss, and every gradient, is finite.
+            How many losses and gradients are not finite, how many files could not be read, who got which signal:
+            (3 + number of watched signals,) in float64, on the device.
         """
         found = torch.stack([~loss.isfinite(), ~norm.isfinite()]).double()
         reports = torch.tensor([len(result.unreadable), *self.watch.flags()], dtype=torch.float64)
-        sums = self.process.sum_tensor(torch.cat([found, reports.to(found.device)])).tolist()
-        result.signal = self.watch.agreed(sums[-len(WATCHED) :])
-        if sums[2] > 0:
-            result.unreadable = sorted(set().union(*self.process.gather_objects(result.unreadable)))
-        return sums[0] == 0, sums[1] == 0
+        if found.is_cuda:
+            reports = reports.pin_memory()
+        return self.process.sum_tensor(torch.cat([found, reports.to(found.device, non_blocking=True)]))
 
-    def _apply(self, result: StepResult, *, is_finite: tuple[bool, bool]) -> None:
+    def _apply(self, found: list[float], result: StepResult) -> None:
         """Do the step, or leave everything as it was before."""
-        if all(is_finite):
+        is_bad = False
+        if found[0] == 0 and found[1] == 0:
             self.precision.step(self.optimizer)
             if self.average is not None:
                 self.average.update(self.network)
-            return
-        is_loss_finite = is_finite[0]
-        result.is_skipped = True
-        result.is_bad = not self.precision.skip(self.optimizer, is_overflow=is_loss_finite)
-        self.statistics.restore()
+        else:
+            is_bad = not self.precision.skip(self.optimizer, is_overflow=found[0] == 0)
+            self.statistics.restore()
+        self._note(found, result, is_bad=is_bad)
+
+    def _apply_on_device(self, found: Tensor) -> Tensor:
+        """Do as `_apply`, but let the device decide, which has the answer first.
+
+        Returns:
+            ``found``, and whether the step was skipped for a reason other than the loss scale.
+        """
+        is_bad_loss, is_skipped = found[0] > 0, found[:2].sum() > 0
+        is_bad = self.precision.step_unless(self.optimizer, is_bad_loss, is_skipped)
+        self.statistics.restore_if(is_skipped)
+        if self.average is not None:
+            self.average.update_unless(self.network, is_skipped)
+        return torch.cat([found, is_bad.double().view(1)])
+
+    def _note(self, found: list[float], result: StepResult, *, is_bad: bool) -> None:
+        """Put what all processes have found into a result."""
+        num_bad_losses, num_bad_norms, num_unreadable = found[:3]
+        result.is_skipped = num_bad_losses + num_bad_norms > 0
+        result.is_bad = is_bad
+        if result.is_skipped:
+            finite = "the loss is not finite" if num_bad_losses else "the loss is finite, its gradient is not"
+            result.cause = finite if is_bad else "gradients overflow, the loss scale backs off"
+        result.signal = self.watch.agreed(found[-len(WATCHED) :])
+        if num_unreadable:
+            result.unreadable = sorted(set().union(*self.process.gather_objects(result.unreadable)))
 
     def _clipped_parameters(self) -> list[nn.Parameter]:
         """Return the parameters without the classifier's, as adaptive clipping wants them (arXiv 2102.06171)."""

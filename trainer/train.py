@@ -38,6 +38,15 @@ class _EpochPace:
         self.step_seconds += result.seconds["batch_t"]
 
 
+@dataclass(frozen=True, slots=True)
+class _LaunchedStep:
+    """A step that a GPU may still be at."""
+
+    iteration: int
+    learning_rate: float
+    result: StepResult
+
+
 def train(run: Run) -> int:
     """Train to the end, or until a signal.
 
@@ -89,8 +98,13 @@ def _train_epochs(run: Run) -> None:
 
 
 def _train_epoch(run: Run, pace: _EpochPace) -> None:
-    """Do the steps of the epoch that are not done yet."""
+    """Do the steps of the epoch that are not done yet.
+
+    What a step has found is settled while the next one runs; at once where a line, a save or the end of the epoch is
+    due. So a signal stops the run a step later at most, and whatever is saved is settled.
+    """
     state, num_steps = run.state, run.schedule.steps_per_epoch
+    launched: list[_LaunchedStep] = []
     run.network.train()
     run.frozen.hold()
     batches = run.loaders.train.iterate(state.epoch, start_batch=state.step * run.config.trainer.accumulation_steps)
@@ -107,20 +121,52 @@ def _train_epoch(run: Run, pace: _EpochPace) -> None:
             state.step += 1
             state.iteration += 1
             run.num_steps += 1
-            pace.add(result)
-            columns = _log_step(run, result)
+            launched.append(_LaunchedStep(state.iteration, _learning_rate(run), result))
+            stop = _settle(run, launched, pace)
+            columns = _log_line(run)
             if columns:
                 bar.set_postfix_str(columns, refresh=False)
-            _check_step(run, result)
+            if stop is not None:
+                raise stop
+            if _is_save_due(run):
+                _save(run)
 
 
-def _log_step(run: Run, result: StepResult) -> str:
-    """Put a step into the meters; return the columns of a line, where one was due."""
+def _settle(run: Run, launched: list[_LaunchedStep], pace: _EpochPace) -> StopError | None:
+    """Settle the steps before the last one, and the last one too where it has to be; return a reason to stop."""
+    has_to_be = launched[-1].result.report is None or _is_line_due(run) or _is_save_due(run)
+    stop: StopError | None = None
+    while len(launched) > (0 if has_to_be or stop else 1):
+        step = launched.pop(0)
+        run.stepper.settle(step.result)
+        pace.add(step.result)
+        _log_step(run, step)
+        stop = stop or _count_step(run, step)
+    return stop
+
+
+def _is_line_due(run: Run) -> bool:
     state, options = run.state, run.config.logging
-    run.meters.update({**result.seconds, "lr": _learning_rate(run)})
+    is_last = state.step == run.schedule.steps_per_epoch
+    return is_last or not state.iteration % options.train_log_per or not state.iteration % options.train_reset_log_per
+
+
+def _is_save_due(run: Run) -> bool:
+    return is_save_due(run.state.iteration, run.num_steps, every=run.config.trainer.save_per_iter)
+
+
+def _log_step(run: Run, step: _LaunchedStep) -> None:
+    """Put a step into the meters."""
+    result = step.result
+    run.meters.update({**result.seconds, "lr": step.learning_rate})
     if not result.is_skipped:
         run.meters.update(result.terms)
         run.epoch_meters.update(result.terms, count=result.num_images)
+
+
+def _log_line(run: Run) -> str:
+    """Return the columns of a line, where one was due."""
+    state, options = run.state, run.config.logging
     columns = ""
     if state.iteration % options.train_log_per == 0 or state.step == run.schedule.steps_per_epoch:
         columns = run.report.train_line(run.meters, state)
@@ -133,21 +179,19 @@ def _learning_rate(run: Run) -> float:
     return max(group["lr"] for group in run.optimizer.param_groups)
 
 
-def _check_step(run: Run, result: StepResult) -> None:
-    """Count failures, act on signals, and save where that is due within an epoch."""
-    state, options = run.state, run.config.trainer
+def _count_step(run: Run, step: _LaunchedStep) -> StopError | None:
+    """Count failures; return the reason to stop, if there is one."""
+    state, result = run.state, step.result
     state.skipped_steps += result.is_skipped
     state.bad_steps = state.bad_steps + 1 if result.is_bad else 0
     if result.is_skipped:
-        cause = "loss or gradient is not finite" if result.is_bad else "overflow, the loss scale backs off"
-        logger.info("iteration %d is skipped on every process: %s", state.iteration, cause)
-    _count_unreadable(run, result.unreadable)
-    if state.bad_steps >= options.max_bad_steps:
-        raise StopError(f"{state.bad_steps} steps in a row gave a loss or gradient that is not finite")
-    if result.signal is not None:
-        raise SignalError(result.signal)
-    if is_save_due(state.iteration, run.num_steps, every=options.save_per_iter):
-        _save(run)
+        logger.info("iteration %d is skipped on every process: %s", step.iteration, result.cause)
+    stop = _count_unreadable(run, result.unreadable)
+    if stop is not None:
+        return stop
+    if state.bad_steps >= run.config.trainer.max_bad_steps:
+        return StopError(f"{state.bad_steps} steps in a row gave a loss or gradient that is not finite: {result.cause}")
+    return None if result.signal is None else SignalError(result.signal)
 
 
 def is_save_due(iteration: int, num_steps: int, *, every: int) -> bool:
@@ -164,15 +208,17 @@ def is_save_due(iteration: int, num_steps: int, *, every: int) -> bool:
     return num_steps & (num_steps - 1) == 0 or (every > 0 and iteration % every == 0)
 
 
-def _count_unreadable(run: Run, paths: list[str]) -> None:
+def _count_unreadable(run: Run, paths: list[str]) -> StopError | None:
+    """Count the images that cannot be read; return the reason to stop where they are too many."""
     known, limit = run.state.unreadable, run.config.data.max_unreadable
     new = [path for path in paths if path not in known]
     known.extend(new)
     for path in new if run.process.is_logging else ():
         logger.warning("training image %s cannot be read and is left out (%d so far)", path, len(known))
-    if len(known) > limit:
-        message = f"{len(known)} training images cannot be read, more than data.max_unreadable={limit}: "
-        raise StopError(message + listed(known, MAX_LISTED), exit_code=EXIT_USER_ERROR)
+    if len(known) <= limit:
+        return None
+    message = f"{len(known)} training images cannot be read, more than data.max_unreadable={limit}: "
+    return StopError(message + listed(known, MAX_LISTED), exit_code=EXIT_USER_ERROR)
 
 
 def _end_epoch(run: Run, pace: _EpochPace) -> None:

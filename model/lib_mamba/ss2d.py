@@ -76,7 +76,8 @@ class SS2D(nn.Module):
         orders = SCANS[self.scan]
         if len(orders) > 1:
             y = self.scan_pixels(x)
-            return self.out_norm(y.to(self.out_norm.weight.dtype)) * F.silu(z)
+            y = self.out_norm(y.to(self.out_norm.weight.dtype)) * F.silu(z)
+            return y.to(x.dtype)
         ((_, directions),) = orders
         sequence = x.flatten(1, 2)
         parameters = self._weights(directions)
@@ -109,8 +110,7 @@ class SS2D(nn.Module):
         y = y.view(x.shape)
         return y.transpose(1, 2) if is_columns else y
 
-    @staticmethod
-    def _project(sequence: Tensor, x_weight: Tensor) -> Tensor:
+    def _project(self, sequence: Tensor, x_weight: Tensor) -> Tensor:
         """Return dt, B and C of all directions: a reversed sequence has the reversed projection."""
         return F.linear(sequence, x_weight.flatten(0, 1))
 

@@ -7,26 +7,33 @@ B batch, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Activation
+from ..layers import Activation, is_on_gpu
 from ..lib_mamba import SS2D, cpu_layers, layouts
 from ..lib_mamba.backends import without_autocast
-from .wavelet import haar_bands, haar_pixels, is_haar
+from .mixer import join_channels
+from .wavelet import haar_bands, haar_pixels, haar_signs, is_haar, pixels_of_sums, sums_of_pixels
 
 __all__ = [
     "FoldedConvs",
     "FoldedDepthwise",
     "FoldedFFN",
+    "FoldedLinear",
     "FoldedMixer",
     "FoldedPointwise",
+    "FoldedSS2D",
     "FoldedSqueezeExcite",
     "FoldedWTEMamba",
     "is_folded",
 ]
+
+
+_ALIGNMENT = 8  # channels: tensor cores read 16 bytes
 
 
 def is_folded(network: nn.Module) -> bool:
@@ -40,27 +47,74 @@ def _frozen(tensor: Tensor | None) -> nn.Parameter:
 
 
 class _Packed(nn.Module):
-    """A layer that keeps a copy of its weights in the layout of the kernels.
+    """A layer that keeps copies of its weights as they are read: in the kernels' layout, in autocast's type.
 
     The copies follow the weights wherever these go, and are neither in the state dict nor exported.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of a layer whose folded form this is
         self.register_load_state_dict_post_hook(_pack_again)
 
     def pack(self) -> None:
-        """Make the copies, where a kernel reads them."""
-        raise NotImplementedError
+        """Lay the weights out for the device that they are on, where a kernel reads them otherwise."""
+
+    def read(self, name: str, x: Tensor) -> Tensor:
+        """Return a weight in the type in which ``x`` is computed: under autocast a copy that is made once."""
+        weight = getattr(self, name)
+        dtype = _type_under_autocast(x)
+        if dtype is None or weight.dtype != torch.float32:
+            return weight
+        copy_name = f"{name}{_CAST}{_NAMES[dtype]}"
+        copy = getattr(self, copy_name, None)
+        if copy is not None:
+            return copy
+        if torch.compiler.is_compiling() or _is_capturing(x):
+            return weight.to(dtype)
+        with torch.inference_mode(mode=False), torch.no_grad():  # autograd may read it later
+            self.register_buffer(copy_name, weight.to(dtype), persistent=False)
+        return getattr(self, copy_name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
         super()._apply(fn, recurse)
-        self.pack()
+        _pack_again(self)
         return self
 
 
-def _pack_again(layer: _Packed, _incompatible_keys: object) -> None:
+_CAST = "_in_"
+_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def _pack_again(layer: _Packed, _incompatible_keys: object = None) -> None:
+    for name in [name for name in layer._buffers if _CAST in name]:
+        delattr(layer, name)
     layer.pack()
+
+
+def _type_under_autocast(x: Tensor) -> torch.dtype | None:
+    """Return the 16-bit type of autocast where it is on."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    return dtype if dtype in _NAMES else None
+
+
+def _is_capturing(x: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured: what is made then has contents only while it replays."""
+    return is_on_gpu(x) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation = Activation.NONE) -> Tensor:
+    """Multiply the pixels of a map with a matrix (C', C), then activate: (B, C, H, W) -> (B, C', H, W)."""
+    batch, _, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # a view of a slice of channels, too
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    if activation is Activation.RELU and is_on_gpu(x) and not needs_gradient:
+        y = torch._addmm_activation(bias, rows.to(weight.dtype), weight.t())  # its ReLU costs no pass of its own
+    else:
+        y = activation.apply(F.linear(rows, weight, bias))
+    return y.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
 
 
 class FoldedPointwise(_Packed):
@@ -84,16 +138,27 @@ class FoldedPointwise(_Packed):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
             return kernels.pointwise(x, self.panels, self.bias, residual, int(self.activation))
-        y = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
-        y = self.activation.apply(y)
+        y = _product(x, self.read("weight", x), self.read("bias", x), self.activation)
         return y if residual is None else y + residual
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two halves of the output's channels: on PyTorch as two products, neither a slice of a larger map.
+
+        A convolution of a slice would be given a copy of it.
+        """
+        if cpu_layers.serve(x) is not None:
+            first, second = self(x).chunk(2, dim=1)
+            return first, second
+        weights, biases = self.read("weight", x).chunk(2), self.read("bias", x).chunk(2)
+        first, second = (_product(x, *half, self.activation) for half in zip(weights, biases, strict=True))
+        return first, second
 
 
 class FoldedDepthwise(_Packed):
     """Depthwise convolution: (B, C, H, W) -> (B, C, H', W'), then optionally scaled and shifted.
 
     Args:
-        conv: Depthwise, with a square kernel and bias.
+        conv: Depthwise, with a square kernel.
         activation: Applied to the result.
         affine: Depthwise 1 x 1 convolution with bias that follows the activation.
     """
@@ -105,24 +170,35 @@ class FoldedDepthwise(_Packed):
         self.activation = activation
         self.stride, self.padding = conv.stride[0], conv.padding[0]
         self.weight = _frozen(conv.weight)
-        self.bias = _frozen(conv.bias)
+        self.bias = None if conv.bias is None else _frozen(conv.bias)
         self.scale = None if affine is None else _frozen(affine.weight.flatten())
         self.shift = None if affine is None else _frozen(affine.bias)
         self.pack()
 
     def pack(self) -> None:
         self.taps = layouts.depthwise(self.weight)
+        self.taps_bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias.detach()
+
+    def take_bias(self) -> Tensor:
+        """Return the bias (C,), which the layer then no longer has: for layers behind it that can add it at no cost."""
+        bias = self.taps_bias
+        self.bias = None
+        self.pack()
+        return bias
 
     def forward(self, x: Tensor) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
             affine = (self.scale, self.shift, self.stride, self.padding, int(self.activation))
-            return kernels.depthwise(x, self.taps, self.bias, *affine)
-        groups = len(self.weight)
-        y = self.activation.apply(F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=groups))
-        if self.scale is None or self.shift is None:
+            return kernels.depthwise(x, self.taps, self.taps_bias, *affine)
+        # A library would copy a slice of channels anyway; torch.compile writes the copy with what comes before.
+        x = x.contiguous(memory_format=torch.channels_last)
+        bias = None if self.bias is None else self.read("bias", x)
+        y = F.conv2d(x, self.read("weight", x), bias, self.stride, self.padding, groups=len(self.weight))
+        y = self.activation.apply(y)
+        if self.scale is None:
             return y
         # Multiplied, not convolved: some CPUs and sizes would do a depthwise 1 x 1 channel by channel.
-        return torch.addcmul(self.shift.to(y.dtype).view(-1, 1, 1), y, self.scale.to(y.dtype).view(-1, 1, 1))
+        return torch.addcmul(self.read("shift", x).view(-1, 1, 1), y, self.read("scale", x).view(-1, 1, 1))
 
 
 class FoldedFFN(nn.Module):
@@ -134,9 +210,16 @@ class FoldedFFN(nn.Module):
         self.widen = widen
         self.narrow = narrow
 
+    def set_depthwise(self, depthwise: FoldedDepthwise) -> None:
+        """Put a convolution before it, whose bias b goes into those behind it: (y + b) W + c is y W + (b W + c)."""
+        bias = depthwise.take_bias().double()
+        self.depthwise = depthwise
+        self.widen.bias.data += self.widen.weight.double() @ bias
+        self.narrow.bias.data += bias
+
     def forward(self, x: Tensor) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
-            before = (None, None) if self.depthwise is None else (self.depthwise.taps, self.depthwise.bias)
+            before = (None, None) if self.depthwise is None else (self.depthwise.taps, self.depthwise.taps_bias)
             products = (self.widen.panels, self.widen.bias, self.narrow.panels, self.narrow.bias)
             return kernels.ffn(x, *before, *products)
         if self.depthwise is not None:
@@ -162,12 +245,30 @@ class FoldedConvs(_Packed):
     def pack(self) -> None:
         # As matrices (height * width * C, C').
         self.panels = [layouts.columns(weight.permute(2, 3, 1, 0).flatten(0, 2)) for weight in self.weights]
+        weights, biases = self._padded() if is_on_gpu(self.weights[0]) else (self.weights, self.biases)
+        for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            self.register_buffer(f"weight{index}", weight.detach(), persistent=False)
+            self.register_buffer(f"bias{index}", bias.detach(), persistent=False)
+
+    def _padded(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return weights and biases with zeros, so that maps between two convolutions have channels for tensor cores.
+
+        The weights are laid out channels-last, as the library reads them.
+        """
+        weights, biases, added = [], [], 0
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            inputs_added, added = added, 0 if index + 1 == len(self.weights) else -len(weight) % _ALIGNMENT
+            padded = F.pad(weight.detach(), (0, 0, 0, 0, 0, inputs_added, 0, added))
+            weights.append(padded.contiguous(memory_format=torch.channels_last))
+            biases.append(F.pad(bias.detach(), (0, added)))
+        return weights, biases
 
     def forward(self, x: Tensor) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
             return kernels.convs(x, self.panels, list(self.biases), *self.shape)
         _, stride, padding = self.shape
-        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+        for index in range(len(self.weights)):
+            weight, bias = self.read(f"weight{index}", x), self.read(f"bias{index}", x)
             x = F.conv2d(F.relu(x, inplace=True) if index else x, weight, bias, stride, padding)
         return x
 
@@ -187,29 +288,113 @@ class FoldedSqueezeExcite(nn.Module):
         return x * gate.sigmoid()
 
 
+class FoldedSS2D(_Packed, SS2D):
+    """SS2D with its batch norms folded: (B, C, H, W) -> (B, C, H, W).
+
+    The parameters of the scan and of its normalisation stay float32 through ``bfloat16()`` and ``half()``, as the scan
+    computes in float32 and would cast them at every call; ``double()`` takes them along.
+
+    Args:
+        scan: The layer, its convolutions folded to ones with bias.
+        out_proj: What takes the place of its last one.
+    """
+
+    in_proj: Any
+    conv2d: Any
+    out_proj: Any
+
+    def __init__(self, scan: Any, out_proj: FoldedPointwise) -> None:
+        _Packed.__init__(self)
+        self.scan = scan.scan
+        self.in_proj = FoldedPointwise(scan.in_proj)
+        self.conv2d = FoldedDepthwise(scan.conv2d, Activation.SILU)
+        self.x_proj_weight = _frozen(scan.x_proj_weight)
+        self.dt_projs_weight = _frozen(_widened(scan.dt_projs_weight))
+        self.dt_projs_bias = _frozen(_widened(scan.dt_projs_bias))
+        self.A_logs = _frozen(_widened(scan.A_logs))
+        self.Ds = _frozen(_widened(scan.Ds))
+        self.out_norm = scan.out_norm
+        self.out_norm.weight = _frozen(_widened(scan.out_norm.weight))
+        self.out_norm.bias = _frozen(_widened(scan.out_norm.bias))
+        self.out_proj = out_proj
+        self.pack()
+
+    def pack(self) -> None:
+        """Lay out dt_projs_weight (K, D, R) with its channels side by side on a CPU, its ranks elsewhere."""
+        weight = self.dt_projs_weight
+        if weight.is_cpu:
+            weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+        else:
+            weight.data = weight.data.contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj.halves(x)
+        x = self.conv2d(x)
+        y = self.scan_and_gate(x.permute(0, 2, 3, 1), z.permute(0, 2, 3, 1))
+        return self.out_proj(y.permute(0, 3, 1, 2))
+
+    def _project(self, sequence: Tensor, x_weight: Tensor) -> Tensor:
+        weight = self.read("x_proj_weight", sequence) if x_weight is self.x_proj_weight else x_weight
+        return super()._project(sequence, weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedSS2D:
+        scan = (self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds, *self.out_norm.parameters())
+
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_kept = moved.dtype in _NAMES and any(tensor is parameter for parameter in scan)
+            return tensor.to(moved.device) if is_kept else moved
+
+        super()._apply(keep_float32, recurse)
+        return self
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Return 16-bit parameters as float32."""
+    return tensor.float() if tensor.dtype in _NAMES else tensor
+
+
 class FoldedWTEMamba(_Packed):
     """Scan plus the wavelet branch, with their scales folded: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, scan: SS2D, wt_filter: Tensor, iwt_filter: Tensor, bands: nn.Conv2d) -> None:
+    def __init__(self, scan: FoldedSS2D, wt_filter: Tensor, iwt_filter: Tensor, bands: nn.Conv2d) -> None:
         super().__init__()
         self.global_atten = scan
         self.wt_filter = _frozen(wt_filter)
         self.iwt_filter = _frozen(iwt_filter)
         self.bands = bands
         self.has_haar_filters = is_haar(wt_filter) and is_haar(iwt_filter)
+        self.register_load_state_dict_post_hook(_look_at_filters)
         self.pack()
 
     def pack(self) -> None:
-        self.taps = layouts.bands(self.bands.weight)
+        weight = self.bands.weight
+        self.taps = layouts.bands(weight)
+        # Either transform as sums gives twice what the filters give.
+        is_doubled = is_on_gpu(weight) and self.has_haar_filters
+        self.register_buffer("bands_weight", (0.25 * weight if is_doubled else weight).detach(), persistent=False)
+        self.register_buffer("signs", haar_signs(self.wt_filter).detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.has_haar_filters and (kernels := cpu_layers.serve(x)) is not None:
             with without_autocast("cpu"):
                 return kernels.wavelet(x, self.taps, self.global_atten(x))
         y = self.global_atten(x)
-        bands = haar_bands(x, self.wt_filter)
-        bands = self.bands(bands)
-        return y + haar_pixels(bands, self.iwt_filter, x.shape)
+        if not (is_on_gpu(x) and self.has_haar_filters):
+            bands = self._convolve(haar_bands(x, self.read("wt_filter", x)))
+            return y + haar_pixels(bands, self.read("iwt_filter", x), x.shape)
+        signs = self.read("signs", x).to(x.dtype)
+        bands = self._convolve(sums_of_pixels(x, signs))
+        return y + pixels_of_sums(bands, signs, x.shape)
+
+    def _convolve(self, bands: Tensor) -> Tensor:
+        weight = self.read("bands_weight", bands)
+        return F.conv2d(bands, weight, padding="same", groups=len(weight))
+
+
+def _look_at_filters(wavelet: FoldedWTEMamba, _incompatible_keys: object) -> None:
+    wavelet.has_haar_filters = is_haar(wavelet.wt_filter) and is_haar(wavelet.iwt_filter)
+    wavelet.pack()
 
 
 class FoldedMixer(nn.Module):
@@ -228,5 +413,23 @@ class FoldedMixer(nn.Module):
         x_global, x_local, x_identity = x.split(self.split, dim=1)
         x_global = self.global_op(x_global)
         x_local = self.local_op(x_local)
-        y = torch.cat([x_global, x_local, x_identity], dim=1)
+        y = join_channels(self.split, x_global, x_local, x_identity)
         return self.proj(F.relu(y, inplace=True), x)
+
+
+class FoldedLinear(_Packed, nn.Linear):
+    """The classifier with its batch norm folded: (B, C) -> (B, num_classes).
+
+    Args:
+        weight: (num_classes, C).
+        bias: (num_classes,).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        _Packed.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = _frozen(weight)
+        self.bias = _frozen(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.read("weight", x), self.read("bias", x))

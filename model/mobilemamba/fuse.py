@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import FFN, Activation, BatchNormLinear, ConvBN, Residual
-from ..lib_mamba import SS2D
 from .blocks import Block, PatchMerging
 from .folded_layers import (
     FoldedConvs,
     FoldedDepthwise,
     FoldedFFN,
+    FoldedLinear,
     FoldedMixer,
     FoldedPointwise,
     FoldedSqueezeExcite,
+    FoldedSS2D,
     FoldedWTEMamba,
 )
 from .mixer import Mixer, MKDeConv
@@ -79,7 +80,7 @@ def _sequential(modules: nn.Sequential) -> nn.Module:
     layers: list[nn.Module] = []
     for module in modules:
         if isinstance(module, FoldedFFN) and layers and isinstance(layers[-1], FoldedDepthwise):
-            module.depthwise = layers.pop()
+            module.set_depthwise(layers.pop())
         layers.append(_layer(module) if isinstance(module, nn.Conv2d) else module)
     return nn.Sequential(*layers).eval()
 
@@ -87,7 +88,8 @@ def _sequential(modules: nn.Sequential) -> nn.Module:
 def _block(block: Block) -> Block:
     """Give either feed-forward the depthwise convolution before it."""
     if isinstance(block.dw0, FoldedDepthwise):
-        block.ffn0.depthwise, block.ffn1.depthwise = block.dw0, block.dw1
+        block.ffn0.set_depthwise(block.dw0)
+        block.ffn1.set_depthwise(block.dw1)
         block.dw0 = block.dw1 = nn.Identity()
     return block
 
@@ -118,11 +120,9 @@ def _wte_mamba(module: WTEMamba) -> FoldedWTEMamba:
     scan, bands = module.global_atten, module.wavelet_convs[0]
     factor = module.base_scale.weight.double().flatten()
     weight = scan.out_proj.weight.double() * factor.view(-1, 1, 1, 1)
-    scan.out_proj = FoldedPointwise(_with_weights(scan.out_proj, weight, scan.out_proj.bias.double() * factor))
-    scan.in_proj = FoldedPointwise(scan.in_proj)
-    scan.conv2d, scan.act = FoldedDepthwise(scan.conv2d, Activation.SILU), nn.Identity()
-    _lay_out_time_steps(scan)
+    out_proj = FoldedPointwise(_with_weights(scan.out_proj, weight, scan.out_proj.bias.double() * factor))
     bands.weight.copy_(bands.weight.double() * module.wavelet_scale[0].weight.double().view(-1, 1, 1, 1))
+    scan = FoldedSS2D(scan, out_proj)
     return FoldedWTEMamba(scan, module.wt_filter, module.iwt_filter, bands.requires_grad_(False)).eval()
 
 
@@ -160,11 +160,8 @@ def _bn_linear(bn: nn.BatchNorm1d, linear: nn.Linear) -> nn.Linear:
     return _linear(weight * scale, linear.bias.double() + weight @ shift, linear)
 
 
-def _linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> nn.Linear:
-    folded = nn.Linear(like.in_features, like.out_features, device="meta")
-    folded.weight = nn.Parameter(weight.to(like.weight.dtype), requires_grad=False)
-    folded.bias = nn.Parameter(bias.to(like.weight.dtype), requires_grad=False)
-    return folded.eval()
+def _linear(weight: Tensor, bias: Tensor, like: nn.Linear) -> FoldedLinear:
+    return FoldedLinear(weight.to(like.weight.dtype), bias.to(like.weight.dtype)).eval()
 
 
 def _average(head: nn.Module, head_dist: nn.Module) -> nn.Module:
@@ -173,9 +170,3 @@ def _average(head: nn.Module, head_dist: nn.Module) -> nn.Module:
         return head
     weight = (head.weight.double() + head_dist.weight.double()) / 2
     return _linear(weight, (head.bias.double() + head_dist.bias.double()) / 2, head)
-
-
-def _lay_out_time_steps(module: SS2D) -> None:
-    """Lay out dt_projs_weight (K, D, R) with its channels side by side, as kernels read it: no copy at every call."""
-    weight = module.dt_projs_weight
-    weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)

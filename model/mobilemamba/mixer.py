@@ -6,14 +6,16 @@ checkpoints; the kernel of `dwconv3x3` has the size of its stage. B batch, C cha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import ConvBN
+from ..layers import BatchNorm2d, ConvBN
 from .wavelet import WTEMamba
 
-__all__ = ["MRFFI", "MKDeConv", "Mixer", "split_channels"]
+__all__ = ["MRFFI", "MKDeConv", "Mixer", "join_channels", "split_channels"]
 
 
 def split_channels(channels: int, global_ratio: float, local_ratio: float) -> tuple[int, int, int]:
@@ -32,6 +34,11 @@ def split_channels(channels: int, global_ratio: float, local_ratio: float) -> tu
     return num_global, num_local, channels - num_global - num_local
 
 
+def join_channels(split: Sequence[int], *branches: Tensor) -> Tensor:
+    """Return maps (B, C_i, H, W) with the channels ``split`` as one: an empty one among them would cost the layout."""
+    return torch.cat([branch for branch, channels in zip(branches, split, strict=True) if channels], dim=1)
+
+
 class MKDeConv(nn.Module):
     """MK-DeConv: depthwise k x k, BN, ReLU, depthwise 1 x 1, BN: (B, C, H, W) -> (B, C, H, W)."""
 
@@ -40,9 +47,9 @@ class MKDeConv(nn.Module):
         self.dwconv3x3 = nn.Conv2d(
             channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False
         )
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.dwconv1x1 = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.dwconv3x3(x)))
@@ -89,7 +96,7 @@ class MRFFI(nn.Module):
         x_global, x_local, x_identity = x.split(self.split, dim=1)
         x_global = self.global_op(x_global)
         x_local = self.local_op(x_local)
-        return self.proj(torch.cat([x_global, x_local, x_identity], dim=1))
+        return self.proj(join_channels(self.split, x_global, x_local, x_identity))
 
 
 class Mixer(nn.Module):

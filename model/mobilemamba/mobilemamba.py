@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from ..layers import BatchNormLinear
+from ..layers import BatchNorm2d, BatchNormLinear, count_batch, is_on_gpu
 from ..recompute import recompute
 from .blocks import Block, downsample, patch_embed
 from .fuse import fuse
@@ -141,6 +141,30 @@ class MobileMamba(nn.Module):
         self.grad_checkpointing = False
         self.distillation = distillation
         self.reset_classifier(num_classes, global_pool)
+        self._find_norms()
+
+    def train(self, mode: bool = True) -> MobileMamba:
+        super().train(mode)
+        self._find_norms()
+        return self
+
+    def _apply(self, *arguments: Any, **options: Any) -> MobileMamba:
+        super()._apply(*arguments, **options)
+        self._find_norms()
+        return self
+
+    def _find_norms(self) -> None:
+        """Note the batch norms whose batches `_enter` counts; again after each change that may have replaced some."""
+        self._norms = [module for module in self.modules() if isinstance(module, BatchNorm2d)]
+        for norm in self._norms:
+            norm.is_counted = True
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """Check images (B, in_chans, H, W) and lay them out; count the batch, where the layers do not themselves."""
+        x = check_images(x, self.in_chans)
+        if self.training and isinstance(x, Tensor) and is_on_gpu(x):  # torch.fx has something else in place of tensors
+            count_batch(self._norms)
+        return x
 
     def get_classifier(self) -> nn.Module:
         """Return the head; with distillation the pair of heads."""
@@ -214,7 +238,7 @@ class MobileMamba(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         wanted = self._stage_indices(indices)
         stages = self._stages()
-        x = check_images(x, self.in_chans)
+        x = self._enter(x)
         features = []
         for stage in stages[: max(wanted) + 1] if stop_early or intermediates_only else stages:
             x = self._run(stage, x)
@@ -263,7 +287,7 @@ class MobileMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last feature map: (B, in_chans, H, W) -> (B, C, H/64, W/64), rounded up."""
-        x = check_images(x, self.in_chans)
+        x = self._enter(x)
         for stage in self._stages():
             x = self._run(stage, x)
         return x
@@ -302,7 +326,9 @@ class MobileMamba(nn.Module):
         Returns:
             The network itself.
         """
-        return fuse(self)
+        fuse(self)
+        self._find_norms()
+        return self
 
 
 @register_notrace_function  # as torch.fx cannot follow what depends on sizes

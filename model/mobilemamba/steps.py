@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 
-from ..layers import FFN, ConvBN, Residual
+from ..layers import FFN, BatchNorm2d, ConvBN, Residual
 from ..lib_mamba import SCANS, SS2D, cpu_layers
 from ..lib_mamba.backends import without_autocast
 from .mixer import MRFFI, Mixer, MKDeConv
@@ -167,19 +167,19 @@ class _Conv(NamedTuple):
 
 
 # The layers of the groups, in the order of `nn.Module.modules`, without the group itself.
-_CONV_BN = (ConvBN, _Conv(), nn.BatchNorm2d)
-_STEM_CONV_BN = (ConvBN, _Conv(side=3, stride=2), nn.BatchNorm2d)
+_CONV_BN = (ConvBN, _Conv(), BatchNorm2d)
+_STEM_CONV_BN = (ConvBN, _Conv(side=3, stride=2), BatchNorm2d)
 _STEM = (*_STEM_CONV_BN, *3 * (nn.ReLU, *_STEM_CONV_BN))
-_DEPTHWISE = (Residual, ConvBN, _Conv(side=0, is_depthwise=True), nn.BatchNorm2d)
-_DEPTHWISE_STRIDE = (ConvBN, _Conv(side=0, stride=2, is_depthwise=True), nn.BatchNorm2d)
+_DEPTHWISE = (Residual, ConvBN, _Conv(side=0, is_depthwise=True), BatchNorm2d)
+_DEPTHWISE_STRIDE = (ConvBN, _Conv(side=0, stride=2, is_depthwise=True), BatchNorm2d)
 _FFN = (Residual, FFN, *_CONV_BN, *_CONV_BN)
 _SQUEEZE_EXCITE = (SqueezeExcite, _Conv(has_bias=True), nn.Identity, nn.ReLU, _Conv(has_bias=True), Sigmoid)
 _PATCH_MERGING = (*_CONV_BN, *_DEPTHWISE_STRIDE, *_SQUEEZE_EXCITE, *_CONV_BN)
 _BANDS = (nn.ModuleList, _Conv(side=0, is_depthwise=True), nn.ModuleList, ChannelScale)
 _SS2D = (SS2D, *_CONV_BN, _Conv(side=0, is_depthwise=True, has_bias=True), nn.SiLU, nn.LayerNorm, *_CONV_BN)
 _LOCAL = (
-    *(MKDeConv, _Conv(side=0, is_depthwise=True), nn.BatchNorm2d),
-    *(_Conv(side=1, is_depthwise=True), nn.BatchNorm2d),
+    *(MKDeConv, _Conv(side=0, is_depthwise=True), BatchNorm2d),
+    *(_Conv(side=1, is_depthwise=True), BatchNorm2d),
 )
 _MIXER = (
     *(Residual, Mixer, MRFFI, WTEMamba, *_SS2D, ChannelScale, *_BANDS),
