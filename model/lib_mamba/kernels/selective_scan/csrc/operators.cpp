@@ -27,6 +27,7 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
       "depthwise(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int stride, int padding, "
       "int activation) -> Tensor");
   m.def("wavelet(Tensor x, Tensor weight, Tensor base) -> Tensor");
+  m.def("means(Tensor x) -> Tensor");
   m.def(
       "squeeze_excite(Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, Tensor expand_bias) "
       "-> Tensor");

@@ -172,18 +172,26 @@ Tensor ffn(
   return out;
 }
 
+// Over the pixels of each image: (B, C, H, W) to (B, C, 1, 1).
+Tensor means(const Tensor& x) {
+  const Tensor map = as_rows(x), out = new_map(map.size(0), map.size(1), 1, 1);
+  const int64_t C = map.size(1), pixels = map.size(2) * map.size(3);
+  const Kernels& kernel = kernels();
+  float* mean = out.mutable_data_ptr<float>();
+  share_with_scratch(map.size(0), C, [&](int64_t image, float* squares) {
+    kernel.moments(matrix_of(map).from(image * pixels), pixels, C, mean + image * C, squares);
+  });
+  return out;
+}
+
 // x times a gate of each channel: sigmoid(expand(relu(reduce(means)))).
 Tensor squeeze_excite(
     const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias, const Tensor& expand_weight,
     const Tensor& expand_bias) {
-  const Tensor map = as_rows(x), out = new_like(map), means = new_map(map.size(0), map.size(1), 1, 1);
+  const Tensor map = as_rows(x), out = new_like(map);
   const int64_t B = map.size(0), C = map.size(1), pixels = map.size(2) * map.size(3);
   const Kernels& kernel = kernels();
-  float* mean = means.mutable_data_ptr<float>();
-  share_with_scratch(B, C, [&](int64_t image, float* squares) {
-    kernel.moments(matrix_of(map).from(image * pixels), pixels, C, mean + image * C, squares);
-  });
-  const Tensor hidden = packed_pointwise(means, reduce_weight, reduce_bias, {}, kRelu);
+  const Tensor hidden = packed_pointwise(means(map), reduce_weight, reduce_bias, {}, kRelu);
   const Tensor gates = packed_pointwise(hidden, expand_weight, expand_bias, {}, kNone), zeros = at::zeros({C});
   TORCH_CHECK(gates.size(1) == C, "there are ", C, " channels, and gates for ", gates.size(1));
   float* gate = gates.mutable_data_ptr<float>();
@@ -326,6 +334,10 @@ Tensor traced_pointwise(
   return traced_map(x, bias.sym_size(0), x.sym_size(2), x.sym_size(3));
 }
 
+Tensor traced_means(const Tensor& x) {
+  return traced_map(x, x.sym_size(1), 1, 1);
+}
+
 Tensor traced_squeeze_excite(
     const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias, const Tensor& expand_weight,
     const Tensor& expand_bias) {
@@ -354,6 +366,7 @@ Tensor traced_convs(
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
   m.impl("pointwise", mobilemamba::OnOwnThreads<mobilemamba::packed_pointwise>::call);
+  m.impl("means", mobilemamba::OnOwnThreads<mobilemamba::means>::call);
   m.impl("squeeze_excite", mobilemamba::OnOwnThreads<mobilemamba::squeeze_excite>::call);
   m.impl("ffn", mobilemamba::OnOwnThreads<mobilemamba::ffn>::call);
   m.impl("convs", mobilemamba::OnOwnThreads<mobilemamba::convs>::call);
@@ -361,6 +374,7 @@ TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, Meta, m) {
   m.impl("pointwise", mobilemamba::traced_pointwise);
+  m.impl("means", mobilemamba::traced_means);
   m.impl("squeeze_excite", mobilemamba::traced_squeeze_excite);
   m.impl("ffn", mobilemamba::traced_ffn);
   m.impl("convs", mobilemamba::traced_convs);
