@@ -20,6 +20,7 @@ from .mixer import join_channels
 from .wavelet import haar_bands, haar_pixels, haar_signs, is_haar, pixels_of_sums, sums_of_pixels
 
 __all__ = [
+    "FoldedBlock",
     "FoldedConvs",
     "FoldedDepthwise",
     "FoldedFFN",
@@ -29,6 +30,7 @@ __all__ = [
     "FoldedSS2D",
     "FoldedSqueezeExcite",
     "FoldedWTEMamba",
+    "average",
     "is_folded",
 ]
 
@@ -39,6 +41,13 @@ _ALIGNMENT = 8  # channels: tensor cores read 16 bytes
 def is_folded(network: nn.Module) -> bool:
     """Return whether a MobileMamba is folded."""
     return isinstance(network.patch_embed, FoldedConvs)
+
+
+def average(x: Tensor) -> Tensor:
+    """Return the means over the pixels: (B, C, H, W) -> (B, C)."""
+    if (kernels := cpu_layers.serve(x)) is not None:
+        return kernels.means(x).flatten(1)
+    return x.mean((2, 3))
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter:
@@ -202,7 +211,10 @@ class FoldedDepthwise(_Packed):
 
 
 class FoldedFFN(nn.Module):
-    """Feed-forward with its residual, and the depthwise convolution before it: (B, C, H, W) -> (B, C, H, W)."""
+    """Feed-forward with its residual, and the depthwise convolution before it: (B, C, H, W) -> (B, C, H, W).
+
+    One more residual is added where it is given.
+    """
 
     def __init__(self, depthwise: FoldedDepthwise | None, widen: FoldedPointwise, narrow: FoldedPointwise) -> None:
         super().__init__()
@@ -217,14 +229,15 @@ class FoldedFFN(nn.Module):
         self.widen.bias.data += self.widen.weight.double() @ bias
         self.narrow.bias.data += bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
             before = (None, None) if self.depthwise is None else (self.depthwise.taps, self.depthwise.taps_bias)
             products = (self.widen.panels, self.widen.bias, self.narrow.panels, self.narrow.bias)
-            return kernels.ffn(x, *before, *products)
+            return kernels.ffn(x, *before, *products, residual)
         if self.depthwise is not None:
             x = self.depthwise(x)
-        return self.narrow(self.widen(x), x)
+        y = self.narrow(self.widen(x), x)
+        return y if residual is None else y + residual
 
 
 class FoldedConvs(_Packed):
@@ -266,6 +279,7 @@ class FoldedConvs(_Packed):
     def forward(self, x: Tensor) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
             return kernels.convs(x, self.panels, list(self.biases), *self.shape)
+        x = x.contiguous(memory_format=torch.channels_last)
         _, stride, padding = self.shape
         for index in range(len(self.weights)):
             weight, bias = self.read(f"weight{index}", x), self.read(f"bias{index}", x)
@@ -282,6 +296,9 @@ class FoldedSqueezeExcite(nn.Module):
         self.expand = expand
 
     def forward(self, x: Tensor) -> Tensor:
+        if (kernels := cpu_layers.serve(x)) is not None:
+            products = (self.reduce.panels, self.reduce.bias, self.expand.panels, self.expand.bias)
+            return kernels.squeeze_excite(x, *products)
         gate = x.mean((2, 3), keepdim=True)
         gate = self.reduce(gate)
         gate = self.expand(gate)
@@ -321,6 +338,8 @@ class FoldedSS2D(_Packed, SS2D):
 
     def pack(self) -> None:
         """Lay out dt_projs_weight (K, D, R) with its channels side by side on a CPU, its ranks elsewhere."""
+        self.x_panels = layouts.columns(self.x_proj_weight.flatten(0, 1).t())
+        self.x_bias = self.x_proj_weight.new_zeros(self.x_proj_weight.shape[:2].numel())
         weight = self.dt_projs_weight
         if weight.is_cpu:
             weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
@@ -398,7 +417,13 @@ def _look_at_filters(wavelet: FoldedWTEMamba, _incompatible_keys: object) -> Non
 
 
 class FoldedMixer(nn.Module):
-    """The three branches, their projection and the residual around them: (B, C, H, W) -> (B, C, H, W)."""
+    """The three branches, their projection and the residual around them: (B, C, H, W) -> (B, C, H, W).
+
+    On the compiled kernels one operator, which calls none of the layers within.
+    """
+
+    global_op: Any
+    local_op: Any
 
     def __init__(
         self, split: tuple[int, int, int], global_op: nn.Module, local_op: nn.Module, proj: FoldedPointwise
@@ -410,11 +435,59 @@ class FoldedMixer(nn.Module):
         self.proj = proj
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_one_operator() and (kernels := cpu_layers.serve(x)) is not None:
+            scan = self.global_op.global_atten
+            return kernels.mixer(x, self._weights(), self.split, scan.reverse, scan.out_norm.eps)
         x_global, x_local, x_identity = x.split(self.split, dim=1)
         x_global = self.global_op(x_global)
         x_local = self.local_op(x_local)
         y = join_channels(self.split, x_global, x_local, x_identity)
         return self.proj(F.relu(y, inplace=True), x)
+
+    def _is_one_operator(self) -> bool:
+        """Return whether the operator computes these branches: Haar filters, pixels in one order."""
+        wavelet = self.global_op
+        return isinstance(wavelet, FoldedWTEMamba) and wavelet.has_haar_filters and bool(wavelet.global_atten.reverse)
+
+    def _weights(self) -> list[Tensor]:
+        """Return the weights in the order of csrc/layers/mixer.cpp."""
+        scan, local = self.global_op.global_atten, self.local_op
+        none = scan.x_bias[:0]
+        return [
+            scan.in_proj.panels,
+            scan.in_proj.bias,
+            scan.conv2d.taps,
+            scan.conv2d.taps_bias,
+            scan.x_panels,
+            scan.x_bias,
+            scan.dt_projs_weight,
+            scan.dt_projs_bias,
+            scan.A_logs,
+            scan.Ds,
+            scan.out_norm.weight,
+            scan.out_norm.bias,
+            scan.out_proj.panels,
+            scan.out_proj.bias,
+            self.global_op.taps,
+            *((local.taps, local.taps_bias, local.scale, local.shift) if self.split[1] else (none, none, none, none)),
+            self.proj.panels,
+            self.proj.bias,
+        ]
+
+
+class FoldedBlock(nn.Module):
+    """A block of folded parts, and the residual around it: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, ffn0: FoldedFFN, mixer: FoldedMixer, ffn1: FoldedFFN) -> None:
+        super().__init__()
+        self.ffn0 = ffn0
+        self.mixer = mixer
+        self.ffn1 = ffn1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ffn0(x)
+        y = self.mixer(y)
+        return self.ffn1(y, x)
 
 
 class FoldedLinear(_Packed, nn.Linear):
@@ -430,6 +503,12 @@ class FoldedLinear(_Packed, nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.weight = _frozen(weight)
         self.bias = _frozen(bias)
+        self.pack()
+
+    def pack(self) -> None:
+        self.panels = layouts.columns(self.weight.t())
 
     def forward(self, x: Tensor) -> Tensor:
+        if (kernels := cpu_layers.serve(x)) is not None:
+            return kernels.pointwise(x[..., None, None], self.panels, self.bias, None, int(Activation.NONE)).flatten(1)
         return F.linear(x, self.read("weight", x), self.read("bias", x))

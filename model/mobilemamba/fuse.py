@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..layers import FFN, Activation, BatchNormLinear, ConvBN, Residual
 from .blocks import Block, PatchMerging
 from .folded_layers import (
+    FoldedBlock,
     FoldedConvs,
     FoldedDepthwise,
     FoldedFFN,
@@ -85,13 +86,11 @@ def _sequential(modules: nn.Sequential) -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-def _block(block: Block) -> Block:
-    """Give either feed-forward the depthwise convolution before it."""
-    if isinstance(block.dw0, FoldedDepthwise):
-        block.ffn0.set_depthwise(block.dw0)
-        block.ffn1.set_depthwise(block.dw1)
-        block.dw0 = block.dw1 = nn.Identity()
-    return block
+def _block(block: Any) -> FoldedBlock:
+    """Give either feed-forward the depthwise convolution before it, and the last one the residual around them all."""
+    block.ffn0.set_depthwise(block.dw0)
+    block.ffn1.set_depthwise(block.dw1)
+    return FoldedBlock(block.ffn0, block.mixer, block.ffn1).eval()
 
 
 def _patch_merging(module: PatchMerging) -> nn.Sequential:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..layers import BatchNorm2d, BatchNormLinear, count_batch, is_on_gpu
 from ..recompute import recompute
 from .blocks import Block, downsample, patch_embed
+from .folded_layers import average, is_folded
 from .fuse import fuse
 
 __all__ = ["POOLINGS", "VARIANTS", "MobileMamba", "check_images"]
@@ -161,7 +162,9 @@ class MobileMamba(nn.Module):
 
     def _enter(self, x: Tensor) -> Tensor:
         """Check images (B, in_chans, H, W) and lay them out; count the batch, where the layers do not themselves."""
-        x = check_images(x, self.in_chans)
+        check_images(x, self.in_chans)
+        if not is_folded(self):  # the scan reads it without a copy; a folded stem takes any layout
+            x = x.contiguous(memory_format=torch.channels_last)
         if self.training and isinstance(x, Tensor) and is_on_gpu(x):  # torch.fx has something else in place of tensors
             count_batch(self._norms)
         return x
@@ -303,8 +306,10 @@ class MobileMamba(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Pool the last feature map and classify it: (B, C, H, W) -> (B, num_classes), (B, C) if ``pre_logits``."""
-        if self.global_pool:
-            x = x.mean((2, 3)) if self.global_pool == "avg" else x.amax((2, 3))
+        if self.global_pool == "avg":
+            x = average(x) if is_folded(self) else x.mean((2, 3))
+        elif self.global_pool:
+            x = x.amax((2, 3))
         if self.drop_rate:
             x = F.dropout(x, self.drop_rate, self.training)
         if pre_logits:
@@ -332,9 +337,8 @@ class MobileMamba(nn.Module):
 
 
 @register_notrace_function  # as torch.fx cannot follow what depends on sizes
-def check_images(x: Tensor, in_chans: int) -> Tensor:
-    """Check the input and lay it out channels-last, which all layers keep: the scan reads it without a copy."""
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Raise unless the input is (B, in_chans, H, W) and large enough."""
     if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
         expected = f"(B, {in_chans}, H, W) with H and W of {MIN_SIZE} pixels or more"
         raise ValueError(f"input must be {expected}, got {tuple(x.shape)}")
-    return x.contiguous(memory_format=torch.channels_last)

@@ -21,12 +21,17 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
   m.def("pointwise(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int activation) -> Tensor");
   m.def(
       "ffn(Tensor x, Tensor? taps, Tensor? taps_bias, Tensor first_weight, Tensor first_bias, Tensor second_weight, "
-      "Tensor second_bias) -> Tensor");
+      "Tensor second_bias, Tensor? residual=None) -> Tensor");
   m.def("convs(Tensor x, Tensor[] weights, Tensor[] biases, int side, int stride, int padding) -> Tensor");
   m.def(
       "depthwise(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int stride, int padding, "
       "int activation) -> Tensor");
   m.def("wavelet(Tensor x, Tensor weight, Tensor base) -> Tensor");
+  m.def("means(Tensor x) -> Tensor");
+  m.def(
+      "squeeze_excite(Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, Tensor expand_bias) "
+      "-> Tensor");
+  m.def("mixer(Tensor x, Tensor[] parameters, int[] split, int[] reverse, float norm_eps) -> Tensor");
   // Weights in the layouts that the layers read (layers/weights.h).
   m.def("pack_columns(Tensor weight) -> Tensor");
   m.def("pack_depthwise(Tensor weight) -> Tensor");

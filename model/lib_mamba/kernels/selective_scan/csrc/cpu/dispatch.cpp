@@ -1,11 +1,12 @@
 #include "cpu/dispatch.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <string>
+
+#include "cpu/pool.h"
 
 namespace mobilemamba {
 
@@ -29,10 +30,6 @@ int64_t num_vectors(int64_t channels) {
 
 at::Tensor floats(int64_t count) {
   return at::empty({count}, at::TensorOptions(at::kFloat));
-}
-
-int64_t num_threads() {
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
 }
 
 bool is_balanced(int64_t units) {

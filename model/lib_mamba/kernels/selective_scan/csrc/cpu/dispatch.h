@@ -16,8 +16,6 @@ int64_t num_vectors(int64_t channels);
 // New memory for so many floats.
 at::Tensor floats(int64_t count);
 
-int64_t num_threads();
-
 // Whether threads get whole units of work each; else the units are split.
 bool is_balanced(int64_t units);
 

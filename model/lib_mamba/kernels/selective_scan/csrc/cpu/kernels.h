@@ -112,7 +112,7 @@ struct Map {
   float* data;
 };
 
-// out = act(depthwise convolution of x + bias), then times scale, plus shift where there is a scale.
+// out = act(depthwise convolution of x + bias), then times scale, plus shift where there is a scale, and a last act.
 struct Depthwise {
   Map x, out;
   int64_t side, stride, padding;
@@ -120,13 +120,15 @@ struct Depthwise {
   const float* bias;    // (C)
   Activation activation;
   const float *scale, *shift;  // (C), or null
+  Activation last_activation = kNone;
 };
 
-// out = base + inverse Haar transform of the depthwise convolution of the Haar bands of x.
+// out = act(base + inverse Haar transform of the depthwise convolution of the Haar bands of x).
 struct Wavelet {
   Map x, base, out;
   int64_t side;
   const float* weight;  // (side, side, 4, C)
+  Activation activation = kNone;
 };
 
 // A batch normalisation of rows of channels, and its activation: act((x - mean) * scale + shift).

@@ -1,13 +1,12 @@
-// Work shared by PyTorch's threads, and sums over images in an order that does not depend on their number.
+// Work shared by threads, and sums over images in an order that does not depend on their number.
 #pragma once
-
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/pool.h"
 
 namespace mobilemamba {
 
@@ -45,7 +44,7 @@ enum Order { kForwards, kBackwards };
 
 // Calls `start()` on every thread, and the function that it returns once for every i in [0, count). Each thread has its
 // own run, whose neighbours it finds in its cache. When it is done, it takes pieces that the others have not begun: one
-// core is often faster than another.
+// core is often faster than another, or has other work.
 template <class Start>
 void share_started(int64_t count, Order order, Start start) {
   struct alignas(64) Run {
@@ -56,15 +55,14 @@ void share_started(int64_t count, Order order, Start start) {
   std::vector<Run> runs(threads);
   for (int64_t t = 0; t < threads; ++t)
     runs[t].begin = t * count / threads, runs[t].end = (t + 1) * count / threads;
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+  run_beside(threads, [&](int64_t t) {
     const auto body = start();
-    for (int64_t t = first; t < last; ++t)
-      for (int64_t other = 0; other < threads; ++other) {
-        Run& run = runs[(t + other) % threads];
-        const int64_t size = run.end - run.begin;
-        for (int64_t i; (i = run.taken.fetch_add(1, std::memory_order_relaxed)) < size;)
-          body(order == kForwards ? run.begin + i : run.end - 1 - i);
-      }
+    for (int64_t other = 0; other < threads; ++other) {
+      Run& run = runs[(t + other) % threads];
+      const int64_t size = run.end - run.begin;
+      for (int64_t i; (i = run.taken.fetch_add(1, std::memory_order_relaxed)) < size;)
+        body(order == kForwards ? run.begin + i : run.end - 1 - i);
+    }
   });
 }
 
@@ -81,6 +79,18 @@ void share_with_scratch(int64_t count, int64_t size, const Body& body) {
   });
 }
 
+// Calls `body(begin, end)` for pieces of [0, total) of about `size`.
+template <class Body>
+void share_range(int64_t total, int64_t size, const Body& body) {
+  const Pieces pieces = Pieces::for_threads(total, size);
+  share(pieces.count, kForwards, [&](int64_t i) { body(pieces.begin(i), pieces.begin(i + 1)); });
+}
+
+inline void add(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    to[i] += from[i];
+}
+
 // Partial sums (groups, size) of groups of images, made by `body(first image, last image, unit, partial sum, scratch)`,
 // added up in an order that does not depend on the number of threads.
 template <class Body>
@@ -89,13 +99,12 @@ void sum_images(int64_t images, int64_t units, int64_t size, float* total, int64
   const int64_t groups = std::min({images, kGroups, ceil_div(kShares, units)});
   const at::Tensor partial = floats(groups * size);
   float* sums = partial.mutable_data_ptr<float>();
-  at::parallel_for(
-      0, groups * size, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(sums + begin, sums + end, 0.f); });
+  share_range(groups * size, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(sums + begin, sums + end, 0.f); });
   share_with_scratch(groups * units, scratch_size, [&](int64_t i, float* scratch) {
     const int64_t group = i / units;
     body(group * images / groups, (group + 1) * images / groups, i % units, sums + group * size, scratch);
   });
-  at::parallel_for(0, size, 1 << 12, [&](int64_t begin, int64_t end) {
+  share_range(size, 1 << 12, [&](int64_t begin, int64_t end) {
     std::fill(total + begin, total + end, 0.f);
     for (int64_t group = 0; group < groups; ++group)
       for (int64_t i = begin; i < end; ++i)

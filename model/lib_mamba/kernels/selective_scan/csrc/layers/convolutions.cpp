@@ -35,12 +35,12 @@ Depthwise depthwise_of(
       nullptr};
 }
 
-Tensor depthwise(
+void depthwise_into(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
-    const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation) {
+    const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation, int64_t last_activation,
+    const Tensor& out) {
   const Tensor map = channels_last(x);
-  const int64_t C = map.size(1), height = convolved(map.size(2), weight.size(0), stride, padding);
-  const Tensor out = new_map(map.size(0), C, height, convolved(map.size(3), weight.size(0), stride, padding));
+  const int64_t C = map.size(1), height = out.size(2);
   Depthwise d = depthwise_of(map, out, weight, bias, stride, padding, activation);
   TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
   if (scale) {
@@ -48,12 +48,22 @@ Tensor depthwise(
     check_vector(*shift, C, "shift");
     d.scale = scale->const_data_ptr<float>(), d.shift = shift->const_data_ptr<float>();
   }
+  d.last_activation = activation_of(last_activation);
   const Kernels& kernel = kernels();
   const int64_t blocks = kernel.num_blocks(C);
   share(map.size(0) * height, kForwards, [&](int64_t i) {
     for (int64_t block = 0; block < blocks; ++block)
       kernel.depthwise(d, i / height, i % height, block);
   });
+}
+
+Tensor depthwise(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation) {
+  const int64_t side = weight.size(0);
+  const Tensor out = new_map(
+      x.size(0), x.size(1), convolved(x.size(2), side, stride, padding), convolved(x.size(3), side, stride, padding));
+  depthwise_into(x, weight, bias, scale, shift, stride, padding, activation, kNone, out);
   return out;
 }
 
@@ -98,19 +108,24 @@ Gradients convolve_backward(
   return {dx, unpack_depthwise(dweight)};
 }
 
-Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
+void wavelet_into(const Tensor& x, const Tensor& weight, const Tensor& base, int64_t activation, const Tensor& out) {
   const Tensor map = channels_last(x), below = channels_last(base);
   const int64_t C = map.size(1), side = weight.size(0);
   check_vector(weight, side * side * 4 * C, "weight");
   check_same(below, map, "base");
-  const Tensor out = new_like(map);
-  const Wavelet w{map_of(map), map_of(below), map_of(out), side, weight.const_data_ptr<float>()};
+  const Wavelet w{
+      map_of(map), map_of(below), map_of(out), side, weight.const_data_ptr<float>(), activation_of(activation)};
   const Kernels& kernel = kernels();
   const int64_t vectors = num_vectors(C);
   const int64_t work_size = kernel.wavelet_work_size(map.size(2), map.size(3), side);
   share_with_scratch(map.size(0) * vectors, work_size, [&](int64_t i, float* work) {
     kernel.wavelet(w, i / vectors, i % vectors * kernel.lanes, work);
   });
+}
+
+Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
+  const Tensor out = new_like(x);
+  wavelet_into(x, weight, base, kNone, out);
   return out;
 }
 
@@ -148,8 +163,8 @@ Tensor traced_wavelet(const Tensor& x, const Tensor& weight, const Tensor& base)
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
-  m.impl("depthwise", mobilemamba::depthwise);
-  m.impl("wavelet", mobilemamba::wavelet);
+  m.impl("depthwise", mobilemamba::OnOwnThreads<mobilemamba::depthwise>::call);
+  m.impl("wavelet", mobilemamba::OnOwnThreads<mobilemamba::wavelet>::call);
 }
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, Meta, m) {

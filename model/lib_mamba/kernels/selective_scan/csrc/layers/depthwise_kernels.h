@@ -31,7 +31,7 @@ INLINE void depthwise_pixels(
       if (d.scale)
         value = value * load<IS_PART>(d.scale + start + v * LANES, count) +
                 load<IS_PART>(d.shift + start + v * LANES, count);
-      store<IS_PART>(out + v * LANES, value, count);
+      store<IS_PART>(out + v * LANES, activate(value, d.last_activation), count);
     }
 }
 

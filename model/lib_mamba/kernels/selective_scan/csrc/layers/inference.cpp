@@ -1,9 +1,11 @@
-// The layers of a folded network: products with bias, activation and residual, feed-forwards, the stem's convolutions.
-#include <ATen/Parallel.h>
+// The layers of a folded network: products with bias, activation and residual, feed-forwards, squeeze-excite, the
+// stem's convolutions. The mixer is in mixer.cpp.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -54,11 +56,15 @@ void multiply(const Dense& d, const float* x, int64_t stride, int64_t rows) {
     });
     return;
   }
-  at::parallel_for(
-      0, num_vectors(d.columns), 1, [&](int64_t begin, int64_t end) { kernel.dense(d, x, stride, rows, begin, end); });
+  const Strips columns{num_vectors(d.columns), 3};  // a tile's
+  share(columns.count(), kForwards, [&](int64_t i) {
+    kernel.dense(d, x, stride, rows, columns.begin(i), columns.end(i));
+  });
 }
 
-Tensor pointwise(
+}  // namespace
+
+Tensor packed_pointwise(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
     int64_t activation) {
   const Tensor rows = as_rows(x);
@@ -75,13 +81,16 @@ Tensor pointwise(
   return out;
 }
 
-// y + second(relu(first(y))), where y is a depthwise convolution of x, or x itself. Neither y nor the wide rows between
-// the two products leave the cache.
+namespace {
+
+// y + second(relu(first(y))) + residual, where y is a depthwise convolution of x, or x itself. Neither y nor the wide
+// rows between the two products leave the cache.
 struct FeedForward {
   const Kernels& kernel = kernels();
   Dense widen, narrow;
   Depthwise before{};  // without weight: nothing comes before
   Map x{};
+  Matrix residual{};  // without data: none
 
   // Floats of scratch memory.
   int64_t floats_per_pixel() const { return widen.columns + (before.weight ? x.channels : 0); }
@@ -104,6 +113,12 @@ struct FeedForward {
     wide.out = between;
     kernel.dense(wide, from, stride, count, 0, num_vectors(wide.columns));
     kernel.dense(back, between, widen.columns, count, 0, num_vectors(back.columns));
+    add_residual(first * width, count);
+  }
+
+  void add_residual(int64_t first, int64_t count) const {
+    for (int64_t row = first; residual.data && row < first + count; ++row)
+      add(narrow.out + row * narrow.out_row, residual.at(row), narrow.columns);
   }
 
   // A row of the depthwise convolution, from its first pixel on to `to`.
@@ -118,8 +133,9 @@ struct FeedForward {
 
 Tensor ffn(
     const Tensor& x, const std::optional<Tensor>& taps, const std::optional<Tensor>& taps_bias,
-    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias) {
-  const Tensor map = as_rows(x);
+    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias,
+    const std::optional<Tensor>& residual) {
+  const Tensor map = as_rows(x), added = residual ? as_rows(*residual) : Tensor();
   const int64_t C = map.size(1), hidden = first_bias.numel(), rows = num_rows(map);
   const Tensor out = new_like(map);
   FeedForward f;
@@ -130,6 +146,10 @@ Tensor ffn(
   TORCH_CHECK(f.narrow.columns == C, "the second product must lead back to ", C, " channels, got ", f.narrow.columns);
   f.narrow.out = out.mutable_data_ptr<float>();
   f.narrow.residual = f.x.data;
+  if (residual) {
+    check_same(added, map, "residual");
+    f.residual = matrix_of(added);
+  }
   TORCH_CHECK(taps.has_value() == taps_bias.has_value(), "taps and their bias go together");
   if (taps)
     f.before = depthwise_of(map, out, *taps, *taps_bias, 1, taps->size(0) / 2, kNone);
@@ -148,6 +168,41 @@ Tensor ffn(
   f.narrow.residual_row = row_stride(y);
   multiply(f.widen, f.narrow.residual, row_stride(y), rows);
   multiply(f.narrow, f.widen.out, hidden, rows);
+  f.add_residual(0, rows);
+  return out;
+}
+
+// Over the pixels of each image: (B, C, H, W) to (B, C, 1, 1).
+Tensor means(const Tensor& x) {
+  const Tensor map = as_rows(x), out = new_map(map.size(0), map.size(1), 1, 1);
+  const int64_t C = map.size(1), pixels = map.size(2) * map.size(3);
+  const Kernels& kernel = kernels();
+  float* mean = out.mutable_data_ptr<float>();
+  share_with_scratch(map.size(0), C, [&](int64_t image, float* squares) {
+    kernel.moments(matrix_of(map).from(image * pixels), pixels, C, mean + image * C, squares);
+  });
+  return out;
+}
+
+// x times a gate of each channel: sigmoid(expand(relu(reduce(means)))).
+Tensor squeeze_excite(
+    const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias, const Tensor& expand_weight,
+    const Tensor& expand_bias) {
+  const Tensor map = as_rows(x), out = new_like(map);
+  const int64_t B = map.size(0), C = map.size(1), pixels = map.size(2) * map.size(3);
+  const Kernels& kernel = kernels();
+  const Tensor hidden = packed_pointwise(means(map), reduce_weight, reduce_bias, {}, kRelu);
+  const Tensor gates = packed_pointwise(hidden, expand_weight, expand_bias, {}, kNone), zeros = at::zeros({C});
+  TORCH_CHECK(gates.size(1) == C, "there are ", C, " channels, and gates for ", gates.size(1));
+  float* gate = gates.mutable_data_ptr<float>();
+  const float* zero = zeros.const_data_ptr<float>();
+  share(B, kForwards, [&](int64_t image) {
+    float* own = gate + image * C;
+    for (int64_t c = 0; c < C; ++c)
+      own[c] = 1 / (1 + std::exp(-own[c]));
+    const Normalization scale{C, zero, own, zero, kNone};
+    kernel.normalize(scale, matrix_of(map).from(image * pixels), Matrix{}, matrix_of(out).from(image * pixels), pixels);
+  });
   return out;
 }
 
@@ -207,6 +262,24 @@ Convolution convolution_of(
       convolved(map.width, side, stride, padding)};
 }
 
+// An image as it comes from a data loader, (B, C, H, W) in any order, to a channels-last map without gaps.
+Tensor dense_map(const Tensor& x) {
+  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "a map must be (B, C, H, W) in float32, got ", x.sizes());
+  if (x.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return x;
+  const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
+  const Tensor out = new_map(x.size(0), C, H, W);
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  share(x.size(0) * H, kForwards, [&](int64_t i) {
+    const float* row = from + i / H * x.stride(0) + i % H * x.stride(2);
+    for (int64_t pixel = 0; pixel < W; ++pixel)
+      for (int64_t c = 0; c < C; ++c)
+        to[(i * W + pixel) * C + c] = row[c * x.stride(1) + pixel * x.stride(3)];
+  });
+  return out;
+}
+
 Map compact(int64_t channels, int64_t height, int64_t width, float* data) {
   return {height, width, channels, height * width * channels, width * channels, channels, data};
 }
@@ -215,7 +288,7 @@ Map compact(int64_t channels, int64_t height, int64_t width, float* data) {
 Tensor convs(
     const Tensor& x, at::TensorList weights, at::TensorList biases, int64_t side, int64_t stride, int64_t padding) {
   TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "there must be as many biases as weights");
-  const Tensor pixels = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor pixels = dense_map(x);
   const Map map = map_of(pixels);
   std::vector<Convolution> layers;
   int64_t largest = 0;
@@ -244,17 +317,14 @@ Tensor convs(
     }
   };
   if (is_balanced(x.size(0))) {
-    at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
-      const Tensor scratch = floats(2 * largest);
-      for (int64_t image = begin; image < end; ++image)
-        run(image, scratch.mutable_data_ptr<float>(), [](int64_t rows, const auto& body) { body(0, rows); });
+    share_with_scratch(x.size(0), 2 * largest, [&](int64_t image, float* scratch) {
+      run(image, scratch, [](int64_t rows, const auto& body) { body(0, rows); });
     });
     return out;
   }
   const Tensor scratch = floats(2 * largest);
   for (int64_t image = 0; image < x.size(0); ++image)
-    run(image, scratch.mutable_data_ptr<float>(),
-        [](int64_t rows, const auto& body) { at::parallel_for(0, rows, 1, body); });
+    run(image, scratch.mutable_data_ptr<float>(), [](int64_t rows, const auto& body) { share_range(rows, 1, body); });
   return out;
 }
 
@@ -264,9 +334,20 @@ Tensor traced_pointwise(
   return traced_map(x, bias.sym_size(0), x.sym_size(2), x.sym_size(3));
 }
 
+Tensor traced_means(const Tensor& x) {
+  return traced_map(x, x.sym_size(1), 1, 1);
+}
+
+Tensor traced_squeeze_excite(
+    const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias, const Tensor& expand_weight,
+    const Tensor& expand_bias) {
+  return traced_map(x, x.sym_size(1), x.sym_size(2), x.sym_size(3));
+}
+
 Tensor traced_ffn(
     const Tensor& x, const std::optional<Tensor>& taps, const std::optional<Tensor>& taps_bias,
-    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias) {
+    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias,
+    const std::optional<Tensor>& residual) {
   return traced_map(x, x.sym_size(1), x.sym_size(2), x.sym_size(3));
 }
 
@@ -284,13 +365,17 @@ Tensor traced_convs(
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
-  m.impl("pointwise", mobilemamba::pointwise);
-  m.impl("ffn", mobilemamba::ffn);
-  m.impl("convs", mobilemamba::convs);
+  m.impl("pointwise", mobilemamba::OnOwnThreads<mobilemamba::packed_pointwise>::call);
+  m.impl("means", mobilemamba::OnOwnThreads<mobilemamba::means>::call);
+  m.impl("squeeze_excite", mobilemamba::OnOwnThreads<mobilemamba::squeeze_excite>::call);
+  m.impl("ffn", mobilemamba::OnOwnThreads<mobilemamba::ffn>::call);
+  m.impl("convs", mobilemamba::OnOwnThreads<mobilemamba::convs>::call);
 }
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, Meta, m) {
   m.impl("pointwise", mobilemamba::traced_pointwise);
+  m.impl("means", mobilemamba::traced_means);
+  m.impl("squeeze_excite", mobilemamba::traced_squeeze_excite);
   m.impl("ffn", mobilemamba::traced_ffn);
   m.impl("convs", mobilemamba::traced_convs);
 }

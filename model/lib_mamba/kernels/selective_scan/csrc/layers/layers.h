@@ -65,16 +65,29 @@ at::Tensor strided_conv(const at::Tensor& x, const Norm& norm, const at::Tensor&
 Gradients strided_conv_backward(
     const at::Tensor& grad, const at::Tensor& x, const Norm& norm, const at::Tensor& weight);
 
-// The wavelet branch, plus base, by its packed weight (side, side, 4C); the gradient of that weight.
+// The wavelet branch, plus base, by its packed weight (side, side, 4C), to a new map, or activated to `out`; the
+// gradient of that weight.
 at::Tensor wavelet(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& base);
+void wavelet_into(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& base, int64_t activation, const at::Tensor& out);
 at::Tensor wavelet_weight_gradient(const at::Tensor& grad, const at::Tensor& x, int64_t side);
 
-// A depthwise convolution by its packed weight (side, side, C): act(conv + bias), then times scale, plus shift.
+// A depthwise convolution by its packed weight (side, side, C): act(conv + bias), then times scale, plus shift; to a
+// new map, or with a last activation to `out`.
 Depthwise depthwise_of(
     const at::Tensor& map, const at::Tensor& out, const at::Tensor& weight, const at::Tensor& bias, int64_t stride,
     int64_t padding, int64_t activation);
 at::Tensor depthwise(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& shift, int64_t stride, int64_t padding, int64_t activation);
+void depthwise_into(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift, int64_t stride, int64_t padding, int64_t activation,
+    int64_t last_activation, const at::Tensor& out);
+
+// act(x W + b) + residual, for every pixel, by the packed W (layers/weights.h).
+at::Tensor packed_pointwise(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& residual,
+    int64_t activation);
 
 }  // namespace mobilemamba

@@ -74,7 +74,8 @@ INLINE void convolve(
       const int64_t row = 2 * i + n / 2, column = 2 * (j + s) + n % 2;
       if (row < w.out.height && column < w.out.width) {
         const Vec below = load<IS_PART>(base + row * w.base.row + column * w.base.pixel, count);
-        store<IS_PART>(out + row * w.out.row + column * w.out.pixel, below + squares[s][n], count);
+        const Vec value = activate(below + squares[s][n], w.activation);
+        store<IS_PART>(out + row * w.out.row + column * w.out.pixel, value, count);
       }
     }
   }

@@ -2,7 +2,6 @@
 //
 // Threads take whole images, or blocks of channels where there are few images. Sums over images and positions are
 // made in an order that does not depend on the number of threads: results are the same for any number.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -112,38 +111,24 @@ void forward(const Problem& p) {
   const int64_t blocks = kernel.num_blocks(p.channels), image_size = padded_channels(p) * p.length;
   const int64_t work_size = kernel.work_size(p, false);
   if (is_balanced(p.batch)) {
-    at::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
-      const Tensor scratch = floats(work_size + image_size);
-      float *work = scratch.mutable_data_ptr<float>(), *sums = work + work_size;
-      for (int64_t image = begin; image < end; ++image) {
-        for (int64_t block = 0; block < blocks; ++block)
-          kernel.scan(p, image, block, sums, work);
-        kernel.finish(p, image, 0, p.length, sums, work);
-      }
+    share_with_scratch(p.batch, work_size + image_size, [&](int64_t image, float* work) {
+      float* sums = work + work_size;
+      for (int64_t block = 0; block < blocks; ++block)
+        kernel.scan(p, image, block, sums, work);
+      kernel.finish(p, image, 0, p.length, sums, work);
     });
     return;
   }
   const Tensor scratch = floats(p.batch * image_size);
   float* sums = scratch.mutable_data_ptr<float>();
-  at::parallel_for(0, p.batch * blocks, 1, [&](int64_t begin, int64_t end) {
-    const Tensor own = floats(work_size);
-    for (int64_t i = begin; i < end; ++i)
-      kernel.scan(p, i / blocks, i % blocks, sums + i / blocks * image_size, own.mutable_data_ptr<float>());
+  share_with_scratch(p.batch * blocks, work_size, [&](int64_t i, float* work) {
+    kernel.scan(p, i / blocks, i % blocks, sums + i / blocks * image_size, work);
   });
   const Strips strips{p.length, kRows};
-  at::parallel_for(0, p.batch * strips.count(), 1, [&](int64_t begin, int64_t end) {
-    const Tensor own = floats(work_size);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t image = i / strips.count(), strip = i % strips.count();
-      float* from = sums + image * image_size;
-      kernel.finish(p, image, strips.begin(strip), strips.end(strip), from, own.mutable_data_ptr<float>());
-    }
+  share_with_scratch(p.batch * strips.count(), work_size, [&](int64_t i, float* work) {
+    const int64_t image = i / strips.count(), strip = i % strips.count();
+    kernel.finish(p, image, strips.begin(strip), strips.end(strip), sums + image * image_size, work);
   });
-}
-
-void add(float* to, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    to[i] += from[i];
 }
 
 // Partial sums of the parameters' gradients: one row of them for each group of images, in the images' order.
@@ -174,7 +159,7 @@ struct Partials {
   Tensor total(int64_t start, int64_t outer, int64_t inner, const Tensor& like) const {
     const Tensor result = at::empty(like.sizes(), like.options().dtype(at::kFloat));
     float* out = result.mutable_data_ptr<float>();
-    at::parallel_for(0, outer * inner, 8, [&](int64_t begin, int64_t end) {
+    share_range(outer * inner, 8, [&](int64_t begin, int64_t end) {
       std::vector<float> sum(channels);
       for (int64_t i = begin; i < end; ++i) {
         std::fill(sum.begin(), sum.end(), 0.f);
@@ -194,14 +179,10 @@ void backward_by_groups(const Problem& p, float* dprojection, const Partials& pa
   const int64_t blocks = kernel.num_blocks(p.channels), width = padded_channels(p), image_size = width * p.length;
   const int64_t work_size = kernel.work_size(p, true);
   const Strips strips{p.length, kRows};
-  at::parallel_for(0, partials.groups, 1, [&](int64_t begin, int64_t end) {
-    const Tensor scratch = floats(work_size + image_size + 2 * width);
-    float* work = scratch.mutable_data_ptr<float>();
+  share_with_scratch(partials.groups, work_size + image_size + 2 * width, [&](int64_t group, float* work) {
     float *sums = work + work_size, *norm = sums + image_size;
-    const int64_t last_image = end * p.batch / partials.groups;
-    for (int64_t group = begin, image = begin * p.batch / partials.groups; image < last_image; ++image) {
-      while (image >= (group + 1) * p.batch / partials.groups)
-        ++group;
+    const int64_t last_image = (group + 1) * p.batch / partials.groups;
+    for (int64_t image = group * p.batch / partials.groups; image < last_image; ++image) {
       for (int64_t block = 0; block < blocks && p.is_gated; ++block)
         kernel.scan(p, image, block, sums, work);
       for (int64_t strip = 0; strip < strips.count(); ++strip) {
@@ -229,35 +210,24 @@ void backward_by_blocks(const Problem& p, float* dprojection, const Partials& pa
   float* norm = norms.mutable_data_ptr<float>();
   float* shares = projections.mutable_data_ptr<float>();
   if (p.is_gated)
-    at::parallel_for(0, p.batch * blocks, 1, [&](int64_t begin, int64_t end) {
-      const Tensor own = floats(work_size);
-      for (int64_t i = begin; i < end; ++i)
-        kernel.scan(p, i / blocks, i % blocks, sums + i / blocks * image_size, own.mutable_data_ptr<float>());
+    share_with_scratch(p.batch * blocks, work_size, [&](int64_t i, float* work) {
+      kernel.scan(p, i / blocks, i % blocks, sums + i / blocks * image_size, work);
     });
-  at::parallel_for(0, p.batch * strips.count(), 1, [&](int64_t begin, int64_t end) {
-    const Tensor own = floats(work_size);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t image = i / strips.count(), strip = i % strips.count();
-      float *from = sums + image * image_size, *dnorm = norm + i * 2 * width;
-      kernel.finish_backward(
-          p, image, strips.begin(strip), strips.end(strip), from, dnorm, dnorm + width, own.mutable_data_ptr<float>());
-    }
+  share_with_scratch(p.batch * strips.count(), work_size, [&](int64_t i, float* work) {
+    const int64_t image = i / strips.count(), strip = i % strips.count();
+    float *from = sums + image * image_size, *dnorm = norm + i * 2 * width;
+    kernel.finish_backward(p, image, strips.begin(strip), strips.end(strip), from, dnorm, dnorm + width, work);
   });
-  at::parallel_for(0, p.batch * blocks, 1, [&](int64_t begin, int64_t end) {
-    const Tensor own = floats(work_size);
-    for (int64_t i = begin; i < end; ++i)
-      kernel.scan_backward(
-          p, i / blocks, i % blocks, sums + i / blocks * image_size, shares + i * projection_size,
-          partials.sums(i / blocks), own.mutable_data_ptr<float>());
+  share_with_scratch(p.batch * blocks, work_size, [&](int64_t i, float* work) {
+    kernel.scan_backward(
+        p, i / blocks, i % blocks, sums + i / blocks * image_size, shares + i * projection_size,
+        partials.sums(i / blocks), work);
   });
-  at::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image) {
-      for (int64_t strip = 0; strip < strips.count(); ++strip)
-        add(partials.row(image) + partials.norm_weight, norm + (image * strips.count() + strip) * 2 * width, 2 * width);
-      for (int64_t block = 0; block < blocks; ++block)
-        add(dprojection + image * projection_size, shares + (image * blocks + block) * projection_size,
-            projection_size);
-    }
+  share(p.batch, kForwards, [&](int64_t image) {
+    for (int64_t strip = 0; strip < strips.count(); ++strip)
+      add(partials.row(image) + partials.norm_weight, norm + (image * strips.count() + strip) * 2 * width, 2 * width);
+    for (int64_t block = 0; block < blocks; ++block)
+      add(dprojection + image * projection_size, shares + (image * blocks + block) * projection_size, projection_size);
   });
 }
 
