@@ -2,7 +2,7 @@
 
 from .class_names import ClassNames, find_class_names
 from .datasets import DATASETS, check_dataset, count_classes
-from .images import UnreadableImageError
+from .images import MODES, UnreadableImageError
 from .loaders import Loaders, TestLoader, TrainLoader, build_loaders, worker_failures
 from .pictures import Pictures
 from .samples import Batch
@@ -10,6 +10,7 @@ from .transforms import build_transform
 
 __all__ = [
     "DATASETS",
+    "MODES",
     "Batch",
     "ClassNames",
     "Loaders",

@@ -15,6 +15,7 @@ from .annotations import INAT18CLS, INAT19CLS, CustomImageDataset, IN22KDataset
 from .base import ImageDataset, index_names
 from .cifar import Cifar10CLS, Cifar100CLS
 from .folders import DefaultCLS
+from .images import MODES
 from .lmdb_folder import ImageFolderLMDB
 
 __all__ = ["DATASETS", "check_dataset", "check_same_classes", "count_classes", "open_datasets"]
@@ -98,7 +99,7 @@ def _open(config: Config, split: str) -> ImageDataset:
     if not root.is_dir():
         raise ValueError(f"data.root={data.root}: there is no such folder; set data.root to that of the data set")
     dataset = DATASETS[data.type](root, split=split, loader_type=data.loader_type)
-    dataset.max_pixels = data.max_pixels
+    dataset.max_pixels, dataset.mode = data.max_pixels, MODES[data.channels]
     return dataset
 
 

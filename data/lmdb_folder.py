@@ -47,10 +47,11 @@ class ImageFolderLMDB(ImageDataset):
         return self.file.name(index)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image in RGB, and its class index."""
+        """Return an image and its class index."""
         data, label = self.file.record(index)
         name = self.name(index)
-        return decode(data, name=name, loader_type=self.loader_type, max_pixels=self.max_pixels), label
+        image = decode(data, name=name, loader_type=self.loader_type, max_pixels=self.max_pixels, mode=self.mode)
+        return image, label
 
     def _seen_classes(self) -> list[str]:
         """Return names up to the highest class of some records; reading all would read the whole file."""

@@ -300,7 +300,8 @@ class _Batches:
 def _reader(dataset: ImageDataset, config: Config, *, is_training: bool) -> SampleReader:
     steps = config.data.train_transforms if is_training else config.data.test_transforms
     num_classes = config.nb_classes if config.data.nb_classes is None else config.data.nb_classes
-    return SampleReader(dataset, build_transform(steps), num_classes=num_classes, is_training=is_training)
+    transform = build_transform(steps, channels=config.data.channels)
+    return SampleReader(dataset, transform, num_classes=num_classes, is_training=is_training)
 
 
 def _outlive_signals(worker: int) -> None:
