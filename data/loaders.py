@@ -290,6 +290,9 @@ class _Batches:
                     if error:
                         raise ValueError(error)
                     yield batch
+        except KeyboardInterrupt:
+            _kill_workers()
+            raise
         except (OSError, EOFError) as error:
             # Of pipes and shared memory: a worker hands on what goes wrong with a file as text.
             if self.num_workers == 0:
@@ -302,6 +305,14 @@ def _reader(dataset: ImageDataset, config: Config, *, is_training: bool) -> Samp
     num_classes = config.nb_classes if config.data.nb_classes is None else config.data.nb_classes
     transform = build_transform(steps, channels=config.data.channels)
     return SampleReader(dataset, transform, num_classes=num_classes, is_training=is_training)
+
+
+def _kill_workers() -> None:
+    """End this process's workers, of which one may hang in a read."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error for each that dies
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _outlive_signals(worker: int) -> None:

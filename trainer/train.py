@@ -47,12 +47,14 @@ def train(run: Run) -> int:
     Raises:
         RunError: If the run cannot continue; the message names the checkpoint to resume from.
     """
-    # Signals stay marks while the state is saved: a scheduler may send several.
+    # Signals stay marks while the state is saved: a scheduler may send several. Only a second Ctrl-C does not.
     with run.watch, frozen_objects():
         try:
             code = _train_until_stopped(run)
         except StopError:
             raise
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(f"{stop}; {_resumable(run.saver.last_good)}") from stop
         except (RuntimeError, OSError, ValueError) as error:
             explained = _explain(error, last_good=run.saver.last_good)
             if explained is None:
@@ -227,9 +229,13 @@ def _save(run: Run, *, periodic_epoch: int | None = None) -> None:
     run.saver.save_latest(run.state, periodic_epoch=periodic_epoch)
 
 
+def _resumable(last_good: str | None) -> str:
+    return f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+
+
 def _explain(error: Exception, *, last_good: str | None) -> RunError | None:
     """Return the error to raise for one that processes have not agreed on; None if it is a defect."""
-    resumable = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+    resumable = _resumable(last_good)
     text = str(error).strip()
     if is_lost_process(error):
         return RunError(f"another process of the run was lost; {resumable} ({text})")
