@@ -105,6 +105,18 @@ class ImageDataset(ABC):
         """
 
     @abstractmethod
+    def read_bytes(self, index: int) -> bytes:
+        """Return an image as it is stored.
+
+        Raises:
+            UnreadableImageError: If it cannot be read.
+            ValueError: If the data set itself is broken.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most data sets keep no file open
+        """Let go of open files; the next read opens them again."""
+
+    @abstractmethod
     def _digest(self) -> bytes:
         """Return a hash of the images' identities, the same wherever the data set lies."""
 
@@ -166,11 +178,7 @@ class FileDataset(ImageDataset):
         return printable(self.path(index))
 
     def read_bytes(self, index: int) -> bytes:
-        """Return the file's content as it is.
-
-        Raises:
-            UnreadableImageError: If it cannot be read.
-        """
+        """Return the file's content."""
         try:
             return read_file(self.path(index))
         except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte in it

@@ -60,6 +60,10 @@ class _Cifar(ImageDataset):
         """Return an image and its class index."""
         return Image.fromarray(self.pixels[index]).convert(self.mode), int(self.labels[index])
 
+    def read_bytes(self, index: int) -> bytes:
+        """Return the pixels of an image."""
+        return self.pixels[index].tobytes()
+
     def _digest(self) -> bytes:
         return hashlib.sha256(self.pixels.tobytes()).digest()
 

@@ -19,10 +19,9 @@ from torch.utils.data import DataLoader
 from configs.schema import Config, TrainerData
 from util.errors import RunError
 
-from .base import FileDataset, ImageDataset
+from .base import ImageDataset
 from .datasets import open_datasets
 from .images import UnreadableImageError
-from .lmdb_folder import ImageFolderLMDB
 from .samplers import EvaluationSampler, TrainSampler
 from .samples import Batch, SampleReader, collate
 from .transforms import build_transform
@@ -61,6 +60,7 @@ class TrainLoader:
         dataset: The training split.
         fingerprint: Hash of the training set: size, class names, image names and labels.
         smallest_batch: Images in the last batch of an epoch, the smallest one.
+        unreadable: Names of the images that this process could not read so far.
 
     Raises:
         ValueError: If the images do not make one batch.
@@ -92,7 +92,7 @@ class TrainLoader:
         self.smallest_batch = self._sampler.smallest_batch
         reader = _reader(dataset, config, is_training=True)
         self._batches = _Batches(reader, self._sampler, options, device_type=device_type, rank=rank)
-        self._warned_of: set[str] = set()
+        self.unreadable: set[str] = set()
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch, on this process as on every other."""
@@ -115,8 +115,8 @@ class TrainLoader:
     def _with_warnings(self, batch: Batch) -> Batch:
         """Log why images of a batch are left out, once for each."""
         for name, cause in batch.unreadable.items():
-            if name not in self._warned_of:
-                self._warned_of.add(name)
+            if name not in self.unreadable:
+                self.unreadable.add(name)
                 logger.warning("%s: unreadable image (%s), another takes its place", name, cause)
         return batch
 
@@ -176,21 +176,15 @@ class Loaders:
             spacing = -(-len(dataset) // NUM_SAMPLED)
             for index in range(0, len(dataset), spacing):
                 digest.update(hashlib.sha256(_stored(dataset, index)).digest())
-            if isinstance(dataset, ImageFolderLMDB):
-                dataset.file.close()  # each worker opens its own
+            dataset.close()
         return digest.hexdigest()
 
 
 def _stored(dataset: ImageDataset, index: int) -> bytes:
-    """Return an image as it is stored; nothing for data whose fingerprint covers the pixels."""
     try:
-        if isinstance(dataset, FileDataset):
-            return dataset.read_bytes(index)
-        if isinstance(dataset, ImageFolderLMDB):
-            return dataset.file.record(index)[0]
+        return dataset.read_bytes(index)
     except UnreadableImageError:
         return b"unreadable"
-    return b""
 
 
 def build_loaders(config: Config, *, rank: int, world_size: int, device_type: str = "cpu") -> Loaders:

@@ -170,8 +170,10 @@ def _count_unreadable(run: Run, paths: list[str]) -> None:
     known, limit = run.state.unreadable, run.config.data.max_unreadable
     new = [path for path in paths if path not in known]
     known.extend(new)
-    for path in new if run.process.is_logging else ():
-        logger.warning("training image %s cannot be read and is left out (%d so far)", path, len(known))
+    if new and run.process.is_logging:
+        others = [path for path in new if path not in run.loaders.train.unreadable]  # its own, the loader has named
+        names = f", on other processes {listed(others, MAX_LISTED)}" if others else ""
+        logger.warning("%d training images cannot be read so far%s", len(known), names)
     if len(known) > limit:
         message = f"{len(known)} training images cannot be read, more than data.max_unreadable={limit}: "
         raise StopError(message + listed(known, MAX_LISTED), exit_code=EXIT_USER_ERROR)
