@@ -223,7 +223,8 @@ def worker_failures(num_workers: int, *, rank: int | None = None) -> Iterator[No
     try:
         yield
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in SIGNS_OF_FAILURE):
+        is_explained = isinstance(error, RunError)
+        if is_explained or not any(sign in str(error) for sign in SIGNS_OF_FAILURE):
             raise
         raise _explained(error, num_workers, rank) from error
 
