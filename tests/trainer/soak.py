@@ -120,7 +120,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="takes the data and the runs; must not exist")
     parser.add_argument("--minutes", type=float, default=20, help="of faults")
-    parser.add_argument("--epochs", type=int, default=600, help="of three steps each")
+    parser.add_argument("--epochs", type=int, default=400, help="of three steps each")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     options = parser.parse_args(given)
     data = write_class_folders(options.folder / "data")
