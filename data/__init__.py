@@ -1,7 +1,8 @@
 """Data sets, transforms, samplers and loaders."""
 
+from .base import ImageDataset
 from .class_names import ClassNames, find_class_names
-from .datasets import DATASETS, check_dataset, count_classes
+from .datasets import DATASETS, check_dataset, count_classes, open_first
 from .images import MODES, UnreadableImageError
 from .loaders import Loaders, TestLoader, TrainLoader, build_loaders, worker_failures
 from .pictures import Pictures
@@ -13,6 +14,7 @@ __all__ = [
     "MODES",
     "Batch",
     "ClassNames",
+    "ImageDataset",
     "Loaders",
     "Pictures",
     "TestLoader",
@@ -23,5 +25,6 @@ __all__ = [
     "check_dataset",
     "count_classes",
     "find_class_names",
+    "open_first",
     "worker_failures",
 ]

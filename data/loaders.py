@@ -187,7 +187,9 @@ def _stored(dataset: ImageDataset, index: int) -> bytes:
         return b"unreadable"
 
 
-def build_loaders(config: Config, *, rank: int, world_size: int, device_type: str = "cpu") -> Loaders:
+def build_loaders(
+    config: Config, *, rank: int, world_size: int, device_type: str = "cpu", first: ImageDataset | None = None
+) -> Loaders:
     """Open and check the data set, and build the loaders of one process.
 
     Args:
@@ -195,11 +197,12 @@ def build_loaders(config: Config, *, rank: int, world_size: int, device_type: st
         rank: This process.
         world_size: Number of processes.
         device_type: Where the batches go.
+        first: The split of `open_first`, where it is open already.
 
     Raises:
         ValueError: If the data set is missing, laid out otherwise, or has other classes than the configuration.
     """
-    train, test = open_datasets(config)
+    train, test = open_datasets(config, first=first)
     train_loader = None
     if train is not None:
         train_loader = TrainLoader(train, config, rank=rank, world_size=world_size, device_type=device_type)

@@ -9,10 +9,10 @@ from PIL import Image
 from torchvision.transforms import functional as F
 from trainer_cases import CLASSES, CONFIG, TINY_NETWORK, short_run
 
+import trainer
 from configs import load_config
 from model import create_model
 from trainer import Predictor, build_run
-from trainer import test as trainer_test
 from trainer.checkpoint import load_training_checkpoint
 from trainer.train import train
 from util.distributed import Process
@@ -63,7 +63,7 @@ def test_train_test_and_predict(folders, tmp_path):
     hits = sum(int(logits.argmax() == CLASSES.index(path.parent.name)) for path, logits in expected.items())
 
     weights = f"model.model_kwargs.checkpoint_path={run.folder / 'latest_ckpt.pth'}"
-    tester = trainer_test.Tester(load_config(run.folder / "config.yaml", [weights], mode="test_net"), Process())
+    tester = trainer.Tester(load_config(run.folder / "config.yaml", [weights], mode="test_net"), Process())
     assert tester.run() == 0
     assert (tester.scores["net"].top1_count, tester.scores["net"].num_images) == (hits, 12)
 
