@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart kernels downstream benchmark test test-all fuzz lint format clean
+.PHONY: help setup setup-dev quickstart kernels downstream benchmark test test-all fuzz mutants soak audit lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,24 @@ test-all: setup-dev downstream lint ## Run the checks and every test, the slow o
 
 fuzz: setup-dev ## Try 2,000 damaged inputs of every kind, where the test suite tries 100
 	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest $(wildcard tests/*/test_*_fuzz.py)
+
+# Names or patterns, such as "trainer.stop*"; all of them take days.
+MUTANTS ?=
+
+mutants: setup-dev ## Change the trainer, data and checkpoint code bit by bit, and see which changes no test notices
+	OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run $(MUTANTS)
+	$(VENV)/bin/mutmut results
+
+SOAK ?= runs/soak-$(shell date +%Y%m%d-%H%M%S)
+
+soak: setup ## Disturb a run of two processes for 20 minutes, and compare it with one that was left alone
+	PYTHONPATH=. $(PY) tests/trainer/soak.py $(SOAK)
+
+SOURCES = run.py hubconf.py setup.py benchmarks configs data downstream loss model optim trainer util weights
+
+audit: setup-dev ## Look for dangerous code, and for known vulnerabilities of what is installed
+	$(PY) -m bandit -q -c pyproject.toml -r $(SOURCES)
+	$(PY) .ci/audit.py
 
 lint: setup-dev ## Check style, types and repeated blocks
 	$(PY) -m ruff check .

@@ -37,6 +37,10 @@ EXTRAS = {
         "types-PyYAML",
         "pylint",
         "clang-format",
+        "bandit",
+        "pip-audit",
+        "mutmut",
+        "pillow-heif",
         "setuptools>=77,<82",
     ],
 }

@@ -19,6 +19,7 @@ from .schema import (
     DistillationTerm,
     Finetune,
     LabelSmoothingTerm,
+    Normalize,
     Resize,
     SoftTargetTerm,
     TimmTrainTransform,
@@ -51,6 +52,7 @@ _TIES = (
     ("test_start_epoch", "trainer.test_start_epoch"),
     ("batch_size", "trainer.data.batch_size"),
     ("weight_decay", "optim.optim_kwargs.weight_decay"),
+    ("model.model_kwargs.in_chans", "data.channels"),
     _CLASSES,
 )
 
@@ -85,6 +87,7 @@ def resolve(config: Config, given: Set[str], *, world_size: int) -> Config:
     _follow_size(run)
     _follow_mixup(run)
     _follow_classes(run)
+    _check_channels(config)
     run.follow("trainer.scheduler_kwargs.noise_seed", config.seed)
     if config.model.model_kwargs.fuse and config.mode not in _TEST_MODES:
         raise ValueError(f"model.model_kwargs.fuse=True folds the network for inference; not with -m {config.mode}")
@@ -250,3 +253,28 @@ def _follow_classes(run: _Run) -> None:
     for index, term in enumerate(run.config.loss.loss_terms):
         if isinstance(term, DistillationTerm):
             run.follow(f"loss.loss_terms.{index}.cfg.model_kwargs.num_classes", run.config.nb_classes)
+
+
+def _check_channels(config: Config) -> None:
+    """Compare the channels of the images with what is said per channel."""
+    channels = config.data.channels
+    if channels not in (1, 3, 4):
+        raise ValueError(f"data.channels={channels}: an image has 1 (gray), 3 (RGB) or 4 (RGBA)")
+    lists: dict[str, list[float]] = {}
+    for pipeline in ("train_transforms", "test_transforms"):
+        for index, transform in enumerate(getattr(config.data, pipeline)):
+            path = f"data.{pipeline}.{index}"
+            if isinstance(transform, TimmTrainTransform | Normalize):
+                lists |= {f"{path}.mean": transform.mean, f"{path}.std": transform.std}
+            if isinstance(transform, TimmTrainTransform) and channels == 4 and transform.auto_augment is not None:
+                raise ValueError(f"{path}.auto_augment works on RGB images; set it to None with data.channels=4")
+    for index, term in enumerate(config.loss.loss_terms):
+        if isinstance(term, DistillationTerm):
+            path = f"loss.loss_terms.{index}"
+            lists |= {f"{path}.{name}": getattr(term, name) for name in ("mean_t", "std_t", "mean_s", "std_s")}
+            if term.cfg.model_kwargs.in_chans != channels:
+                entry = f"{path}.cfg.model_kwargs.in_chans"
+                raise ValueError(f"{entry}={term.cfg.model_kwargs.in_chans}, but data.channels={channels}; set it, too")
+    for path, values in lists.items():
+        if len(values) != channels:
+            raise ValueError(f"{path} has {len(values)} values, but data.channels={channels}; give one per channel")

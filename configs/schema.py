@@ -116,7 +116,7 @@ class CenterCrop(Transform):
 
 @dataclass(kw_only=True, slots=True)
 class ToTensor(Transform):
-    """PIL image to a float tensor (3, H, W) in [0, 1]."""
+    """PIL image to a float tensor (C, H, W) in [0, 1]."""
 
     type: Literal["ToTensor"] = "ToTensor"
 
@@ -158,6 +158,7 @@ class Data(Node):
     sampler: Literal["naive", "ra"] = "naive"  # ra: repeated augmentation
     num_repeats: PositiveCount = 3  # augmented views of each image, for `ra`
     nb_classes: PositiveCount | None = None  # tied to `nb_classes`
+    channels: PositiveCount | None = None  # 1: gray, 3: RGB, 4: RGBA; tied to `model.model_kwargs.in_chans`
     max_pixels: PositiveCount = 178_956_970  # larger images are unreadable; the default is Pillow's own limit
     max_unreadable: Count = 100  # unreadable training images that are skipped before the run is stopped
     train_transforms: list[AnyTransform] = field(default_factory=lambda: [TimmTrainTransform()])
@@ -173,7 +174,7 @@ class ModelKwargs(Node):
     ema: bool = False  # take `net_E` rather than `net` from the checkpoint
     strict: bool = True
     num_classes: PositiveCount | None = None  # tied to `nb_classes`
-    in_chans: PositiveCount = 3
+    in_chans: PositiveCount = 3  # tied to `data.channels`
     distillation: bool = False  # a second head, `head_dist`
     drop_path: Share | None = None  # the variant's own when None
     scan_backend: Literal["", "reference", "cpu", "cuda", "triton"] = ""  # forced for the scans; the fastest when empty

@@ -42,7 +42,13 @@ __all__ = [
 
 _NONE_WORDS = ("None", "none", "null")
 _BOOL_WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-_KIND_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", dict: "a dictionary"}
+_KIND_WORDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    dict: "a dictionary of names and values",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +173,8 @@ def _convert_scalar(value: Any, kind: Any, bounds: Range | None) -> Any:
     if get_origin(kind) is dict:
         value, kind = read_literal(value) if isinstance(value, str) else value, dict
     if kind is not Any and not isinstance(value, kind):
+        raise TypeError
+    if kind is dict and not all(isinstance(name, str) for name in value):
         raise TypeError
     return value
 

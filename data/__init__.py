@@ -1,8 +1,9 @@
 """Data sets, transforms, samplers and loaders."""
 
+from .base import ImageDataset
 from .class_names import ClassNames, find_class_names
-from .datasets import DATASETS, check_dataset, count_classes
-from .images import UnreadableImageError
+from .datasets import DATASETS, check_dataset, count_classes, open_first
+from .images import MODES, UnreadableImageError
 from .loaders import Loaders, TestLoader, TrainLoader, build_loaders, worker_failures
 from .pictures import Pictures
 from .samples import Batch
@@ -10,8 +11,10 @@ from .transforms import build_transform
 
 __all__ = [
     "DATASETS",
+    "MODES",
     "Batch",
     "ClassNames",
+    "ImageDataset",
     "Loaders",
     "Pictures",
     "TestLoader",
@@ -22,5 +25,6 @@ __all__ = [
     "check_dataset",
     "count_classes",
     "find_class_names",
+    "open_first",
     "worker_failures",
 ]

@@ -68,9 +68,11 @@ class ImageDataset(ABC):
         has_all_classes: Whether ``class_names`` is the whole list; otherwise there may be more than were seen here.
         labels: Class index per image (N,), int64; None where only reading an image tells its class.
         max_pixels: Larger images are unreadable; ``Data.max_pixels``, where that is given.
+        mode: Of the images, by Pillow's name; one of ``images.MODES``.
     """
 
     max_pixels: int = MAX_PIXELS
+    mode: str = "RGB"
 
     def __init__(
         self,
@@ -95,12 +97,24 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image in RGB, and its class index.
+        """Return an image in the data set's mode, and its class index.
 
         Raises:
             UnreadableImageError: If the image is missing or broken.
             ValueError: If the data set itself is broken.
         """
+
+    @abstractmethod
+    def read_bytes(self, index: int) -> bytes:
+        """Return an image as it is stored.
+
+        Raises:
+            UnreadableImageError: If it cannot be read.
+            ValueError: If the data set itself is broken.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most data sets keep no file open
+        """Let go of open files; the next read opens them again."""
 
     @abstractmethod
     def _digest(self) -> bytes:
@@ -164,20 +178,16 @@ class FileDataset(ImageDataset):
         return printable(self.path(index))
 
     def read_bytes(self, index: int) -> bytes:
-        """Return the file's content as it is.
-
-        Raises:
-            UnreadableImageError: If it cannot be read.
-        """
+        """Return the file's content."""
         try:
             return read_file(self.path(index))
-        except OSError as error:
-            raise UnreadableImageError(self.name(index), error.strerror) from error
+        except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte in it
+            raise UnreadableImageError(self.name(index), getattr(error, "strerror", None) or error) from error
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image in RGB, and its class index."""
+        """Return an image and its class index."""
         data, name = self.read_bytes(index), self.name(index)
-        image = decode(data, name=name, loader_type=self.loader_type, max_pixels=self.max_pixels)
+        image = decode(data, name=name, loader_type=self.loader_type, max_pixels=self.max_pixels, mode=self.mode)
         return image, int(self.labels[index])
 
     def _digest(self) -> bytes:

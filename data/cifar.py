@@ -57,8 +57,12 @@ class _Cifar(ImageDataset):
         return f"{self.source}:{self.split}:{index}"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image in RGB, and its class index."""
-        return Image.fromarray(self.pixels[index]), int(self.labels[index])
+        """Return an image and its class index."""
+        return Image.fromarray(self.pixels[index]).convert(self.mode), int(self.labels[index])
+
+    def read_bytes(self, index: int) -> bytes:
+        """Return the pixels of an image."""
+        return self.pixels[index].tobytes()
 
     def _digest(self) -> bytes:
         return hashlib.sha256(self.pixels.tobytes()).digest()

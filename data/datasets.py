@@ -15,9 +15,10 @@ from .annotations import INAT18CLS, INAT19CLS, CustomImageDataset, IN22KDataset
 from .base import ImageDataset, index_names
 from .cifar import Cifar10CLS, Cifar100CLS
 from .folders import DefaultCLS
+from .images import MODES
 from .lmdb_folder import ImageFolderLMDB
 
-__all__ = ["DATASETS", "check_dataset", "check_same_classes", "count_classes", "open_datasets"]
+__all__ = ["DATASETS", "check_dataset", "check_same_classes", "count_classes", "open_datasets", "open_first"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +39,21 @@ DATASETS: dict[str, _DatasetType] = {
 }
 
 
-def open_datasets(config: Config) -> tuple[ImageDataset | None, ImageDataset]:
+def open_first(config: Config) -> ImageDataset:
+    """Open the training split, in the test modes the test split.
+
+    Raises:
+        ValueError: If it is missing or laid out otherwise.
+    """
+    return _open(config, _splits(config)[0])
+
+
+def open_datasets(config: Config, *, first: ImageDataset | None = None) -> tuple[ImageDataset | None, ImageDataset]:
     """Open the splits that a run needs, and check them.
 
     Args:
         config: The resolved run.
+        first: The split of `open_first`, where it is open already.
 
     Returns:
         The training split, None in the test modes, and the test split.
@@ -51,8 +62,9 @@ def open_datasets(config: Config) -> tuple[ImageDataset | None, ImageDataset]:
         ValueError: If something is missing, or the classes are not those that the configuration or the other split
             has.
     """
-    splits = ("val",) if _is_test(config) else ("train", "val")
-    opened = {split: _open(config, split) for split in splits}
+    name, *others = _splits(config)
+    opened = {name: open_first(config) if first is None else first}
+    opened |= {split: _open(config, split) for split in others}
     train, test = opened.get("train"), opened["val"]
     if train is not None:
         check_same_classes(train, test)
@@ -72,13 +84,12 @@ def check_dataset(config: Config) -> None:
     open_datasets(config)
 
 
-def count_classes(config: Config) -> int:
-    """Return the number of classes in a run's data set, for a configuration that leaves ``nb_classes`` open.
+def count_classes(dataset: ImageDataset) -> int:
+    """Return the number of classes in a split, for a configuration that leaves ``nb_classes`` open.
 
     Raises:
-        ValueError: If the data set is missing or laid out otherwise, or does not say how many classes there are.
+        ValueError: If it does not say how many classes there are.
     """
-    dataset = _open(config, "val" if _is_test(config) else "train")
     found = len(dataset.class_names)
     if not dataset.has_all_classes:
         raise ValueError(
@@ -88,8 +99,8 @@ def count_classes(config: Config) -> int:
     return found
 
 
-def _is_test(config: Config) -> bool:
-    return config.mode in ("test", "test_net")
+def _splits(config: Config) -> tuple[str, ...]:
+    return ("val",) if config.mode in ("test", "test_net") else ("train", "val")
 
 
 def _open(config: Config, split: str) -> ImageDataset:
@@ -98,7 +109,7 @@ def _open(config: Config, split: str) -> ImageDataset:
     if not root.is_dir():
         raise ValueError(f"data.root={data.root}: there is no such folder; set data.root to that of the data set")
     dataset = DATASETS[data.type](root, split=split, loader_type=data.loader_type)
-    dataset.max_pixels = data.max_pixels
+    dataset.max_pixels, dataset.mode = data.max_pixels, MODES[data.channels]
     return dataset
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -75,12 +76,21 @@ def best_folder(folders: Sequence[Path], names: Sequence[str], source: Path) -> 
         ValueError: If they lie in none.
     """
     probes = names[:: max(1, len(names) // NUM_PROBES)]
-    num_found = {folder: sum((folder / name).is_file() for name in probes) for folder in folders}
+    num_found = {folder: sum(_is_file(folder / name) for name in probes) for folder in folders}
     best = max(folders, key=num_found.__getitem__)
     if num_found[best] == 0:
         where = " nor in ".join(str(folder) for folder in folders)
         raise ValueError(f"{source}: the files it names are not in {where}: {listed(probes)}")
     return best
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def _scan(root: Path, split: str) -> tuple[list[str], list[str], list[int]]:

@@ -1,4 +1,4 @@
-"""Encoded images to RGB images with 8 bits a channel; README.md has the table of what each mode becomes."""
+"""Encoded images to RGB, gray or RGBA with 8 bits a channel; README.md has the table of what each mode becomes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from model.messages import printable
 __all__ = [
     "DECODERS",
     "MAX_PIXELS",
+    "MODES",
     "UnreadableImageError",
     "decode",
     "is_image_name",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by the number of channels
 DARK = 16  # of 255: a deep image that nowhere reaches it would be black to the eye and to a network
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
@@ -71,8 +73,8 @@ def missing_decoders() -> dict[str, str]:
     return missing
 
 
-def decode(data: bytes, *, name: str, loader_type: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image file's content to RGB, 8 bits a channel; of an animation, the first picture.
+def decode(data: bytes, *, name: str, loader_type: str, max_pixels: int = MAX_PIXELS, mode: str = "RGB") -> Image.Image:
+    """Decode an image file's content to 8 bits a channel; of an animation, the first picture.
 
     An orientation in the EXIF data is not applied, except by ``pil_upright``: the published accuracies were measured
     with loaders that ignore it, and some images of ImageNet carry one.
@@ -82,13 +84,14 @@ def decode(data: bytes, *, name: str, loader_type: str, max_pixels: int = MAX_PI
         name: Names the image in errors.
         loader_type: A key of ``DECODERS``.
         max_pixels: Larger images are refused before they are decoded.
+        mode: ``RGB``; ``L``: the luma of RGB; or ``RGBA``: opaque where the file says nothing.
 
     Raises:
         UnreadableImageError: If it cannot be decoded, or there is no rule for its values.
     """
     try:
         with no_pixel_limit():
-            return _decode(data, loader_type, max_pixels)
+            return _decode(data, loader_type, max_pixels, mode)
     except UnidentifiedImageError as error:  # its own text names a buffer
         raise UnreadableImageError(name, "not an image, or of an unknown format") from error
     except Exception as error:  # decoders raise nearly anything on a broken file
@@ -105,20 +108,20 @@ def no_pixel_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _decode(data: bytes, loader_type: str, max_pixels: int) -> Image.Image:
+def _decode(data: bytes, loader_type: str, max_pixels: int, mode: str) -> Image.Image:
     if not data:
         raise ValueError("the file is empty")
     try:
         image = _open(data)
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels, more than data.max_pixels={max_pixels}")
-        return DECODERS[loader_type](image, data)
+        return DECODERS[loader_type](image, data, mode)
     except ValueError:
         # Pillow refuses a PNG with a text or colour profile of more than a MiB, on which no pixel depends.
         shorter = _without_texts(data)
         if shorter == data:
             raise
-    return _decode(shorter, loader_type, max_pixels)
+    return _decode(shorter, loader_type, max_pixels, mode)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -145,24 +148,25 @@ def _without_texts(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _decode_with_pil(image: Image.Image, data: bytes) -> Image.Image:
-    return _to_rgb(image, _range_of(image))
+def _decode_with_pil(image: Image.Image, data: bytes, mode: str) -> Image.Image:
+    return _to_mode(image, _range_of(image), mode)
 
 
-def _decode_upright(image: Image.Image, data: bytes) -> Image.Image:
-    return _to_rgb(ImageOps.exif_transpose(image), _range_of(image))
+def _decode_upright(image: Image.Image, data: bytes, mode: str) -> Image.Image:
+    return _to_mode(ImageOps.exif_transpose(image), _range_of(image), mode)
 
 
-def _decode_with_torchvision(image: Image.Image, data: bytes) -> Image.Image:
-    if image.format not in ("JPEG", "PNG", "WEBP") or image.mode not in ("L", "RGB"):
-        return _decode_with_pil(image, data)
+def _decode_with_torchvision(image: Image.Image, data: bytes, mode: str) -> Image.Image:
+    is_simple = image.mode in ("L", "RGB") and not (mode == "RGBA" and image.has_transparency_data)
+    if image.format not in ("JPEG", "PNG", "WEBP") or not is_simple:
+        return _decode_with_pil(image, data, mode)
     try:
         pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     except RuntimeError:
-        return _decode_with_pil(image, data)  # which reads some files that lack their last bytes
+        return _decode_with_pil(image, data, mode)  # which reads some files that lack their last bytes
     if pixels.dtype != torch.uint8:
-        return _decode_with_pil(image, data)
-    return to_pil_image(pixels)
+        return _decode_with_pil(image, data, mode)
+    return to_pil_image(pixels).convert(mode)
 
 
 def _range_of(image: Image.Image) -> tuple[float, float] | None:
@@ -194,14 +198,16 @@ def _depth(image: Image.Image) -> int:
     return bits
 
 
-def _to_rgb(image: Image.Image, values: tuple[float, float] | None) -> Image.Image:
+def _to_mode(image: Image.Image, values: tuple[float, float] | None, mode: str) -> Image.Image:
     if values is not None:
         image = _to_8_bits(image, *values)
     elif image.mode == "La":  # TIFF with premultiplied transparency, from which Pillow converts only to LA
         image = image.convert("LA")
     elif "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns where a palette with transparency goes to RGB at once
-    return image.convert("RGB")
+    if mode != "RGBA" or not image.has_transparency_data:
+        image = image.convert("RGB")
+    return image.convert(mode)
 
 
 def _to_8_bits(image: Image.Image, black: float, white: float) -> Image.Image:
@@ -217,7 +223,7 @@ def _to_8_bits(image: Image.Image, black: float, white: float) -> Image.Image:
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
-DECODERS: dict[str, Callable[[Image.Image, bytes], Image.Image]] = {
+DECODERS: dict[str, Callable[[Image.Image, bytes, str], Image.Image]] = {
     "pil": _decode_with_pil,
     "pil_upright": _decode_upright,
     "torchvision": _decode_with_torchvision,

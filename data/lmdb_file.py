@@ -23,6 +23,7 @@ from model.messages import printable
 
 from .base import BytesTable
 from .folders import checked_label
+from .lmdb_pages import PageError, Pages
 
 if TYPE_CHECKING:
     import lmdb
@@ -73,7 +74,7 @@ class LmdbFile:
         library = _library()
         try:
             self._read_contents()
-        except library.Error as error:
+        except (library.Error, PageError) as error:
             raise ValueError(f"{path} is no LMDB file, or is damaged ({error}); make it again") from error
         finally:
             self.close()  # no worker may inherit it open
@@ -130,7 +131,7 @@ class LmdbFile:
         return content
 
     def _read_contents(self) -> None:
-        self._check_size()
+        self._check_pages()
         length = self._contents(LENGTH, int)
         keys = self._contents(KEYS, list)
         self.keys = BytesTable(key if isinstance(key, bytes) else str(key).encode() for key in keys)
@@ -153,14 +154,17 @@ class LmdbFile:
         if len(set(counts.values())) > 1:
             raise ValueError(f"{self.path}: the counts differ ({counts}); make the file again")
 
-    def _check_size(self) -> None:
+    def _check_pages(self) -> None:
+        """Refuse a file whose pages would lead LMDB's library astray."""
         if not self._data_file.is_file():
             raise ValueError(f"{self._data_file} is missing or is no regular file; make it again")
         if self._data_file.stat().st_size == 0:
             raise ValueError(f"{self._data_file} is empty; make it again")
-        environment = self._open()
-        self._num_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        self._refuse_cut()
+        with self._data_file.open("rb") as file:
+            pages = Pages(file)
+            self._num_bytes = pages.num_bytes
+            self._refuse_cut()
+            pages.check()
 
     def _refuse_cut(self) -> None:
         """Refuse a file that is cut short: reading a page beyond its end would kill the process."""

@@ -47,16 +47,25 @@ class ImageFolderLMDB(ImageDataset):
         return self.file.name(index)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image in RGB, and its class index."""
+        """Return an image and its class index."""
         data, label = self.file.record(index)
         name = self.name(index)
-        return decode(data, name=name, loader_type=self.loader_type, max_pixels=self.max_pixels), label
+        image = decode(data, name=name, loader_type=self.loader_type, max_pixels=self.max_pixels, mode=self.mode)
+        return image, label
+
+    def read_bytes(self, index: int) -> bytes:
+        """Return the encoded image of a record."""
+        return self.file.record(index)[0]
+
+    def close(self) -> None:
+        """Let go of the file: each worker opens its own."""
+        self.file.close()
 
     def _seen_classes(self) -> list[str]:
         """Return names up to the highest class of some records; reading all would read the whole file."""
         probes = range(0, len(self.file), max(1, len(self.file) // NUM_PROBES))
         names = index_names(1 + max(self.file.record(index)[1] for index in probes))
-        self.file.close()
+        self.close()
         return names
 
     def _digest(self) -> bytes:

@@ -19,10 +19,9 @@ from torch.utils.data import DataLoader
 from configs.schema import Config, TrainerData
 from util.errors import RunError
 
-from .base import FileDataset, ImageDataset
+from .base import ImageDataset
 from .datasets import open_datasets
 from .images import UnreadableImageError
-from .lmdb_folder import ImageFolderLMDB
 from .samplers import EvaluationSampler, TrainSampler
 from .samples import Batch, SampleReader, collate
 from .transforms import build_transform
@@ -61,6 +60,7 @@ class TrainLoader:
         dataset: The training split.
         fingerprint: Hash of the training set: size, class names, image names and labels.
         smallest_batch: Images in the last batch of an epoch, the smallest one.
+        unreadable: Names of the images that this process could not read so far.
 
     Raises:
         ValueError: If the images do not make one batch.
@@ -92,7 +92,7 @@ class TrainLoader:
         self.smallest_batch = self._sampler.smallest_batch
         reader = _reader(dataset, config, is_training=True)
         self._batches = _Batches(reader, self._sampler, options, device_type=device_type, rank=rank)
-        self._warned_of: set[str] = set()
+        self.unreadable: set[str] = set()
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch, on this process as on every other."""
@@ -115,8 +115,8 @@ class TrainLoader:
     def _with_warnings(self, batch: Batch) -> Batch:
         """Log why images of a batch are left out, once for each."""
         for name, cause in batch.unreadable.items():
-            if name not in self._warned_of:
-                self._warned_of.add(name)
+            if name not in self.unreadable:
+                self.unreadable.add(name)
                 logger.warning("%s: unreadable image (%s), another takes its place", name, cause)
         return batch
 
@@ -176,24 +176,20 @@ class Loaders:
             spacing = -(-len(dataset) // NUM_SAMPLED)
             for index in range(0, len(dataset), spacing):
                 digest.update(hashlib.sha256(_stored(dataset, index)).digest())
-            if isinstance(dataset, ImageFolderLMDB):
-                dataset.file.close()  # each worker opens its own
+            dataset.close()
         return digest.hexdigest()
 
 
 def _stored(dataset: ImageDataset, index: int) -> bytes:
-    """Return an image as it is stored; nothing for data whose fingerprint covers the pixels."""
     try:
-        if isinstance(dataset, FileDataset):
-            return dataset.read_bytes(index)
-        if isinstance(dataset, ImageFolderLMDB):
-            return dataset.file.record(index)[0]
+        return dataset.read_bytes(index)
     except UnreadableImageError:
         return b"unreadable"
-    return b""
 
 
-def build_loaders(config: Config, *, rank: int, world_size: int, device_type: str = "cpu") -> Loaders:
+def build_loaders(
+    config: Config, *, rank: int, world_size: int, device_type: str = "cpu", first: ImageDataset | None = None
+) -> Loaders:
     """Open and check the data set, and build the loaders of one process.
 
     Args:
@@ -201,11 +197,12 @@ def build_loaders(config: Config, *, rank: int, world_size: int, device_type: st
         rank: This process.
         world_size: Number of processes.
         device_type: Where the batches go.
+        first: The split of `open_first`, where it is open already.
 
     Raises:
         ValueError: If the data set is missing, laid out otherwise, or has other classes than the configuration.
     """
-    train, test = open_datasets(config)
+    train, test = open_datasets(config, first=first)
     train_loader = None
     if train is not None:
         train_loader = TrainLoader(train, config, rank=rank, world_size=world_size, device_type=device_type)
@@ -229,7 +226,8 @@ def worker_failures(num_workers: int, *, rank: int | None = None) -> Iterator[No
     try:
         yield
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in SIGNS_OF_FAILURE):
+        is_explained = isinstance(error, RunError)
+        if is_explained or not any(sign in str(error) for sign in SIGNS_OF_FAILURE):
             raise
         raise _explained(error, num_workers, rank) from error
 
@@ -290,6 +288,9 @@ class _Batches:
                     if error:
                         raise ValueError(error)
                     yield batch
+        except KeyboardInterrupt:
+            _kill_workers()
+            raise
         except (OSError, EOFError) as error:
             # Of pipes and shared memory: a worker hands on what goes wrong with a file as text.
             if self.num_workers == 0:
@@ -300,7 +301,16 @@ class _Batches:
 def _reader(dataset: ImageDataset, config: Config, *, is_training: bool) -> SampleReader:
     steps = config.data.train_transforms if is_training else config.data.test_transforms
     num_classes = config.nb_classes if config.data.nb_classes is None else config.data.nb_classes
-    return SampleReader(dataset, build_transform(steps), num_classes=num_classes, is_training=is_training)
+    transform = build_transform(steps, channels=config.data.channels)
+    return SampleReader(dataset, transform, num_classes=num_classes, is_training=is_training)
+
+
+def _kill_workers() -> None:
+    """End this process's workers, of which one may hang in a read."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error for each that dies
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _outlive_signals(worker: int) -> None:

@@ -29,12 +29,15 @@ class Pictures(FileDataset):
         place: A file, whatever its extension, a folder, or a glob (``**`` for any depth). ``~`` is the home folder.
         loader_type: Who decodes the images.
         max_pixels: Larger images are unreadable.
+        mode: Of the images, by Pillow's name.
 
     Raises:
         ValueError: If there is no such file or folder, no image in it, or a folder in it cannot be listed.
     """
 
-    def __init__(self, place: str, *, loader_type: str = "pil", max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, place: str, *, loader_type: str = "pil", max_pixels: int = MAX_PIXELS, mode: str = "RGB"
+    ) -> None:
         path = Path(place).expanduser()
         folder, names = (path, _in_folder(path)) if path.is_dir() else (Path(), _files(path, place))
         super().__init__(
@@ -46,7 +49,7 @@ class Pictures(FileDataset):
             has_all_classes=False,
             loader_type=loader_type,
         )
-        self.max_pixels = max_pixels
+        self.max_pixels, self.mode = max_pixels, mode
 
 
 def _in_folder(folder: Path) -> list[str]:

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     """The input of one step.
 
     Attributes:
-        images: (B, 3, H, W), float32.
+        images: (B, C, H, W), float32.
         targets: Class indices (B,), int64.
         unreadable: Images that could not be read, by name, each with what is wrong with it. In training others stand
             in for them. In evaluation black ones do, with the true class, so that no score holds if any is listed.
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image (3, H, W) and its class, or what is wrong with the data set, as a message that crosses processes."""
+    """An image (C, H, W) and its class, or what is wrong with the data set, as a message that crosses processes."""
 
     image: Tensor | None = None
     label: int = 0
@@ -53,7 +53,7 @@ class SampleReader(Dataset[Sample]):
 
     Args:
         dataset: One split.
-        transform: From RGB image to tensor (3, H, W).
+        transform: From image to tensor (C, H, W).
         num_classes: Labels must be below.
         is_training: Replace unreadable images by others, rather than by black ones.
     """
@@ -93,7 +93,7 @@ class SampleReader(Dataset[Sample]):
             except UnreadableImageError as error:
                 unreadable[error.name] = error.cause
                 if not self.is_training:
-                    return Image.new("RGB", (1, 1)), self._true_label(index)
+                    return Image.new(self.dataset.mode, (1, 1)), self._true_label(index)
             else:
                 return image, self._checked(label, index)
             index = draw.randrange(len(self.dataset))

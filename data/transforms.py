@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
@@ -19,18 +20,37 @@ __all__ = ["build_transform"]
 ImageTransform = Callable[[Image.Image], Tensor]
 
 
-def build_transform(steps: Sequence[Transform]) -> ImageTransform:
-    """Build a pipeline from RGB image to float tensor (3, H, W).
+def build_transform(steps: Sequence[Transform], *, channels: int = 3) -> ImageTransform:
+    """Build a pipeline from image to float tensor (C, H, W).
 
-    Its randomness comes only from the global generators of Python, NumPy and PyTorch.
+    timm's augmentations need RGB: a gray image passes as three equal channels, of which one is left at the end. The
+    randomness comes only from the global generators of Python, NumPy and PyTorch.
 
     Args:
         steps: In the order in which they are applied.
+        channels: Of the images.
 
     Raises:
         ValueError: If a step is unknown, or an entry of it has no meaning to timm or torchvision.
     """
-    return transforms.Compose([_build_step(step) for step in steps])
+    if channels != 1:
+        return transforms.Compose([_build_step(step) for step in steps])
+    return transforms.Compose([_as_rgb, *(_build_step(_for_rgb(step)) for step in steps), _first_channel])
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+def _for_rgb(step: Transform) -> Transform:
+    """Return a step for gray images, with its normalisation for three equal channels."""
+    if not isinstance(step, Normalize | TimmTrainTransform):
+        return step
+    return replace(step, mean=3 * list(step.mean), std=3 * list(step.std))
+
+
+def _first_channel(image: Tensor) -> Tensor:
+    return image[:1]
 
 
 def _build_step(step: Transform) -> Callable:

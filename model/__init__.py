@@ -68,7 +68,7 @@ def create_model(
             one; it is downloaded once and verified. For a timm model, load timm's own.
         checkpoint_path: Checkpoint to load instead.
         checkpoint: The entries of that file, as `model.checkpoint.read_checkpoint` returns them, where it has been read
-            already; a teacher reads its file again.
+            already.
         ema: Take the averaged weights (``net_E``) from it.
         strict: Refuse a checkpoint whose entries are not exactly the network's.
         reset_head: Leave a head of another class count, or that the file lacks, freshly initialised rather than refuse
@@ -93,6 +93,7 @@ def create_model(
         loading: dict[str, Any] = {
             "pretrained": pretrained,
             "checkpoint_path": str(checkpoint_path),
+            "checkpoint": checkpoint,
             "ema": ema,
             "strict": strict,
         }

@@ -8,7 +8,7 @@ import math
 import torch
 
 from configs import Config, with_classes
-from data import Batch, Pictures, TestLoader, find_class_names, worker_failures
+from data import MODES, Batch, Pictures, TestLoader, find_class_names, worker_failures
 from model.messages import listed, printable
 from util.distributed import Process
 from util.errors import EXIT_USER_ERROR, RunError
@@ -60,8 +60,12 @@ class Predictor:
         self.config = config
         self.precision = build_precision(config.trainer, process.device)
         log_environment(config, process, self.precision)
+        data = config.data
         self.pictures = Pictures(
-            config.predict.input, loader_type=config.data.loader_type, max_pixels=config.data.max_pixels
+            config.predict.input,
+            loader_type=data.loader_type,
+            max_pixels=data.max_pixels,
+            mode=MODES[data.channels],
         )
         process.on_first(lambda: refuse_overwriting(config.predict, self.pictures))
         self.loader = TestLoader(

@@ -17,7 +17,7 @@ from torch import nn
 
 from configs import Config, save_config, to_dict, with_classes
 from configs.schema import LogTerm
-from data import Loaders, build_loaders, count_classes
+from data import ImageDataset, Loaders, build_loaders, count_classes, open_first
 from loss import build_loss, build_mixup
 from optim import Schedule, build_optimizer, build_scheduler
 from util.distributed import Process
@@ -103,7 +103,7 @@ def build_run(config: Config, process: Process) -> Run:
         ValueError: If an entry, a checkpoint or the data are not fit for the run.
         OSError: If the run's folder cannot be written to.
     """
-    config = fill_classes(config, process)
+    config, dataset = fill_classes(config, process)
     if process.device.type == "cpu":
         keep_freed_memory()
     # All processes build the same network; only then do their random numbers part.
@@ -122,7 +122,7 @@ def build_run(config: Config, process: Process) -> Run:
     optimizer = build_optimizer(config, network)
     precision.prepare(network, optimizer)
     objective = _build_objective(config, process, parallel or network)
-    loaders = _build_loaders(config, process)
+    loaders = _build_loaders(config, process, dataset)
     _check_smallest_batch(config, process, network, loaders.train.smallest_batch)
     schedule = _build_schedule(config, optimizer, num_batches=len(loaders.train))
 
@@ -177,11 +177,21 @@ def build_run(config: Config, process: Process) -> Run:
     )
 
 
-def fill_classes(config: Config, process: Process) -> Config:
-    """Return the configuration with the classes of the data set counted, where it leaves ``nb_classes`` open."""
+def fill_classes(config: Config, process: Process) -> tuple[Config, ImageDataset | None]:
+    """Return the configuration with the classes counted where it leaves ``nb_classes`` open, and the data set if so.
+
+    Only rank 0 counts; the others have no data set yet.
+    """
     if config.nb_classes is not None:
-        return config
-    return with_classes(config, process.on_first(lambda: count_classes(config)))
+        return config, None
+    opened: list[ImageDataset] = []
+
+    def count() -> int:
+        opened.append(open_first(config))
+        return count_classes(opened[0])
+
+    filled = with_classes(config, process.on_first(count))
+    return filled, opened[0] if opened else None
 
 
 def _open_folder(config: Config, process: Process) -> tuple[Path, bool]:
@@ -208,8 +218,10 @@ def _build_objective(config: Config, process: Process, network: nn.Module) -> Ob
     )
 
 
-def _build_loaders(config: Config, process: Process) -> Loaders:
-    loaders = build_loaders(config, rank=process.rank, world_size=process.world_size, device_type=process.device.type)
+def _build_loaders(config: Config, process: Process, first: ImageDataset | None) -> Loaders:
+    loaders = build_loaders(
+        config, rank=process.rank, world_size=process.world_size, device_type=process.device.type, first=first
+    )
     options = config.trainer.data
     logger.info(
         "train: %d batches of %d images per process and epoch, %d in all per step; %d workers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
@@ -33,10 +34,15 @@ class SignalError(StopError):
 
 
 class SignalWatch:
-    """While entered, the watched signals only leave a mark."""
+    """While entered, the watched signals only leave a mark.
+
+    A second SIGINT raises KeyboardInterrupt at once: the step that the first one waits for may hang in a read. Under
+    torchrun it is a mark like the first, because torchrun repeats the terminal's own, and kills what does not end.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._num_interrupts = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> SignalWatch:
@@ -54,6 +60,9 @@ class SignalWatch:
     def _mark(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = number
+        self._num_interrupts += number == signal.SIGINT
+        if self._num_interrupts > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise KeyboardInterrupt("ended at once by a second Ctrl-C")
 
     def flags(self) -> list[float]:
         """Return for each watched signal whether this process got it, to be summed over processes."""

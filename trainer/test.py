@@ -38,7 +38,8 @@ class Tester:
     """
 
     def __init__(self, config: Config, process: Process) -> None:
-        self.config = config = fill_classes(config, process)
+        config, dataset = fill_classes(config, process)
+        self.config = config
         self.process = process
         self.watch = SignalWatch()
         seed_everything(config.seed, deterministic=config.trainer.cuda_deterministic)
@@ -46,7 +47,11 @@ class Tester:
         log_environment(config, process, precision)
         self.checkpoint = read_weights(config)
         self.loaders = build_loaders(
-            config, rank=process.rank, world_size=process.world_size, device_type=process.device.type
+            config,
+            rank=process.rank,
+            world_size=process.world_size,
+            device_type=process.device.type,
+            first=dataset,
         )
         self.evaluator = build_evaluator(
             config, process, loader=self.loaders.test, precision=precision, watch=self.watch

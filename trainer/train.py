@@ -60,12 +60,14 @@ def train(run: Run) -> int:
     """
     if run.process.alarm is not None:
         run.process.alarm.explain = lambda: _lost(lost_in_nccl(run.process.rank), last_good=run.saver.last_good)
-    # Signals stay marks while the state is saved: a scheduler may send several.
+    # Signals stay marks while the state is saved: a scheduler may send several. Only a second Ctrl-C does not.
     with run.watch, frozen_objects():
         try:
             code = _train_until_stopped(run)
         except StopError:
             raise
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(f"{stop}; {_resumable(run.saver.last_good)}") from stop
         except (RuntimeError, OSError, ValueError) as error:
             explained = _explain(error, last_good=run.saver.last_good)
             if explained is None:
@@ -218,8 +220,10 @@ def _count_unreadable(run: Run, paths: list[str]) -> StopError | None:
     known, limit = run.state.unreadable, run.config.data.max_unreadable
     new = [path for path in paths if path not in known]
     known.extend(new)
-    for path in new if run.process.is_logging else ():
-        logger.warning("training image %s cannot be read and is left out (%d so far)", path, len(known))
+    if new and run.process.is_logging:
+        others = [path for path in new if path not in run.loaders.train.unreadable]  # its own, the loader has named
+        names = f", on other processes {listed(others, MAX_LISTED)}" if others else ""
+        logger.warning("%d training images cannot be read so far%s", len(known), names)
     if len(known) <= limit:
         return None
     message = f"{len(known)} training images cannot be read, more than data.max_unreadable={limit}: "
@@ -280,6 +284,10 @@ def _report_epoch(run: Run, pace: _EpochPace, epoch: int, scores: Mapping[str, S
 def _save(run: Run, *, periodic_epoch: int | None = None) -> None:
     run.state.seconds = time.perf_counter() - run.start
     run.saver.save_latest(run.state, periodic_epoch=periodic_epoch)
+
+
+def _resumable(last_good: str | None) -> str:
+    return f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
 
 
 def _explain(error: Exception, *, last_good: str | None) -> RunError | None:

@@ -27,7 +27,8 @@ examples:
     python run.py -c configs/mobilemamba/mobilemamba_t2 -m train trainer.resume_dir=runs/mobilemamba/RUN
 
 Every entry is in configs/schema.py. Exit codes: 0 done, 1 failed, 2 bad input, 128 + signal number when stopped by
-SIGTERM (143), SIGINT (130), SIGUSR1 (138) or SIGHUP (129), after the state has been saved.
+SIGTERM (143), SIGINT (130), SIGUSR1 (138) or SIGHUP (129), after the state has been saved. A second Ctrl-C ends a run
+at once, as where a read hangs.
 """
 
 
@@ -35,8 +36,8 @@ def interruptible(main: Callable[[], int]) -> int:
     """Return the exit code of a program; where Ctrl-C ends it, say so in one line and return 130."""
     try:
         return main()
-    except KeyboardInterrupt:
-        print("interrupted before there was anything to save", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted before there was anything to save", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
 
 

@@ -8,6 +8,7 @@ are numbered (``conv1.0.weight``). timm's own filter renames them and takes the 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import timm
 from timm.models.tresnet import checkpoint_filter_fn
 from torch import nn
 
-from ..checkpoint import read_checkpoint, select_state_dict
+from ..checkpoint import network_prefixes, read_checkpoint, select_state_dict
 from ..mismatch import compare, explain
 
 __all__ = ["TEACHERS", "create_teacher"]
@@ -34,6 +35,7 @@ def create_teacher(
     in_chans: int = 3,
     pretrained: bool = False,
     checkpoint_path: str = "",
+    checkpoint: Mapping[str, Any] | None = None,
     ema: bool = False,
     strict: bool = True,
     **kwargs: Any,
@@ -48,6 +50,7 @@ def create_teacher(
         in_chans: Channels of the input image.
         pretrained: Fetch timm's ImageNet-1K weights.
         checkpoint_path: File with the published weights, in the original's naming or in timm's.
+        checkpoint: The entries of that file, where it has been read already.
         ema: Take the averaged weights, where the file holds both.
         strict: Refuse missing and unexpected entries.
         **kwargs: Further arguments of timm's network.
@@ -74,7 +77,7 @@ def create_teacher(
         )
     network = _build(timm_name, pretrained=fetch, num_classes=num_classes, in_chans=in_chans, **kwargs)
     if has_file:
-        _load(network, checkpoint_path, ema=ema, strict=strict)
+        _load(network, checkpoint_path, checkpoint, ema=ema, strict=strict)
     elif fetch:
         logger.info("teacher %s: timm's weights of %s", name, timm_name)
     return network
@@ -94,11 +97,12 @@ def _build(timm_name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
         ) from error
 
 
-def _load(network: nn.Module, path: str, *, ema: bool, strict: bool) -> None:
+def _load(network: nn.Module, path: str, checkpoint: Mapping[str, Any] | None, *, ema: bool, strict: bool) -> None:
     """Load a checkpoint in the original's naming or in timm's."""
-    entries, source = select_state_dict(read_checkpoint(path), ema=ema, origin=path)
-    entries = checkpoint_filter_fn(entries, network)
     own = network.state_dict()
+    contents = read_checkpoint(path) if checkpoint is None else checkpoint
+    entries, source = select_state_dict(contents, ema=ema, origin=path, prefixes=network_prefixes(own))
+    entries = checkpoint_filter_fn(entries, network)
     # In-place ABN counts no batches, and nothing in eval mode reads the count.
     counted = {name: value for name, value in own.items() if name not in entries and name.endswith(BATCH_COUNT)}
     report = compare(entries | counted, own, source=source)

@@ -141,6 +141,7 @@ FAULTS = {
     "optim.optim_kwargs.betas=0.9": ["optim.optim_kwargs.betas='0.9'", "a list"],
     "optim.optim_kwargs.betas=[0.9,'a']": ["optim.optim_kwargs.betas.1='a'", "a number"],
     "optim.optim_kwargs.extra=3": ["optim.optim_kwargs.extra", "a dictionary"],
+    "optim.optim_kwargs.extra={1: 2}": ["optim.optim_kwargs.extra", "a dictionary of names and values"],
     "loss.loss_terms=[3]": ["loss.loss_terms.0=3", "SoftTargetTerm"],
     "loss.loss_terms=[{'type': 'SoftCE'}]": ["loss.loss_terms.0.type='SoftCE'", "did you mean 'SoftTargetCE'"],
     "loss.loss_terms=[{'type': 'CE', 'lamb': 1}]": ["loss.loss_terms.0.lamb", "'loss.loss_terms.0.lam'"],

@@ -243,3 +243,39 @@ class TestOpenClasses:
     def test_predicting_leaves_the_number_to_the_checkpoint_unless_given(self, path):
         assert load_config(T2, mode="predict").data.nb_classes is None
         assert load_config(T2, [f"{path}=9"], mode="predict").nb_classes == 9
+
+
+GRAY = ["data.train_transforms.0.mean=[0.5]", "data.train_transforms.0.std=[0.5]"]
+GRAY += ["data.test_transforms.3.mean=[0.5]", "data.test_transforms.3.std=[0.5]"]
+
+
+@pytest.mark.parametrize("path", ["model.model_kwargs.in_chans", "data.channels"])
+def test_the_network_takes_the_channels_of_the_images(path):
+    config = load_config(T2, [f"{path}=1", *GRAY])
+    assert (config.model.model_kwargs.in_chans, config.data.channels) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.model_kwargs.in_chans=5"], r"data\.channels=5: an image has 1 \(gray\), 3 \(RGB\) or 4 \(RGBA\)"),
+        (["data.channels=1"], r"data\.train_transforms\.0\.mean has 3 values, but data\.channels=1"),
+        (["data.channels=1", *GRAY[:3]], r"data\.test_transforms\.3\.std has 3 values, but data\.channels=1"),
+        (GRAY[:1], r"data\.train_transforms\.0\.mean has 1 values, but data\.channels=3"),
+        (["data.channels=4"], r"train_transforms\.0\.auto_augment works on RGB images; set it to None"),
+        (["data.channels=1", "model.model_kwargs.in_chans=3"], "name one quantity"),
+    ],
+)
+def test_channels_that_contradict_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(T2, overrides)
+
+
+def test_a_teacher_takes_the_channels_of_the_images():
+    with pytest.raises(ValueError, match=r"loss_terms\.1\.cfg\.model_kwargs\.in_chans=3, but data\.channels=1"):
+        load_config(T2S, ["data.channels=1", *GRAY])
+    teacher = "loss.loss_terms.1.cfg.model_kwargs.in_chans=1"
+    with pytest.raises(ValueError, match=r"loss_terms\.1\.mean_t has 3 values"):
+        load_config(T2S, ["data.channels=1", *GRAY, teacher])
+    means = [f"loss.loss_terms.1.{name}=[0.5]" for name in ("mean_t", "std_t", "mean_s", "std_s")]
+    assert load_config(T2S, ["data.channels=1", *GRAY, teacher, *means]).data.channels == 1

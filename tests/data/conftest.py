@@ -77,6 +77,7 @@ def make_config():
     def make(root, *, num_classes=2, mode="train", workers=0, batch_size=4, **entries):
         config = Config(mode=mode, nb_classes=num_classes, size=SIZE)
         config.data.root = str(root)
+        config.data.channels = 3
         config.data.nb_classes = num_classes
         config.data.train_transforms = [TimmTrainTransform(input_size=SIZE)]
         config.data.test_transforms = [Resize(size=36), CenterCrop(size=SIZE), ToTensor(), Normalize()]

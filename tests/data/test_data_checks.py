@@ -2,7 +2,7 @@
 
 import pytest
 
-from data import build_loaders, check_dataset, count_classes
+from data import build_loaders, check_dataset, count_classes, open_first
 
 
 def test_a_good_set_passes(two_classes, make_config):
@@ -76,15 +76,15 @@ def test_too_few_images_for_a_batch(two_classes, make_config):
 @pytest.mark.parametrize(("mode", "expected"), [("train", 2), ("ft", 2), ("test", 3)])
 def test_classes_are_counted_in_the_split_that_is_read(make_folders, make_config, mode, expected):
     root = make_folders({"train": {"a": 1, "b": 1}, "val": {"a": 1, "b": 1, "c": 1}})
-    assert count_classes(make_config(root, num_classes=None, mode=mode)) == expected
+    assert count_classes(open_first(make_config(root, num_classes=None, mode=mode))) == expected
 
 
 def test_a_list_counts_where_it_is_of_all_classes(make_folders, make_config):
     root = make_folders({"all": {"a": 1, "b": 1}})
     for split in ("train", "val"):
         (root / f"{split}.txt").write_text("all/a/image 0.png 0\nall/b/image 1.png 4\n")
-    assert count_classes(make_config(root, num_classes=None)) == 5
+    assert count_classes(open_first(make_config(root, num_classes=None))) == 5
     with pytest.raises(ValueError, match=r"val\.txt does not say .*at least 5 .*: set nb_classes"):
-        count_classes(make_config(root, num_classes=None, mode="test"))
+        count_classes(open_first(make_config(root, num_classes=None, mode="test")))
     with pytest.raises(ValueError, match=r"data\.root=.*none: there is no such folder"):
-        count_classes(make_config(root / "none", num_classes=None))
+        count_classes(open_first(make_config(root / "none", num_classes=None)))

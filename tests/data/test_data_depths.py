@@ -272,3 +272,39 @@ def test_heic(load):
     assert is_image_name("IMG_1.HEIC")
     with pytest.raises(UnreadableImageError, match=r"data\.max_pixels=3"):
         load(buffer.getvalue(), max_pixels=3)
+
+
+@pytest.mark.parametrize("source", ["L", "LA", "RGB", "RGBA", "CMYK", "P"])
+def test_gray_is_the_luma_of_rgb(load, encoded, pixels, source):
+    image = Image.fromarray(np.dstack([pixels(0), pixels(1)[..., 0]])).convert("RGB" if source == "CMYK" else "RGBA")
+    data = encoded(image.convert("RGB").convert("P") if source == "P" else image.convert(source), "TIFF")
+    colours = np.asarray(load(data)).astype(float)
+    found = load(data, mode="L")
+    assert found.mode == "L"
+    luma = colours @ (0.299, 0.587, 0.114)  # ITU-R BT.601
+    assert np.abs(np.asarray(found) - luma).max() <= 0.51
+    if source in ("L", "LA"):
+        np.testing.assert_array_equal(np.asarray(found), colours[..., 0])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_transparency_is_the_fourth_channel(load, encoded, pixels, kind):
+    raw = np.dstack([pixels(0), pixels(1)[..., 0] | 1])
+    data = encoded(raw, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    np.testing.assert_array_equal(np.asarray(load(data, mode="RGBA")), raw)
+
+
+@pytest.mark.parametrize("colour", [0, 2], ids=["gray", "RGB"])
+def test_a_transparent_colour_is_transparent(load, colour):
+    raw = bytes(range(24)) if colour else bytes(range(8))
+    mark = struct.pack(">HHH", 3, 4, 5) if colour else struct.pack(">H", 1)
+    image = load(png(raw, 4, 2, depth=8, colour=colour, chunks=[(b"tRNS", mark)]), mode="RGBA")
+    np.testing.assert_array_equal(np.asarray(image)[..., 3].ravel(), [255, 0, *6 * [255]])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP"])
+def test_an_image_without_transparency_is_opaque(load, encoded, pixels, kind):
+    data = encoded(pixels(0), kind)
+    found = np.asarray(load(data, mode="RGBA"))
+    assert (found[..., 3] == 255).all()
+    np.testing.assert_array_equal(found[..., :3], np.asarray(load(data)))

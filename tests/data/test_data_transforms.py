@@ -88,6 +88,21 @@ def test_test_transform_is_torchvisions(image):
     torch.testing.assert_close(ours(image), reference(image), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w2", "original", None])
+def test_a_gray_image_gets_the_pipeline_of_rgb(image, policy):
+    gray = image.convert("L")
+    options = {"input_size": 32, "interpolation": "bilinear", "color_jitter": 0.4, "auto_augment": policy}
+    options |= {"re_prob": 1.0, "re_mode": "pixel"}
+    ours = build_transform([TimmTrainTransform(**options, mean=[0.4], std=[0.2])], channels=1)
+    reference = create_transform(**options, is_training=True, mean=[0.4] * 3, std=[0.2] * 3)
+    for seed in range(20):
+        with isolated_randomness(seed):
+            found = ours(gray)
+        with isolated_randomness(seed):
+            expected = reference(gray.convert("RGB"))
+        assert torch.equal(found, expected[:1])
+
+
 def test_all_randomness_is_isolated(image):
     transform = build_transform([TimmTrainTransform(input_size=32, color_jitter=0.4, auto_augment="augmix-m3-w2")])
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()

@@ -5,18 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch import multiprocessing
 from trainer_cases import CONFIG, REPOSITORY, TINY_NETWORK, epoch_records, short_run
 
 from configs import load_config
 from configs.overrides import get_entry
+from model import create_model
 from trainer.checkpoint import CheckpointStore, load_training_checkpoint
 from trainer.run_folder import RunLock
+from trainer.stop import SignalWatch
 from trainer.train import is_save_due, train
 from util.errors import RunError
 from util.logging import setup_console
@@ -300,3 +305,49 @@ def test_ctrl_c_while_a_run_is_set_up_is_one_line(class_folders, tmp_path):
     command = [sys.executable, "-c", INTERRUPTED, "-c", CONFIG, "-m", "train", *short]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (130, "interrupted before there was anything to save\n")
+
+
+HANGING = """
+import faulthandler, os, sys
+from pathlib import Path
+import data.samples
+
+def hang(*_):
+    Path(sys.argv[0]).touch()
+    os.read(os.pipe()[0], 1)
+
+faulthandler.dump_traceback_later(120, exit=True)
+data.samples.SampleReader.__getitem__ = hang
+sys.argv.pop(0)
+import run
+from util.cli import interruptible
+sys.exit(interruptible(run.main))
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_a_second_ctrl_c_ends_a_read_that_hangs(class_folders, tmp_path, workers, mode):
+    weights = tmp_path / "net.pth"
+    torch.save(create_model("timm_mobilenetv3_small_050", num_classes=3).state_dict(), weights)
+    more = [f"model.model_kwargs.checkpoint_path={weights}"] if mode == "test" else []
+    short = short_run(class_folders, tmp_path / "runs", *TINY_NETWORK, f"trainer.data.num_workers_per_gpu={workers}")
+    command = [sys.executable, "-c", HANGING, tmp_path / "reached", "-c", CONFIG, "-m", mode, *short, *more]
+    run = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "reached").exists() and run.poll() is None:
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)
+    time.sleep(1)
+    assert run.poll() is None
+    os.killpg(run.pid, signal.SIGINT)
+    errors = run.communicate(timeout=180)[1]  # the workers hold this pipe open, too
+    told = "; there is no checkpoint yet" if mode == "train" else ""
+    assert (run.returncode, errors) == (130, f"ended at once by a second Ctrl-C{told}\n")
+
+
+def test_torchrun_repeats_the_terminals_interrupt(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with SignalWatch() as watch:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert watch.received == signal.SIGINT

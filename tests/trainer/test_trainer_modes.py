@@ -10,6 +10,7 @@ import yaml
 from tensorboardX.proto.event_pb2 import Event
 from trainer_cases import CONFIG, TINY_NETWORK, epoch_records, short_run, write_class_folders
 
+import data
 import trainer
 from configs import load_config
 from data import build_loaders
@@ -198,6 +199,24 @@ def test_too_few_images_for_a_step(build):
             "trainer.mixup_kwargs.prob=0",
             "trainer.data.drop_last=false",
         )
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_counting_classes_opens_no_split_twice(trained, build, overrides, monkeypatch, mode):
+    opened, open_folder = [], data.datasets.DefaultCLS
+
+    def counting(root, *, split, loader_type):
+        opened.append(split)
+        return open_folder(root, split=split, loader_type=loader_type)
+
+    monkeypatch.setitem(data.datasets.DATASETS, "DefaultCLS", counting)
+    if mode == "train":
+        build("nb_classes=None")
+    else:
+        weights = f"model.model_kwargs.checkpoint_path={trained[0].folder / 'net.pth'}"
+        arguments = overrides(*TINY_NETWORK, "nb_classes=None", weights)
+        trainer.Tester(load_config(CONFIG, arguments, mode="test"), Process())
+    assert opened == {"train": ["train", "val"], "test": ["val"]}[mode]
 
 
 def test_an_unknown_trainer_is_named(overrides):

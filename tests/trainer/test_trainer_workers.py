@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from trainer_cases import CONFIG, REPOSITORY, TINY_NETWORK, short_run
 
 from data import worker_failures
 from data.loaders import PIPES_PER_WORKER
@@ -74,6 +78,22 @@ def test_too_few_files_are_told_of_before_a_worker_starts(build):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert num_open_files() == used
     next(run.loaders.train.iterate(0))
+
+
+SMALL_SHM = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
+
+
+def test_shared_memory_that_is_full_is_told_of(class_folders, tmp_path):
+    if shutil.which("unshare") is None or subprocess.run([*SMALL_SHM, "true"], capture_output=True).returncode:
+        pytest.skip("needs the permission to mount a small /dev/shm")
+    short = short_run(class_folders, tmp_path / "runs", *TINY_NETWORK, "size=224", "trainer.data.num_workers_per_gpu=1")
+    command = [*SMALL_SHM, sys.executable, "run.py", "-c", CONFIG, "-m", "train", *short]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: a data worker died on rank 0 (")
+    assert line.count("shared memory (/dev/shm) is full, small or read-only: enlarge it (docker run --shm-size=8g") == 1
+    assert line.endswith("there is no checkpoint yet")
 
 
 def test_shared_memory_that_cannot_be_written_is_told_of(build, monkeypatch):

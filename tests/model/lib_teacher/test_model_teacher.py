@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model import create_model
 from model.lib_teacher import create_teacher
 
 SMALL = {"num_classes": 10, "layers": [1, 2, 1, 1], "width_factor": 0.25}
@@ -51,6 +52,15 @@ def test_tresnet_with_weights_in_the_published_naming(tmp_path):
         images = torch.rand(1, 3, 64, 64, generator=generator)
         torch.testing.assert_close(teacher(images), source(images), rtol=0, atol=0)
     assert teacher(images).shape == (1, 10)
+
+
+def test_a_checkpoint_that_was_read_already_and_wears_a_prefix(tmp_path):
+    source = create_teacher("tresnet_l_v2", **SMALL)
+    state = {f"model.{name}": value for name, value in original_names(source.state_dict()).items()}
+    path = tmp_path / "teacher.ckpt"
+    path.write_bytes(b"not read again")
+    teacher = create_model("tresnet_l_v2", **SMALL, checkpoint_path=path, checkpoint={"state_dict": state})
+    assert torch.equal(teacher.head.fc.weight, source.head.fc.weight)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
