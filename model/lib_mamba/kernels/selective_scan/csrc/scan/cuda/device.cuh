@@ -33,6 +33,19 @@ __device__ __forceinline__ float round_tf32(float value) {
   return __uint_as_float(bits);
 }
 
+// The nearest 16-bit numbers, the first one in the lower half.
+__device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ uint32_t pack_half(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // c += a b for a (16, 8), b (8, 8), c (16, 8), spread over a warp. Lane l = 4 g + q holds a[g][q], a[g + 8][q],
 // a[g][q + 4], a[g + 8][q + 4]; b[q][g], b[q + 4][g]; c[g][2q], c[g][2q + 1], c[g + 8][2q], c[g + 8][2q + 1]. Volatile,
 // so that it is not moved to where only some of the lanes need it.
