@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda_as_cpp import FEW, H200_SHARED, MANY, SMALL_SHARED
 from scan_cases import arguments, assert_accurate, exact, exact_of_case, output_and_gradients
 
@@ -69,3 +70,41 @@ def test_float16_and_odd_batches(length, batch, cuda_as_cpp, multiprocessors):
     tensors = arguments(length, batch=batch, dtype=torch.float16)
     actual = output_and_gradients(gated_scan, tensors)
     assert_accurate(actual, exact_of_case(length, torch.float16, batch), torch.float16, "cuda")
+
+
+def exact_states(tensors, chunk):
+    """The states that the forward pass keeps, by the loop that defines the scan, in float64: (B, 2, count, D)."""
+    x, _, projection, dt_weight, dt_bias, A_log, *_ = (tensor.double() for tensor in tensors)
+    length, channels, rank = x.shape[1], x.shape[2], dt_weight.shape[2]
+    kept = []
+    for k, own in enumerate(projection.chunk(2, -1)):
+        delta = F.softplus(own[..., :rank] @ dt_weight[k].T + dt_bias[k])
+        decay = (-delta * A_log.view(2, channels)[k].exp()).exp()
+        inputs = delta * own[..., rank, None] * x
+        before, state = [None] * length, torch.zeros_like(x[:, 0])
+        for t in reversed(range(length)) if k else range(length):
+            before[t] = state
+            state = decay[:, t] * state + inputs[:, t]
+        starts = range(0, length, 4 * chunk)
+        kept.append(torch.stack([before[min(t + 4 * chunk, length) - 1 if k else t] for t in starts], 1))
+    return torch.stack(kept, 1)
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk"), [(65, 13), (80, 16), (100, 13), (144, 16), (196, 14), (299, 13), (400, 16)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_states_that_the_forward_pass_keeps(length, chunk, dtype, cuda_as_cpp, multiprocessors):
+    tensors = arguments(length, channels=70, dtype=dtype)
+    y, states = torch.ops.mobilemamba.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    assert torch.equal(y, torch.ops.mobilemamba.gated_scan(*tensors, 1e-5, [0, 1]))
+    exact_ones = exact_states(tensors, chunk)
+    assert states.shape == exact_ones.shape
+    assert (states - exact_ones).abs().max() < (1e-5 if dtype == torch.float32 else 1e-3) * exact_ones.abs().max()
+
+
+def test_short_sequences_and_other_scans_keep_no_states(cuda_as_cpp):
+    _, states = cuda_as_cpp.gated_scan_with_states(*arguments(64), 1e-5, [0, 1])
+    assert states.shape == (2, 2, 0, 37)
+    _, states = cuda_as_cpp.gated_scan_with_states(*arguments(100, num_states=2), 1e-5, [0, 1])
+    assert states.shape == (2, 2, 0, 37)

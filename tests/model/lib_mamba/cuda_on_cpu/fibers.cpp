@@ -200,14 +200,15 @@ void run_kernel(const void* kernel, const cudaLaunchConfig_t& config, const std:
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   std::mt19937 random(0);
-  for (unsigned y = 0; y < gridDim.y; ++y)
-    for (unsigned x = 0; x < gridDim.x; ++x) {
-      blockIdx = chosen_order == kDescending ? dim3(gridDim.x - 1 - x, gridDim.y - 1 - y) : dim3(x, y);
-      run_block(blockDim.x, random);
-      const float* const canaries = shared_memory() + floats;
-      for (size_t i = 0; i < kCanaries; ++i)
-        TORCH_CHECK(std::isnan(canaries[i]), "written ", i, " floats beyond the shared memory");
-    }
+  const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
+  for (unsigned step = 0; step < blocks; ++step) {
+    const unsigned index = chosen_order == kDescending ? blocks - 1 - step : step;
+    blockIdx = dim3(index % gridDim.x, index / gridDim.x % gridDim.y, index / gridDim.x / gridDim.y);
+    run_block(blockDim.x, random);
+    const float* const canaries = shared_memory() + floats;
+    for (size_t i = 0; i < kCanaries; ++i)
+      TORCH_CHECK(std::isnan(canaries[i]), "written ", i, " floats beyond the shared memory");
+  }
 }
 
 float* shared_memory() {

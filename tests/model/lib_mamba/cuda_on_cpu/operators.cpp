@@ -64,7 +64,12 @@ TORCH_LIBRARY(mobilemamba_cuda_on_cpu, m) {
   m.def("set_device", &set_device);
   m.def("set_order", &set_order);
   m.def("gated_scan", &mobilemamba::gated_scan_cuda);
-  m.def("gated_scan_backward", &mobilemamba::gated_scan_backward_cuda);
+  m.def("gated_scan_with_states", &mobilemamba::gated_scan_with_states_cuda);
+  m.def(
+      "gated_scan_backward(Tensor grad, Tensor x, Tensor z, Tensor projection, Tensor dt_weight, Tensor dt_bias, "
+      "Tensor A_log, Tensor D_skip, Tensor norm_weight, Tensor norm_bias, float eps, int[] reverse, "
+      "Tensor? states=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      &mobilemamba::gated_scan_backward_cuda);
   m.def("selective_scan", &mobilemamba::selective_scan_cuda);
   m.def("selective_scan_backward", &mobilemamba::selective_scan_backward_cuda);
 }
