@@ -2,6 +2,8 @@
 #ifndef MOBILEMAMBA_DEVICE_CUH
 #define MOBILEMAMBA_DEVICE_CUH
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <cuda_runtime.h>
 
 namespace mobilemamba {
@@ -29,6 +31,13 @@ inline float round_tf32(float value) {
   bits = (bits + 0x1000u) & 0xffffe000u;
   std::memcpy(&value, &bits, sizeof bits);
   return value;
+}
+
+inline uint32_t pack_bfloat16(float low, float high) {
+  return c10::BFloat16(low).x | static_cast<uint32_t>(c10::BFloat16(high).x) << 16;
+}
+inline uint32_t pack_half(float low, float high) {
+  return c10::Half(low).x | static_cast<uint32_t>(c10::Half(high).x) << 16;
 }
 
 inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {

@@ -1,14 +1,23 @@
-// The gradients of the gated scan on the GPU: which kernels, how many blocks, and the sums over the blocks' results.
+// The gradients of the gated scan on the GPU: which kernels, and how many blocks.
+//
+// Three launches where a block of threads holds what an image needs, four for longer images: the parameters in the order
+// in which lanes read them; how gradients pass through the blocks of an image; the gradients; and the sums over blocks.
+#include "scan/cuda/gated_scan_backward.cuh"
+
 #include <algorithm>
 
-#include "scan/cuda/gated_scan_backward.cuh"
+#include "scan/cuda/chunks.h"
 #include "scan/cuda/norm.cuh"
-#include "scan/cuda/plan.h"
+#include "scan/cuda/states.cuh"
+#include "scan/cuda/tensors.h"
 
 namespace mobilemamba {
 namespace {
 
 constexpr int kNormThreads = 256;
+constexpr int kMaxGroupedRank = 24;
+constexpr int kWarpsAMultiprocessor = 12;  // by their registers
+constexpr int kReservedShared = 1024;      // bytes of shared memory that each block takes besides its own
 
 // Turn the sum into its gradient; return dnorm (blocks, 2, D).
 template <typename T>
@@ -27,47 +36,238 @@ Tensor run_norm_backward(const Tensor& grad, Tensor& sum, const NormTensors& nor
   return dnorm;
 }
 
-// Gradient of the sum into dsum, dz and checkpoints; return dnorm (B, 2, D).
-template <typename T, int NR>
-Tensor run_fused_backward(
-    const Tensor& grad, const ScanTensors& scan, const NormTensors& norm, Tensor& dsum, Tensor& dz,
-    Tensor& checkpoints) {
-  Tensor dnorm = empty_floats({scan.batch, 2, scan.channels}, dsum);
-  FusedOutputs<T> outputs{};
-  outputs.grad = grad.const_data_ptr<T>();
-  outputs.grad_row = row_step(grad);
-  outputs.dz = dz.mutable_data_ptr<T>();
-  outputs.dsum = dsum.mutable_data_ptr<float>();
-  outputs.dnorm = dnorm.mutable_data_ptr<float>();
-  outputs.checkpoints = checkpoints.mutable_data_ptr<float>();
-  launch_fused<T, NR, true>(scan, norm, outputs);
-  return dnorm;
+AnyFloats any_floats(const Tensor& tensor) {
+  const at::ScalarType type = tensor.scalar_type();
+  TORCH_CHECK(
+      type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
+      "parameters must be float32, float16 or bfloat16, got ", type);
+  const auto own = type == at::kFloat  ? AnyFloats::kFloat
+                   : type == at::kHalf ? AnyFloats::kHalf
+                                       : AnyFloats::kBFloat16;
+  return {const_cast<void*>(tensor.const_data_ptr()), own};
 }
 
-// Gradients of the scan, given that of its sum; the first in T, the others in float32.
-template <typename T, int NR>
-ScanGradients run_scan_backward(const ScanTensors& scan, const Tensor& dsum, const Tensor& checkpoints) {
-  const auto shared_floats = [](int groups, int segments) { return backward_shared_floats<NR>(groups, segments); };
-  const Plan plan(scan, kBackwardThreads / kLanes, kBackwardThreads / kLanes, shared_floats);
-  const int64_t B = scan.batch, L = scan.length, D = scan.channels, R = scan.rank;
-  Tensor dx = at::empty({B, L, D}, scan.x.options());
-  Tensor dprojection = empty_floats({plan.blocks, B, L, 2 * (R + 2)}, dsum);
-  Tensor dparameters = empty_floats({B * plan.segments, 2, D, R + 3}, dsum);
-  const BackwardOutputs<T> outputs{
-      dsum.const_data_ptr<float>(), checkpoints.const_data_ptr<float>(), dx.mutable_data_ptr<T>(),
-      dprojection.mutable_data_ptr<float>(), dparameters.mutable_data_ptr<float>()};
+// The parameters, from dt_weight on, or their gradients.
+struct ParameterTensors {
+  Tensor dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias;
+
+  AnyParameters pointers() const {
+    return {any_floats(dt_weight),   any_floats(dt_bias),   any_floats(A_log),
+            any_floats(D_skip),      any_floats(norm_weight), any_floats(norm_bias),
+            static_cast<int>(dt_weight.size(1)), static_cast<int>(dt_weight.size(2))};
+  }
+  ParameterTensors contiguous() const {
+    return {dt_weight.contiguous(), dt_bias.contiguous(),     A_log.contiguous(),
+            D_skip.contiguous(),    norm_weight.contiguous(), norm_bias.contiguous()};
+  }
+  static Tensor empty(const Tensor& like) { return at::empty(like.sizes(), like.options()); }
+  ParameterTensors gradients() const {
+    return {empty(dt_weight), empty(dt_bias), empty(A_log), empty(D_skip), empty(norm_weight), empty(norm_bias)};
+  }
+};
+
+// Rows that can be read two channels at a time.
+Tensor as_pair_rows(const Tensor& tensor, at::ScalarType type) {
+  const Tensor rows = as_rows(tensor, type);
+  const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
+  const bool is_aligned = address % (2 * rows.element_size()) == 0 && row_step(rows) % 2 == 0;
+  return is_aligned ? rows : rows.clone(at::MemoryFormat::Contiguous);
+}
+
+// How sequences are divided for a kernel with chunks of up to `chunk` positions.
+struct Division {
+  int chunk, step, blocks;
+  bool are_independent;
+
+  // Of kernels with these chunks, longest first, the one that pads a sequence least.
+  Division(int length, std::initializer_list<int> lengths) : chunk(0), step(0), blocks(1), are_independent(false) {
+    const bool has_states = num_states(length) > 0;
+    for (const int own : lengths) {
+      const bool fits = has_states ? own >= chunk_length(length) : ceil_div(length, own) <= kBlockChunks;
+      const int padded = has_states ? own : ceil_div(length, own) * own;
+      if (fits && (chunk == 0 || padded < (has_states ? chunk : ceil_div(length, chunk) * chunk)))
+        chunk = own;
+    }
+    are_independent = length <= chunk;
+    step = has_states ? chunk_length(length) : are_independent ? length : chunk;
+    blocks = has_states ? num_states(length) : 1;
+  }
+};
+
+template <typename T, int NR, typename Function>
+void with_chunk(int length, Function&& function) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    function(std::integral_constant<int, 16>(), Division(length, {16}));
+  } else {
+    const Division division(length, {16, 12, 9});
+    if (division.chunk == 9)
+      function(std::integral_constant<int, 9>(), division);
+    else if (division.chunk == 12)
+      function(std::integral_constant<int, 12>(), division);
+    else
+      function(std::integral_constant<int, 16>(), division);
+  }
+}
+
+template <typename T, typename Function>
+void with_rank_blocks(int64_t rank, Function&& function) {
+  if (sizeof(T) < sizeof(float) && rank <= 16)
+    function(std::integral_constant<int, 2>());
+  else
+    function(std::integral_constant<int, 3>());
+}
+
+int num_groups(int64_t channels) {
+  return static_cast<int>(ceil_div<int64_t>(channels, kGroup));
+}
+
+// Whether a block of threads can have all channels.
+template <typename T>
+bool is_grouped(const Tensor& x, const Tensor& dt_weight, const Tensor& A_log, at::IntArrayRef reverse) {
+  if (!is_special(dt_weight, A_log, reverse) || dt_weight.size(2) > kMaxGroupedRank || x.size(2) % 2 != 0 ||
+      num_groups(x.size(2)) > kMaxBackwardWarps)
+    return false;
+  bool fits = false;
+  with_rank_blocks<T>(dt_weight.size(2), [&](auto blocks) {
+    with_chunk<T, decltype(blocks)::value>(static_cast<int>(x.size(1)), [&](auto chunk, const Division&) {
+      using Shared = BackwardShared<T, decltype(blocks)::value, decltype(chunk)::value>;
+      fits = fits_shared(Shared::floats(num_groups(x.size(2)), false));
+    });
+  });
+  return fits;
+}
+
+// The states that the forward pass has kept; where it has not, they are computed now.
+template <typename T>
+Tensor states_of(const ScanTensors& scan, const std::optional<Tensor>& states) {
+  const int count = num_states(static_cast<int>(scan.length));
+  const std::vector<int64_t> shape{scan.batch, 2, count, scan.channels};
+  if (states && states->numel() > 0) {
+    TORCH_CHECK(states->sizes() == shape, "states must be (B, 2, count, D) = ", shape, ", got ", states->sizes());
+    return as_floats(*states);
+  }
+  Tensor own = empty_floats(shape, scan.x);
+  if (count > 0)
+    launch(
+        states_kernel<T>, dim3(scan.batch, scan.groups(), 2), kLanes, 0, scan.inputs<T>(),
+        own.mutable_data_ptr<float>());
+  return own;
+}
+
+template <typename T, int NR, int kChunk>
+void run_grouped(
+    BackwardArguments<T> arguments, const Division& division, const ParameterTensors& parameters,
+    const ParameterTensors& gradients, const Tensor& like) {
+  using Shared = BackwardShared<T, NR, kChunk>;
+  const int groups = num_groups(arguments.channels);
+  const bool is_parked_here = fits_shared(Shared::floats(groups, true));
+  const int shared_floats = Shared::floats(groups, is_parked_here);
+  const int all_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) + kReservedShared;
+  const int by_shared = all_shared / (static_cast<int>(sizeof(float)) * shared_floats + kReservedShared);
+  const int64_t places =
+      static_cast<int64_t>(num_multiprocessors()) * std::clamp(by_shared, 1, kWarpsAMultiprocessor / groups);
+  const int64_t items = division.are_independent ? ceil_div<int64_t>(arguments.batch, kBlockChunks)
+                                                 : static_cast<int64_t>(arguments.batch) * division.blocks;
+  const int64_t blocks = std::min(items, places);
+
+  const Tensor prepared = empty_floats({groups, GroupLayout<NR>::kFloats}, like);
   launch(
-      scan_backward_kernel<T, NR>, dim3(B, plan.blocks), plan.threads(), shared_floats(plan.groups, plan.segments),
-      scan.inputs<T>(), plan.segments, outputs);
-  const Tensor sums = dparameters.sum(0);
-  const Tensor dD = sums.select(-1, R + 2).select(0, 0);  // the same for both directions
+      prepare_kernel<NR, Shared::kExact>, dim3(groups), kParameterThreads, 0, parameters.pointers(),
+      prepared.mutable_data_ptr<float>());
+
+  const ShareLayout layout{NR};
+  const Tensor shares = empty_floats({blocks, groups, layout.group()}, like);
+  const Tensor passages =
+      empty_floats({division.blocks > 1 ? arguments.batch : 0, 2, division.blocks, groups * kLanes, 4}, like);
+  const Tensor parked = empty_floats({is_parked_here ? 0 : blocks, groups, Shared::kParked}, like);
+  arguments.prepared = prepared.const_data_ptr<float>();
+  arguments.shares = shares.mutable_data_ptr<float>();
+  arguments.passages = static_cast<PassagePair*>(passages.mutable_data_ptr());
+  arguments.parked = is_parked_here ? nullptr : parked.mutable_data_ptr<float>();
+  arguments.step = division.step;
+  arguments.blocks = division.blocks;
+  arguments.are_independent = division.are_independent;
+  const auto run = [&](Part part) {
+    arguments.part = part;
+    launch(scan_backward_kernel<T, NR, kChunk>, dim3(blocks), groups * kLanes, shared_floats, arguments);
+  };
+  if (division.blocks > 1)
+    run(Part::kPassages);
+  run(division.blocks > 1 ? Part::kGradients : Part::kWhole);
+
+  launch(
+      add_kernel, dim3(layout.group() / kLanes, groups), kParameterThreads, kParameterThreads,
+      shares.const_data_ptr<float>(), static_cast<int>(blocks), layout, gradients.pointers());
+}
+
+template <typename T>
+GatedGradients grouped_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const ParameterTensors& given,
+    double eps, const std::optional<Tensor>& states, at::ScalarType type) {
+  const ParameterTensors parameters = given.contiguous(), gradients = parameters.gradients();
+  const Tensor x_rows = as_pair_rows(x, type), z_rows = as_pair_rows(z, type), grad_rows = as_pair_rows(grad, type);
+  const Tensor own_projection = projection.to(type).contiguous();
+  Tensor own_states;
+  if (num_states(static_cast<int>(x.size(1))) > 0) {
+    const ScanTensors scan(
+        x, type, projection, given.dt_weight, given.dt_bias, given.A_log, given.D_skip);
+    own_states = states_of<T>(scan, states);
+  }
+  Tensor dx = at::empty(x.sizes(), x.options().dtype(type)), dz = at::empty(z.sizes(), z.options().dtype(type));
+  Tensor dprojection = at::empty(projection.sizes(), projection.options().dtype(type));
+  BackwardArguments<T> arguments{};
+  arguments.x = x_rows.const_data_ptr<T>(), arguments.x_row = row_step(x_rows);
+  arguments.z = z_rows.const_data_ptr<T>(), arguments.z_row = row_step(z_rows);
+  arguments.grad = grad_rows.const_data_ptr<T>(), arguments.grad_row = row_step(grad_rows);
+  arguments.projection = own_projection.const_data_ptr<T>();
+  arguments.states = own_states.defined() ? own_states.const_data_ptr<float>() : nullptr;
+  arguments.dx = dx.mutable_data_ptr<T>();
+  arguments.dz = dz.mutable_data_ptr<T>();
+  arguments.dprojection = dprojection.mutable_data_ptr<T>();
+  arguments.eps = static_cast<float>(eps);
+  arguments.batch = static_cast<int>(x.size(0));
+  arguments.length = static_cast<int>(x.size(1));
+  arguments.channels = static_cast<int>(x.size(2));
+  arguments.rank = static_cast<int>(given.dt_weight.size(2));
+  with_rank_blocks<T>(arguments.rank, [&](auto blocks) {
+    constexpr int NR = decltype(blocks)::value;
+    with_chunk<T, NR>(arguments.length, [&](auto chunk, const Division& division) {
+      run_grouped<T, NR, decltype(chunk)::value>(arguments, division, parameters, gradients, x);
+    });
+  });
   return {
-      dx,
-      plan.blocks == 1 ? dprojection.squeeze(0) : dprojection.sum(0),
-      copy_of(sums.narrow(-1, 0, R)),
-      copy_of(sums.select(-1, R)),
-      copy_of(sums.select(-1, R + 1)).view({2 * D, 1}),
-      dD.repeat(2)};
+      dx.to(x.scalar_type()),
+      dz.to(z.scalar_type()),
+      dprojection.to(projection.scalar_type()),
+      gradients.dt_weight,
+      gradients.dt_bias,
+      gradients.A_log,
+      gradients.D_skip,
+      gradients.norm_weight,
+      gradients.norm_bias};
+}
+
+// Any other scan: the sum of its directions in memory.
+template <typename T>
+GatedGradients general_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const ParameterTensors& p,
+    double eps, at::IntArrayRef reverse, at::ScalarType type) {
+  const NormTensors norm(z, type, p.norm_weight, p.norm_bias, eps);
+  Tensor dz = at::empty(z.sizes(), z.options().dtype(type));
+  Tensor sum = selective_scan_cuda(x, projection, p.dt_weight, p.dt_bias, p.A_log, p.D_skip, reverse);
+  const Tensor dnorms = run_norm_backward<T>(as_rows(grad, type), sum, norm, dz).sum(0);
+  const auto [dx, dprojection, ddt_weight, ddt_bias, dA_log, dD_skip] =
+      selective_scan_backward_cuda(sum, x, projection, p.dt_weight, p.dt_bias, p.A_log, p.D_skip, reverse);
+  return {
+      dx.to(x.scalar_type()),
+      dz.to(z.scalar_type()),
+      dprojection.to(projection.scalar_type()),
+      ddt_weight.to(p.dt_weight.scalar_type()),
+      ddt_bias.to(p.dt_bias.scalar_type()),
+      dA_log.to(p.A_log.scalar_type()),
+      dD_skip.to(p.D_skip.scalar_type()),
+      copy_of(dnorms.select(0, 0)).to(p.norm_weight.scalar_type()),
+      copy_of(dnorms.select(0, 1)).to(p.norm_bias.scalar_type())};
 }
 
 }  // namespace
@@ -75,7 +275,7 @@ ScanGradients run_scan_backward(const ScanTensors& scan, const Tensor& dsum, con
 GatedGradients gated_scan_backward_cuda(
     const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight,
     const Tensor& dt_bias, const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight,
-    const Tensor& norm_bias, double eps, at::IntArrayRef reverse, const std::optional<Tensor>&) {
+    const Tensor& norm_bias, double eps, at::IntArrayRef reverse, const std::optional<Tensor>& states) {
   check_scan(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse);
   check_gate(x, z, norm_weight, norm_bias);
   TORCH_CHECK(grad.sizes() == x.sizes(), "grad must have the shape of x, ", x.sizes(), ", got ", grad.sizes());
@@ -92,45 +292,15 @@ GatedGradients gated_scan_backward_cuda(
         norm_weight.new_zeros(norm_weight.sizes()),
         norm_bias.new_zeros(norm_bias.sizes())};
   const at::ScalarType type = common_type(x, z, projection);
-  const NormTensors norm(z, type, norm_weight, norm_bias, eps);
-  const Tensor grad_rows = as_rows(grad, type);
-  Tensor dz = at::empty(z.sizes(), z.options().dtype(type)), dnorm;
-  ScanGradients gradients;
+  const ParameterTensors parameters{dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias};
+  GatedGradients gradients;
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    if (!is_special(dt_weight, A_log, reverse)) {
-      Tensor sum = selective_scan_cuda(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse);
-      dnorm = run_norm_backward<T>(grad_rows, sum, norm, dz);
-      gradients = selective_scan_backward_cuda(sum, x, projection, dt_weight, dt_bias, A_log, D_skip, reverse);
-      return;
-    }
-    const ScanTensors scan(x, type, projection, dt_weight, dt_bias, A_log, D_skip);
-    Tensor sum = empty_floats(x.sizes(), x);
-    Tensor checkpoints = empty_floats({scan.batch, 2, scan.chunks(), scan.channels}, x);
-    with_rank(scan.rank, [&](auto blocks) {
-      constexpr int NR = decltype(blocks)::value;
-      if constexpr (8 * NR <= kMaxFusedRank) {
-        if (is_fused<NR>(scan, true))
-          dnorm = run_fused_backward<T, NR>(grad_rows, scan, norm, sum, dz, checkpoints);
-      }
-      if (!dnorm.defined()) {
-        run_split<T, NR>(scan, sum, checkpoints.mutable_data_ptr<float>());
-        dnorm = run_norm_backward<T>(grad_rows, sum, norm, dz);
-      }
-      gradients = run_scan_backward<T, NR>(scan, sum, checkpoints);
-    });
+    gradients = is_grouped<T>(x, dt_weight, A_log, reverse)
+                    ? grouped_backward<T>(grad, x, z, projection, parameters, eps, states, type)
+                    : general_backward<T>(grad, x, z, projection, parameters, eps, reverse, type);
   });
-  const Tensor dnorms = dnorm.sum(0);
-  return {
-      std::get<0>(gradients).to(x.scalar_type()),
-      dz.to(z.scalar_type()),
-      std::get<1>(gradients).to(projection.scalar_type()),
-      std::get<2>(gradients).to(dt_weight.scalar_type()),
-      std::get<3>(gradients).to(dt_bias.scalar_type()),
-      std::get<4>(gradients).to(A_log.scalar_type()),
-      std::get<5>(gradients).to(D_skip.scalar_type()),
-      copy_of(dnorms.select(0, 0)).to(norm_weight.scalar_type()),
-      copy_of(dnorms.select(0, 1)).to(norm_bias.scalar_type())};
+  return gradients;
 }
 
 }  // namespace mobilemamba
