@@ -22,6 +22,13 @@ inline float fast_reciprocal(float value) {
   return flush(1.f / flush(value));
 }
 
+inline float fast_tanh(float value) {
+  return std::tanh(value);
+}
+inline float min_or_nan(float a, float b) {
+  return a < b || std::isnan(a) ? a : b;
+}
+
 // To the nearest number with 10 fraction bits, ties away from zero.
 inline float round_tf32(float value) {
   if (!std::isfinite(value))
@@ -44,9 +51,18 @@ inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2
   cuda_on_cpu::multiply_tf32(c, a, b);
 }
 
+inline void load_fragment(float (&a)[4], const float* matrix, int row) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i)
+    a[i] = matrix[(g + i % 2 * 8) * row + q + i / 2 * 4];
+}
+
 inline float* shared_memory() {
   return cuda_on_cpu::shared_memory();
 }
+
+inline void cluster_arrive() {}
+inline void cluster_wait() {}
 
 }  // namespace mobilemamba
 

@@ -26,6 +26,20 @@ __device__ __forceinline__ float fast_reciprocal(float value) {
   return result;
 }
 
+// Within 2^-11 of the value.
+__device__ __forceinline__ float fast_tanh(float value) {
+  float result;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+// The smaller one; NaN if one of them is.
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // To the nearest number with the 10 fraction bits that the tensor cores take.
 __device__ __forceinline__ float round_tf32(float value) {
   uint32_t bits;
@@ -58,9 +72,38 @@ __device__ __forceinline__ void multiply_tf32(float (&c)[4], const float (&a)[4]
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
+// The fragment a of multiply_tf32 from a (16, 8) part of a matrix in shared memory, whose rows lie `row` floats apart, at
+// multiples of 16 bytes.
+__device__ __forceinline__ void load_fragment(float (&a)[4], const float* matrix, int row) {
+  const int lane = threadIdx.x % 32;
+  // Lanes 8 i to 8 i + 7 give the rows of the i-th quarter, of 8 rows and 4 columns.
+  const float* own = matrix + (lane % 16) * row + lane / 16 * 4;
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(own));
+  uint32_t bits[4];
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+               : "r"(address)
+               : "memory");
+  for (int i = 0; i < 4; ++i)
+    a[i] = __uint_as_float(bits[i]);
+}
+
 __device__ __forceinline__ float* shared_memory() {
   extern __shared__ __align__(16) float mobilemamba_shared[];
   return mobilemamba_shared;
+}
+
+// Barrier of all threads of a cluster, in two parts: what was written before arriving can be read after waiting.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
 }
 
 }  // namespace mobilemamba

@@ -15,7 +15,6 @@ namespace mobilemamba {
 namespace {
 
 constexpr int kNormThreads = 256;
-constexpr int kMaxGroupedRank = 24;
 constexpr int kWarpsAMultiprocessor = 12;  // by their registers
 constexpr int kReservedShared = 1024;      // bytes of shared memory that each block takes besides its own
 
@@ -76,65 +75,56 @@ Tensor as_pair_rows(const Tensor& tensor, at::ScalarType type) {
 
 // How sequences are divided for a kernel with chunks of up to `chunk` positions.
 struct Division {
-  int chunk, step, blocks;
-  bool are_independent;
+  int step, blocks;
+  bool are_independent, is_possible;
 
-  // Of kernels with these chunks, longest first, the one that pads a sequence least.
-  Division(int length, std::initializer_list<int> lengths) : chunk(0), step(0), blocks(1), are_independent(false) {
-    const bool has_states = num_states(length) > 0;
-    for (const int own : lengths) {
-      const bool fits = has_states ? own >= chunk_length(length) : ceil_div(length, own) <= kBlockChunks;
-      const int padded = has_states ? own : ceil_div(length, own) * own;
-      if (fits && (chunk == 0 || padded < (has_states ? chunk : ceil_div(length, chunk) * chunk)))
-        chunk = own;
+  Division(int length, int chunk)
+      : step(chunk), blocks(1), are_independent(length <= chunk), is_possible(length <= kBlockChunks * chunk) {
+    if (are_independent)
+      step = length;
+    if (num_states(length) > 0) {
+      step = chunk_length(length);
+      blocks = num_states(length);
+      is_possible = step <= chunk;
     }
-    are_independent = length <= chunk;
-    step = has_states ? chunk_length(length) : are_independent ? length : chunk;
-    blocks = has_states ? num_states(length) : 1;
   }
 };
-
-template <typename T, int NR, typename Function>
-void with_chunk(int length, Function&& function) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    function(std::integral_constant<int, 16>(), Division(length, {16}));
-  } else {
-    const Division division(length, {16, 12, 9});
-    if (division.chunk == 9)
-      function(std::integral_constant<int, 9>(), division);
-    else if (division.chunk == 12)
-      function(std::integral_constant<int, 12>(), division);
-    else
-      function(std::integral_constant<int, 16>(), division);
-  }
-}
-
-template <typename T, typename Function>
-void with_rank_blocks(int64_t rank, Function&& function) {
-  if (sizeof(T) < sizeof(float) && rank <= 16)
-    function(std::integral_constant<int, 2>());
-  else
-    function(std::integral_constant<int, 3>());
-}
 
 int num_groups(int64_t channels) {
   return static_cast<int>(ceil_div<int64_t>(channels, kGroup));
 }
 
-// Whether a block of threads can have all channels.
-template <typename T>
-bool is_grouped(const Tensor& x, const Tensor& dt_weight, const Tensor& A_log, at::IntArrayRef reverse) {
-  if (!is_special(dt_weight, A_log, reverse) || dt_weight.size(2) > kMaxGroupedRank || x.size(2) % 2 != 0 ||
-      num_groups(x.size(2)) > kMaxBackwardWarps)
+template <typename T, int NR_, int kChunk_, int kChannels_ = 0>
+struct Instance {
+  using Element = T;
+  static constexpr int NR = NR_, kChunk = kChunk_, kChannels = kChannels_;
+  using Shared = BackwardShared<T, NR, kChunk>;
+
+  static constexpr auto kernel() { return scan_backward_kernel<T, NR, kChunk, kChannels>; }
+};
+
+// Call `function` with the instance of the kernel for these sequences; return whether there is one.
+template <typename T, typename Function>
+bool with_instance(const BackwardArguments<T>& p, Function&& function) {
+  const auto can_run = [&](auto instance) {
+    using Own = decltype(instance);
+    if (p.rank > 8 * Own::NR || !Division(p.length, Own::kChunk).is_possible ||
+        !fits_shared(Own::Shared::floats(num_groups(p.channels), false)))
+      return false;
+    return Own::kChannels == 0 || (p.channels == Own::kChannels && p.x_row == p.channels && p.grad_row == p.channels &&
+                                   p.rank == ceil_div(p.channels, 32));
+  };
+  if (p.channels % 2 != 0 || num_groups(p.channels) > kMaxBackwardWarps)
     return false;
-  bool fits = false;
-  with_rank_blocks<T>(dt_weight.size(2), [&](auto blocks) {
-    with_chunk<T, decltype(blocks)::value>(static_cast<int>(x.size(1)), [&](auto chunk, const Division&) {
-      using Shared = BackwardShared<T, decltype(blocks)::value, decltype(chunk)::value>;
-      fits = fits_shared(Shared::floats(num_groups(x.size(2)), false));
-    });
-  });
-  return fits;
+  const auto try_all = [&](auto... instances) {
+    return ((can_run(instances) && (function(instances), true)) || ...);
+  };
+  if constexpr (sizeof(T) == sizeof(float))
+    return try_all(Instance<T, 3, 16>());
+  else
+    return try_all(
+        Instance<T, 1, 16, 224>(), Instance<T, 2, 16, 320>(), Instance<T, 2, 12, 384>(), Instance<T, 2, 9, 448>(),
+        Instance<T, 2, 16, 512>(), Instance<T, 3, 16, 544>(), Instance<T, 2, 16>(), Instance<T, 3, 16>());
 }
 
 // The states that the forward pass has kept; where it has not, they are computed now.
@@ -154,11 +144,13 @@ Tensor states_of(const ScanTensors& scan, const std::optional<Tensor>& states) {
   return own;
 }
 
-template <typename T, int NR, int kChunk>
-void run_grouped(
-    BackwardArguments<T> arguments, const Division& division, const ParameterTensors& parameters,
+template <typename Instance>
+void run_instance(
+    BackwardArguments<typename Instance::Element> arguments, const ParameterTensors& parameters,
     const ParameterTensors& gradients, const Tensor& like) {
-  using Shared = BackwardShared<T, NR, kChunk>;
+  using Shared = typename Instance::Shared;
+  using Warp = BackwardWarp<typename Instance::Element, Instance::NR, Instance::kChunk, Instance::kChannels>;
+  const Division division(arguments.length, Instance::kChunk);
   const int groups = num_groups(arguments.channels);
   const bool is_parked_here = fits_shared(Shared::floats(groups, true));
   const int shared_floats = Shared::floats(groups, is_parked_here);
@@ -170,12 +162,12 @@ void run_grouped(
                                                  : static_cast<int64_t>(arguments.batch) * division.blocks;
   const int64_t blocks = std::min(items, places);
 
-  const Tensor prepared = empty_floats({groups, GroupLayout<NR>::kFloats}, like);
+  const Tensor prepared = empty_floats({groups, GroupLayout<Instance::NR>::kFloats}, like);
   launch(
-      prepare_kernel<NR, Shared::kExact>, dim3(groups), kParameterThreads, 0, parameters.pointers(),
-      prepared.mutable_data_ptr<float>());
+      prepare_kernel<Instance::NR, Shared::kExact>, dim3(groups), kParameterThreads, 0, parameters.pointers(),
+      Warp::kHasOnes, prepared.mutable_data_ptr<float>());
 
-  const ShareLayout layout{NR};
+  const ShareLayout layout{Instance::NR, Warp::kHasOnes};
   const Tensor shares = empty_floats({blocks, groups, layout.group()}, like);
   const Tensor passages =
       empty_floats({division.blocks > 1 ? arguments.batch : 0, 2, division.blocks, groups * kLanes, 4}, like);
@@ -189,7 +181,7 @@ void run_grouped(
   arguments.are_independent = division.are_independent;
   const auto run = [&](Part part) {
     arguments.part = part;
-    launch(scan_backward_kernel<T, NR, kChunk>, dim3(blocks), groups * kLanes, shared_floats, arguments);
+    launch(Instance::kernel(), dim3(blocks), groups * kLanes, shared_floats, arguments);
   };
   if (division.blocks > 1)
     run(Part::kPassages);
@@ -200,51 +192,47 @@ void run_grouped(
       shares.const_data_ptr<float>(), static_cast<int>(blocks), layout, gradients.pointers());
 }
 
+// With all channels in a block of threads, if they fit: whether they did.
 template <typename T>
-GatedGradients grouped_backward(
+bool grouped_backward(
     const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const ParameterTensors& given,
-    double eps, const std::optional<Tensor>& states, at::ScalarType type) {
-  const ParameterTensors parameters = given.contiguous(), gradients = parameters.gradients();
+    double eps, const std::optional<Tensor>& states, at::ScalarType type, GatedGradients& results) {
   const Tensor x_rows = as_pair_rows(x, type), z_rows = as_pair_rows(z, type), grad_rows = as_pair_rows(grad, type);
-  const Tensor own_projection = projection.to(type).contiguous();
-  Tensor own_states;
-  if (num_states(static_cast<int>(x.size(1))) > 0) {
-    const ScanTensors scan(
-        x, type, projection, given.dt_weight, given.dt_bias, given.A_log, given.D_skip);
-    own_states = states_of<T>(scan, states);
-  }
-  Tensor dx = at::empty(x.sizes(), x.options().dtype(type)), dz = at::empty(z.sizes(), z.options().dtype(type));
-  Tensor dprojection = at::empty(projection.sizes(), projection.options().dtype(type));
   BackwardArguments<T> arguments{};
   arguments.x = x_rows.const_data_ptr<T>(), arguments.x_row = row_step(x_rows);
   arguments.z = z_rows.const_data_ptr<T>(), arguments.z_row = row_step(z_rows);
   arguments.grad = grad_rows.const_data_ptr<T>(), arguments.grad_row = row_step(grad_rows);
-  arguments.projection = own_projection.const_data_ptr<T>();
-  arguments.states = own_states.defined() ? own_states.const_data_ptr<float>() : nullptr;
-  arguments.dx = dx.mutable_data_ptr<T>();
-  arguments.dz = dz.mutable_data_ptr<T>();
-  arguments.dprojection = dprojection.mutable_data_ptr<T>();
   arguments.eps = static_cast<float>(eps);
   arguments.batch = static_cast<int>(x.size(0));
   arguments.length = static_cast<int>(x.size(1));
   arguments.channels = static_cast<int>(x.size(2));
   arguments.rank = static_cast<int>(given.dt_weight.size(2));
-  with_rank_blocks<T>(arguments.rank, [&](auto blocks) {
-    constexpr int NR = decltype(blocks)::value;
-    with_chunk<T, NR>(arguments.length, [&](auto chunk, const Division& division) {
-      run_grouped<T, NR, decltype(chunk)::value>(arguments, division, parameters, gradients, x);
-    });
+  return with_instance<T>(arguments, [&](auto instance) {
+    const ParameterTensors parameters = given.contiguous(), gradients = parameters.gradients();
+    const Tensor own_projection = projection.to(type).contiguous();
+    Tensor own_states;
+    if (num_states(arguments.length) > 0)
+      own_states = states_of<T>(
+          ScanTensors(x, type, projection, given.dt_weight, given.dt_bias, given.A_log, given.D_skip), states);
+    Tensor dx = at::empty(x.sizes(), x.options().dtype(type)), dz = at::empty(z.sizes(), z.options().dtype(type));
+    Tensor dprojection = at::empty(projection.sizes(), projection.options().dtype(type));
+    arguments.projection = own_projection.const_data_ptr<T>();
+    arguments.states = own_states.defined() ? own_states.const_data_ptr<float>() : nullptr;
+    arguments.dx = dx.mutable_data_ptr<T>();
+    arguments.dz = dz.mutable_data_ptr<T>();
+    arguments.dprojection = dprojection.mutable_data_ptr<T>();
+    run_instance<decltype(instance)>(arguments, parameters, gradients, x);
+    results = {
+        dx.to(x.scalar_type()),
+        dz.to(z.scalar_type()),
+        dprojection.to(projection.scalar_type()),
+        gradients.dt_weight,
+        gradients.dt_bias,
+        gradients.A_log,
+        gradients.D_skip,
+        gradients.norm_weight,
+        gradients.norm_bias};
   });
-  return {
-      dx.to(x.scalar_type()),
-      dz.to(z.scalar_type()),
-      dprojection.to(projection.scalar_type()),
-      gradients.dt_weight,
-      gradients.dt_bias,
-      gradients.A_log,
-      gradients.D_skip,
-      gradients.norm_weight,
-      gradients.norm_bias};
 }
 
 // Any other scan: the sum of its directions in memory.
@@ -296,9 +284,9 @@ GatedGradients gated_scan_backward_cuda(
   GatedGradients gradients;
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    gradients = is_grouped<T>(x, dt_weight, A_log, reverse)
-                    ? grouped_backward<T>(grad, x, z, projection, parameters, eps, states, type)
-                    : general_backward<T>(grad, x, z, projection, parameters, eps, reverse, type);
+    if (!is_special(dt_weight, A_log, reverse) ||
+        !grouped_backward<T>(grad, x, z, projection, parameters, eps, states, type, gradients))
+      gradients = general_backward<T>(grad, x, z, projection, parameters, eps, reverse, type);
   });
   return gradients;
 }

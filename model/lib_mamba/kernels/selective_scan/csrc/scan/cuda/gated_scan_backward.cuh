@@ -11,6 +11,8 @@
 // and added up by add_kernel: in the same order every time, without atomics.
 #pragma once
 
+#include <type_traits>
+
 #include "scan/cuda/gated_scan_backward_parameters.cuh"
 #include "scan/cuda/pairs.cuh"
 
@@ -71,29 +73,26 @@ struct BackwardShared {
   }
 };
 
-// Values of a chunk that a lane puts away for itself, as they are.
-template <bool kExact>
+// Values of a chunk that a lane puts away for itself: float32 and bfloat16 as they are. Returns what undoes the scale.
+template <typename T>
 struct Parking {
-  using Stored = Pair<float>;
+  using Stored = Pair<T>;
+  static constexpr bool kScales = false;
 
   template <int kChunk>
-  __device__ __forceinline__ static float put(Stored* to, int64_t row, int count, const float2 (&values)[kChunk]) {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i, to += row)
-      if (i < count)
-        *to = {values[i]};
+  __device__ __forceinline__ static float scale_up(float2 (&)[kChunk]) {
     return 1.f;
   }
-  __device__ __forceinline__ static float2 get(const Stored& value, float) { return unpack(value); }
 };
 
-// The same in half precision, times a power of two that makes the most of its range. Returns its inverse.
+// float16: each lane's values of a chunk times a power of two that makes the most of its range.
 template <>
-struct Parking<false> {
+struct Parking<c10::Half> {
   using Stored = Pair<c10::Half>;
+  static constexpr bool kScales = true;
 
   template <int kChunk>
-  __device__ __forceinline__ static float put(Stored* to, int64_t row, int count, const float2 (&values)[kChunk]) {
+  __device__ __forceinline__ static float scale_up(float2 (&values)[kChunk]) {
     float most = 1e-30f;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
@@ -102,12 +101,10 @@ struct Parking<false> {
     const uint32_t exponent = min(__float_as_uint(most) & 0x7f800000u, 240u << 23);
     const float up = __uint_as_float((268u << 23) - exponent);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i, to += row)
-      if (i < count)
-        *to = pack<c10::Half>(values[i] * up);
+    for (int i = 0; i < kChunk; ++i)
+      values[i] = values[i] * up;
     return __uint_as_float(exponent - (14u << 23));
   }
-  __device__ __forceinline__ static float2 get(const Stored& value, float scale) { return unpack(value) * scale; }
 };
 
 // Mean over all channels and 1 / deviation of position p, in lanes p and p + 16; each warp has 64 channels, the last
@@ -116,15 +113,23 @@ __device__ __forceinline__ float2 combine_group_moments(const float2* moments, i
   const int p = lane_index() % kTileRows, half = lane_index() / kTileRows;
   const float last = channels - kGroup * (warps - 1);
   float sum = 0.f;
-  for (int w = half; w < warps; w += 2)
-    sum = fmaf(w == warps - 1 ? last : kGroup, moments[w * kTileRows + p].x, sum);
+#pragma unroll
+  for (int first = 0; first < warps; first += 2) {
+    const int w = first + half;
+    if (w < warps)
+      sum = fmaf(w == warps - 1 ? last : kGroup, moments[w * kTileRows + p].x, sum);
+  }
   sum += __shfl_xor_sync(kWarp, sum, kTileRows);
   const float mean = sum / channels;
   float squares = 0.f;
-  for (int w = half; w < warps; w += 2) {
-    const float2 own = moments[w * kTileRows + p];
-    const float deviation = own.x - mean;
-    squares += fmaf(deviation * (w == warps - 1 ? last : kGroup), deviation, own.y);
+#pragma unroll
+  for (int first = 0; first < warps; first += 2) {
+    const int w = first + half;
+    if (w < warps) {
+      const float2 own = moments[w * kTileRows + p];
+      const float deviation = own.x - mean;
+      squares += fmaf(deviation * (w == warps - 1 ? last : kGroup), deviation, own.y);
+    }
   }
   squares += __shfl_xor_sync(kWarp, squares, kTileRows);
   return make_float2(mean, rsqrtf(squares / channels + eps));
@@ -132,10 +137,12 @@ __device__ __forceinline__ float2 combine_group_moments(const float2* moments, i
 
 // Sum of pairs over the warps for position p, in lanes p and p + 16.
 __device__ __forceinline__ float2 combine_group_sums(const float2* sums, int warps) {
-  const int p = lane_index() % kTileRows;
+  const int p = lane_index() % kTileRows, half = lane_index() / kTileRows;
   float2 total = make_float2(0.f, 0.f);
-  for (int w = lane_index() / kTileRows; w < warps; w += 2)
-    total = total + sums[w * kTileRows + p];
+#pragma unroll
+  for (int first = 0; first < warps; first += 2)
+    if (first + half < warps)
+      total = total + sums[(first + half) * kTileRows + p];
   total.x += __shfl_xor_sync(kWarp, total.x, kTileRows);
   total.y += __shfl_xor_sync(kWarp, total.y, kTileRows);
   return total;
@@ -151,21 +158,29 @@ __device__ __forceinline__ void multiply_rounded(float (&c)[4], const float (&a)
     multiply_tf32(c, a, b);
 }
 
-template <typename T, int NR, int kChunk>
+// kChannels: D where it is a constant, and the rows of x and the output's gradient lie D apart; otherwise 0.
+template <typename T, int NR, int kChunk, int kChannels>
 struct BackwardWarp {
   using Shared = BackwardShared<T, NR, kChunk>;
   using Layout = GroupLayout<NR>;
   static constexpr bool kExact = Shared::kExact;
   static constexpr int kRow = rank_row(NR);
-  using Parked = Parking<kExact>;
-  using Stored = typename Parked::Stored;
+  // The released networks have a rank of D / 32.
+  static constexpr int kRank = (kChannels + 31) / 32;
+  // A column of ones beside dt: the bias is a weight then, and so is its gradient.
+  static constexpr bool kHasOnes = kRank % 8 != 0;
+  static constexpr bool kRough = std::is_same_v<T, c10::BFloat16>;
+  static constexpr bool kIsWhole = kChannels > 0 && kChannels % kGroup == 0;
+  using Stored = typename Parking<T>::Stored;
   static constexpr float kMasked = -200.f;  // a time step of zero: such a position changes nothing
 
   const BackwardArguments<T>& p;
-  const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes, lane = lane_index(), g = lane / 4, q = lane % 4;
+  const int channels = kChannels ? kChannels : p.channels, rank = kRank ? kRank : p.rank;
+  const int x_row = kChannels ? kChannels : p.x_row, grad_row = kChannels ? kChannels : p.grad_row;
+  const int warps = kChannels ? (kChannels + kGroup - 1) / kGroup : blockDim.x / kLanes, warp = threadIdx.x / kLanes, lane = lane_index(), g = lane / 4, q = lane % 4;
   const int channel = warp * kGroup + 2 * lane;
-  const bool exists = channel < p.channels;
-  const int readable = min(channel, p.channels - 2);  // lanes beyond the channels read another's, and write nothing
+  const bool exists = kIsWhole || channel < channels;
+  const int readable = kIsWhole ? channel : min(channel, channels - 2);  // lanes beyond the channels read another's, and write nothing
   const float* const parameters = p.prepared + warp * Layout::kFloats;
 
   float* const stages = shared_memory();
@@ -183,7 +198,7 @@ struct BackwardWarp {
                 : tiles + warps * Shared::kWarp_) +
       warp * Shared::kParked + lane;
   Stored* const parked = reinterpret_cast<Stored*>(scales - lane + kBlockChunks * kLanes) + lane;
-  const ShareLayout layout{NR};
+  const ShareLayout layout{NR, kHasOnes};
   float* const share =
       p.shares + (static_cast<int64_t>(blockIdx.x) * warps + warp) * layout.group();
 
@@ -196,6 +211,9 @@ struct BackwardWarp {
 
   __device__ __forceinline__ int valid(int chunk) const { return min(p.step, rows - chunk * p.step); }
   __device__ __forceinline__ int64_t row_of(int chunk) const { return first_row + chunk * p.step; }
+  __device__ __forceinline__ Pair<T>* rows_of(T* first, int chunk) const {
+    return as_pairs(first + row_of(chunk) * channels + readable);
+  }
   __device__ __forceinline__ const float* stage_of(int direction, int chunk) const {
     return stages + (direction * Shared::kStageRows + chunk * p.step) * kRow;
   }
@@ -220,20 +238,44 @@ struct BackwardWarp {
   __device__ __forceinline__ void load(const T* from, int row, int chunk, Pair<T> (&values)[kChunk]) const {
     const int count = valid(chunk);
     from += row_of(chunk) * row + readable;
+    if (count == kChunk) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i, from += row) {
-      if (i < count)
-        values[i] = *as_pairs(from);
-      else
-        values[i] = pack<T>(make_float2(0.f, 0.f));
+      for (int i = 0; i < kChunk; ++i)
+        values[i] = *as_pairs(from + i * row);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        values[i] = i < count ? *as_pairs(from + i * row) : pack<T>(make_float2(0.f, 0.f));
     }
   }
 
-  __device__ __forceinline__ void park(int chunk, const float2 (&values)[kChunk]) const {
-    scales[chunk * kLanes] = Parked::put(parked + chunk * kChunk * kLanes, kLanes, kChunk, values);
+  __device__ __forceinline__ void store(Pair<T>* to, int chunk, const float2 (&values)[kChunk]) const {
+    const int count = exists ? valid(chunk) : 0, row = channels / 2;
+    if (count == kChunk) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        to[i * row] = pack<T>(values[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        if (i < count)
+          to[i * row] = pack<T>(values[i]);
+    }
   }
-  __device__ __forceinline__ float2 get_parked(int chunk, int i, float scale) const {
-    return Parked::get(parked[(chunk * kChunk + i) * kLanes], scale);
+
+  // Changes the values.
+  __device__ __forceinline__ void park(int chunk, float2 (&values)[kChunk]) const {
+    scales[chunk * kLanes] = Parking<T>::scale_up(values);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      parked[(chunk * kChunk + i) * kLanes] = pack<T>(values[i]);
+  }
+  __device__ __forceinline__ float scale_of(const float* own_scales, int chunk) const {
+    return Parking<T>::kScales ? own_scales[chunk * kLanes] : 1.f;
+  }
+  // To be multiplied by the chunk's scale.
+  __device__ __forceinline__ float2 get_parked(int chunk, int i) const {
+    return unpack(parked[(chunk * kChunk + i) * kLanes]);
   }
 
   // Add to the block's share; each address belongs to one lane.
@@ -244,23 +286,25 @@ struct BackwardWarp {
 
   __device__ __forceinline__ void store(T* to, int chunk, const float2 (&values)[kChunk]) const {
     const int count = exists ? valid(chunk) : 0;
-    to += row_of(chunk) * p.channels + channel;
+    to += row_of(chunk) * channels + channel;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i, to += p.channels)
+    for (int i = 0; i < kChunk; ++i, to += channels)
       if (i < count)
         *as_pairs(to) = pack<T>(values[i]);
   }
 
   // The projection of all positions of the block as [2][rows][dt, zeros up to 8 * NR, ln 2 * B, C].
   __device__ __forceinline__ void put_stages() {
-    const int columns = p.rank + 2, width = 2 * columns;
-    const T* const from = p.projection + first_row * width;
-    for (int item = threadIdx.x; item < rows * width; item += blockDim.x) {
-      const int row = item / width, column = item % width, direction = column >= columns;
-      const int own = column - direction * columns;
-      const float value = static_cast<float>(from[item]);
-      stages[(direction * Shared::kStageRows + row) * kRow + (own < p.rank ? own : 8 * NR + own - p.rank)] =
-          own == p.rank ? kLn2 * value : value;
+    const int columns = rank + 2, width = 2 * columns;
+    for (int column = lane; column < width; column += kLanes) {
+      const int direction = column >= columns, own = column - direction * columns;
+      const float unit = own == rank ? kLn2 : 1.f;
+      const T* from = p.projection + (first_row + warp) * width + column;
+      float* to = stages + (direction * Shared::kStageRows + warp) * kRow +
+                  (own < rank ? own : 8 * NR + own - rank);
+#pragma unroll 4
+      for (int row = warp; row < rows; row += warps, from += warps * width, to += warps * kRow)
+        *to = unit * static_cast<float>(*from);
     }
   }
 
@@ -271,10 +315,10 @@ struct BackwardWarp {
         reinterpret_cast<const float4*>(parameters + kDirection * Layout::kDirection + Layout::kProject) + lane;
     const float4* const biases =
         reinterpret_cast<const float4*>(parameters + kDirection * Layout::kDirection + Layout::kBias) + lane;
-    const float* const dt = stage_of(kDirection, chunk) + g * kRow + q;
-    float c[8][4];
+    const float* const dt = stage_of(kDirection, chunk);
+    float c[8][4] = {};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < 4 && !kHasOnes; ++j) {
       const float4 bias = biases[j * kLanes];
       c[2 * j][0] = c[2 * j][2] = bias.x;
       c[2 * j][1] = c[2 * j][3] = bias.y;
@@ -283,7 +327,8 @@ struct BackwardWarp {
     }
 #pragma unroll
     for (int k = 0; k < NR; ++k) {
-      const float a[4] = {dt[8 * k], dt[8 * kRow + 8 * k], dt[8 * k + 4], dt[8 * kRow + 8 * k + 4]};
+      float a[4];
+      load_fragment(a, dt + 8 * k, kRow);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float4 b = weights[(4 * k + j) * kLanes];
@@ -316,7 +361,7 @@ struct BackwardWarp {
     if (p.blocks == 1)
       return make_float2(0.f, 0.f);
     return *reinterpret_cast<const float2*>(
-        p.states + ((image * 2 + kDirection) * p.blocks + block) * p.channels + readable);
+        p.states + ((image * 2 + kDirection) * p.blocks + block) * channels + readable);
   }
 
   // A direction's C * state at the positions of a chunk.
@@ -341,7 +386,7 @@ struct BackwardWarp {
     for (int chunk = chunks - 1; chunk >= 0; --chunk) {
       Pair<T> x[kChunk];
       float2 y[kChunk];
-      load(p.x, p.x_row, chunk, x);
+      load(p.x, x_row, chunk, x);
       if (p.are_independent)
         state = make_float2(0.f, 0.f);
       scan<1>(chunk, x, state, y);
@@ -351,7 +396,7 @@ struct BackwardWarp {
 
   // Mean and sum of squared deviations over the warp's channels, of position l / 2 in lane l.
   __device__ __forceinline__ float2 group_moments() const {
-    const int columns = min(kGroup, p.channels - warp * kGroup);
+    const int columns = min(kGroup, channels - warp * kGroup);
     const float* const row = tile + lane / 2 * kPairRow;
     const float shift = row[0];
     float sum = 0.f, squares = 0.f;
@@ -380,7 +425,7 @@ struct BackwardWarp {
   __device__ __forceinline__ void normalise_back(int chunk, float2 (&y)[kChunk]) {
     Pair<T> z[kChunk], grad[kChunk];
     load(p.z, p.z_row, chunk, z);
-    load(p.grad, p.grad_row, chunk, grad);
+    load(p.grad, grad_row, chunk, grad);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
       cell(i) = y[i];
@@ -389,20 +434,25 @@ struct BackwardWarp {
     if (lane % 2 == 0)
       moments[warp * kTileRows + lane / 2] = own_moments;
     __syncthreads();
-    const float2 mean_rstd = combine_group_moments(moments, warps, p.channels, p.eps);
+    const float2 mean_rstd = combine_group_moments(moments, warps, channels, p.eps);
     // Rows that are not there count for nothing, whatever their variance.
     if (lane < kTileRows)
-      statistics[lane] = make_float2(mean_rstd.x, lane < valid(chunk) ? mean_rstd.y : 0.f);
+      statistics[lane] =
+          lane < valid(chunk)
+              ? make_float2(kExact ? mean_rstd.x : -mean_rstd.x * mean_rstd.y, mean_rstd.y)
+              : make_float2(0.f, 0.f);
     __syncwarp();
     const float2 weight = parameter(Layout::kNormWeight), bias = parameter(Layout::kNormBias);
     float2 dz[kChunk], scaled[kChunk];  // gradient of the normalised value
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const float2 own = statistics[i], z_own = unpack(z[i]), grad_own = unpack(grad[i]);
-      const float2 normed = make_float2((y[i].x - own.x) * own.y, (y[i].y - own.x) * own.y);
+      const float2 normed =
+          kExact ? make_float2((y[i].x - own.x) * own.y, (y[i].y - own.x) * own.y)
+                 : make_float2(fmaf(y[i].x, own.y, own.x), fmaf(y[i].y, own.y, own.x));
       const float2 shifted = multiply_add(normed, weight, bias);
-      const GateGradient left = gate_gradient(grad_own.x, z_own.x, shifted.x);
-      const GateGradient right = gate_gradient(grad_own.y, z_own.y, shifted.y);
+      const GateGradient left = gate_gradient<kRough>(grad_own.x, z_own.x, shifted.x);
+      const GateGradient right = gate_gradient<kRough>(grad_own.y, z_own.y, shifted.y);
       dz[i] = make_float2(left.gate, right.gate);
       const float2 dnormed = make_float2(left.normed, right.normed);
       dnorm_weight = multiply_add(dnormed, normed, dnorm_weight);
@@ -412,7 +462,7 @@ struct BackwardWarp {
       cell(i) = make_float2(scaled[i].x + scaled[i].y, fmaf(scaled[i].x, normed.x, scaled[i].y * normed.y));
     }
     if (p.part != Part::kPassages)
-      store(p.dz, chunk, dz);
+      store(rows_of(p.dz, chunk), chunk, dz);
     __syncwarp();
     float2 own_sums = make_float2(0.f, 0.f);
 #pragma unroll
@@ -427,7 +477,7 @@ struct BackwardWarp {
     __syncthreads();
     const float2 total = combine_group_sums(sums, warps);
     if (lane < kTileRows)
-      means[lane] = make_float2(total.x / p.channels, total.y / p.channels);
+      means[lane] = make_float2(total.x / channels, total.y / channels);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
@@ -445,15 +495,15 @@ struct BackwardWarp {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       Pair<T> x[kChunk];
       float2 y[kChunk];
-      load(p.x, p.x_row, chunk, x);
+      load(p.x, x_row, chunk, x);
       if (p.are_independent)
         state = make_float2(0.f, 0.f);
       scan<0>(chunk, x, state, y);
       const float2 skip = parameter(Layout::kSkip);
-      const float scale = scales[chunk * kLanes];
+      const float scale = scale_of(scales, chunk);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        y[i] = multiply_add(skip, unpack(x[i]), y[i] + get_parked(chunk, i, scale));
+        y[i] = multiply_add(skip, unpack(x[i]), multiply_add(get_parked(chunk, i), scale, y[i]));
       normalise_back(chunk, y);
       park(chunk, y);
     }
@@ -469,12 +519,12 @@ struct BackwardWarp {
     project<kDirection>(chunk);
     const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA);
     const float* const stage = stage_of(kDirection, chunk);
-    const float scale = scales[chunk * kLanes];
+    const float scale = scale_of(scales, chunk);
 #pragma unroll
     for (int step = kChunk - 1; step >= 0; --step) {
       const int i = travelled<kDirection>(step);
       const float2 own_decay = decay(time_step(i), A);
-      passage.added = own_decay * multiply_add(get_parked(chunk, i, scale), BC(stage, i).y, passage.added);
+      passage.added = own_decay * multiply_add(get_parked(chunk, i), scale * BC(stage, i).y, passage.added);
       passage.decay = passage.decay * own_decay;
     }
     __syncwarp();
@@ -512,43 +562,52 @@ struct BackwardWarp {
     return gradient;
   }
 
-  // A direction's gradients in a chunk, given that of the state that leaves it. Leaves those of the raw time steps,
-  // times ln 2, in the tile.
+  // A direction's gradients in a chunk, given that of the state that leaves it; direction 0 has the skip's too. Leaves
+  // those of the raw time steps, times ln 2, in the tile.
   template <int kDirection>
   __device__ __forceinline__ void differentiate(
       int chunk, const Pair<T> (&x)[kChunk], float2& dstate, float2 (&dx)[kChunk], float& dB, float& dC) {
     const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA), slope_A = A * kLn2;
     const float* const stage = stage_of(kDirection, chunk);
-    const float scale = scales[chunk * kLanes];
+    const float scale = scale_of(scales, chunk);
     float2 state = entering_state(kDirection, chunk), before[kChunk];
     project<kDirection>(chunk);
 #pragma unroll
     for (int step = 0; step < kChunk; ++step) {
       const int i = travelled<kDirection>(step);
-      const float2 s = time_step(i), dy = get_parked(chunk, i, scale);
+      const float2 s = time_step(i), dy = get_parked(chunk, i);
       cell(i) = s;
       before[i] = state;
       state = multiply_add(decay(s, A), state, s * BC(stage, i).x * unpack(x[i]));
-      narrow[i * kTileRow + lane] = fmaf(dy.x, state.x, dy.y * state.y);
+      narrow[i * kTileRow + lane] = scale * fmaf(dy.x, state.x, dy.y * state.y);
     }
     __syncwarp();
     dC = row_sum(narrow);
     __syncwarp();
+    const float2 skip = parameter(Layout::kSkip) * scale;
+    float2 own_dskip = make_float2(0.f, 0.f);
 #pragma unroll
     for (int step = kChunk - 1; step >= 0; --step) {
       const int i = travelled<kDirection>(step);
-      const float2 own_BC = BC(stage, i), s = cell(i), own_x = unpack(x[i]);
-      const float2 own = multiply_add(get_parked(chunk, i, scale), own_BC.y, dstate);
+      const float2 own_BC = BC(stage, i), s = cell(i), own_x = unpack(x[i]), dy = get_parked(chunk, i);
+      const float2 own = multiply_add(dy, scale * own_BC.y, dstate);
       dstate = decay(s, A) * own;
       const float2 ddecay = dstate * before[i], own_s = own * s;
       dx[i] = own_s * own_BC.x;
+      if (kDirection == 0) {
+        dx[i] = multiply_add(skip, dy, dx[i]);
+        own_dskip = multiply_add(dy, own_x, own_dskip);
+      }
       narrow[i * kTileRow + lane] = fmaf(own_s.x, own_x.x, own_s.y * own_x.y);
       const float2 slope = make_float2(softplus2_slope<kExact>(s.x), softplus2_slope<kExact>(s.y));
       const float2 draw = multiply_add(ddecay, slope_A, own * own_x * own_BC.x) * slope;
       dA = multiply_add(ddecay, s, dA);
-      dbias = dbias + draw;
+      if (!kHasOnes)
+        dbias = dbias + draw;
       cell(i) = draw;
     }
+    if (kDirection == 0)
+      dskip = multiply_add(own_dskip, scale, dskip);
 #pragma unroll
     for (int i = kChunk; i < kTileRows; ++i)
       cell(i) = make_float2(0.f, 0.f);
@@ -586,9 +645,9 @@ struct BackwardWarp {
         c[n][i] = 0.f;
 #pragma unroll
     for (int k = 0; k < 8; k += 2) {
-      const float* draw = tile + g * kPairRow + 8 * k + q;
-      const float a[4] = {draw[0], draw[8 * kPairRow], draw[4], draw[8 * kPairRow + 4]};
-      const float a_next[4] = {draw[8], draw[8 * kPairRow + 8], draw[12], draw[8 * kPairRow + 12]};
+      float a[4], a_next[4];
+      load_fragment(a, tile + 8 * k, kPairRow);
+      load_fragment(a_next, tile + 8 * k + 8, kPairRow);
 #pragma unroll
       for (int n = 0; n < NR; ++n) {
         const float4 b = weights[(4 * n + k / 2) * kLanes];
@@ -609,19 +668,33 @@ struct BackwardWarp {
     tile[lane / 2 * kPairRow + 8 * NR + lane % 2] = lane % 2 ? dC : kLn2 * dB;
   }
 
-  // A direction's part of the projection's gradient: the sum over the warps of what stands in their tiles.
+  // A direction's part of the projection's gradient: the sum over the warps of what stands in their tiles, four columns
+  // a thread.
   template <int kDirection>
   __device__ __forceinline__ void store_dprojection(int chunk) const {
-    const int columns = p.rank + 2;
-    T* const to = p.dprojection + row_of(chunk) * 2 * columns + kDirection * columns;
+    constexpr int kQuads = kRow / 4;
+    const int columns = rank + 2, count = valid(chunk);
     __syncthreads();
-    for (int item = threadIdx.x; item < valid(chunk) * columns; item += blockDim.x) {
-      const int position = item / columns, column = item % columns;
-      const float* from = tiles + position * kPairRow + (column < p.rank ? column : 8 * NR + column - p.rank);
-      float total = 0.f;
-      for (int other = 0; other < warps; ++other, from += Shared::kWarp_)
-        total += *from;
-      to[position * 2 * columns + column] = static_cast<T>(total);
+    for (int item = threadIdx.x; item < count * kQuads; item += warps * kLanes) {
+      const int position = item / kQuads, first = item % kQuads * 4;
+      const float* from = tiles + position * kPairRow + first;
+      float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int other = 0; other < warps; ++other, from += Shared::kWarp_) {
+        const float4 own = *reinterpret_cast<const float4*>(from);
+        total = make_float4(total.x + own.x, total.y + own.y, total.z + own.z, total.w + own.w);
+      }
+      T* const to = p.dprojection + (row_of(chunk) + position) * 2 * columns + kDirection * columns;
+      if (first == 8 * NR) {
+        to[rank] = static_cast<T>(total.x);
+        to[rank + 1] = static_cast<T>(total.y);
+      } else {
+        const float values[4] = {total.x, total.y, total.z, total.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (first + i < rank)
+            to[first + i] = static_cast<T>(values[i]);
+      }
     }
     __syncthreads();
   }
@@ -652,7 +725,8 @@ struct BackwardWarp {
             fmaf(kLog2e, own[3], total.w));
       }
     const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA);
-    add_to_share(layout.dt_bias(kDirection), dbias * kLog2e);
+    if (!kHasOnes)
+      add_to_share(layout.dt_bias(kDirection), dbias * kLog2e);
     add_to_share(layout.A_log(kDirection), dA * A * kLn2);
   }
 
@@ -671,19 +745,16 @@ struct BackwardWarp {
   }
 
   // Direction 1 leaves its part of dx where the whole will be.
-  __device__ __forceinline__ Stored* dx_at(int chunk) const {
-    return reinterpret_cast<Stored*>(p.dx + row_of(chunk) * p.channels + readable);
-  }
-
   __device__ __forceinline__ void differentiate_rightwards() {
     begin_sums<1>();
     float2 dstate = first_gradient<1>();
     for (int chunk = 0; chunk < chunks; ++chunk) {
       Pair<T> x[kChunk];
       float2 dx[kChunk];
-      load(p.x, p.x_row, chunk, x);
+      load(p.x, x_row, chunk, x);
       differentiate_chunk<1>(chunk, x, dstate, dx);
-      dx_scales[chunk * kLanes] = Parked::put(dx_at(chunk), p.channels / 2, exists ? valid(chunk) : 0, dx);
+      dx_scales[chunk * kLanes] = Parking<T>::scale_up(dx);
+      store(rows_of(p.dx, chunk), chunk, dx);
     }
     add_sums<1>();
   }
@@ -693,24 +764,16 @@ struct BackwardWarp {
     float2 dstate = first_gradient<0>();
     dskip = make_float2(0.f, 0.f);
     for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-      Pair<T> x[kChunk];
+      Pair<T> x[kChunk], part[kChunk];
       float2 dx[kChunk];
-      load(p.x, p.x_row, chunk, x);
+      load(p.x, x_row, chunk, x);
       differentiate_chunk<0>(chunk, x, dstate, dx);
-      const int count = exists ? valid(chunk) : 0, row = p.channels / 2;
-      const float scale = scales[chunk * kLanes], dx_scale = dx_scales[chunk * kLanes];
-      const float2 skip = parameter(Layout::kSkip);
-      Stored* from = dx_at(chunk);
+      load(p.dx, channels, chunk, part);
+      const float scale = scale_of(dx_scales, chunk);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i, from += row) {
-        const float2 dy = get_parked(chunk, i, scale);
-        dskip = multiply_add(dy, unpack(x[i]), dskip);
-        dx[i] = multiply_add(skip, dy, dx[i]);
-        if (i < count) {
-          const float2 whole = dx[i] + Parked::get(*from, dx_scale);
-          *reinterpret_cast<Pair<T>*>(from) = pack<T>(whole);
-        }
-      }
+      for (int i = 0; i < kChunk; ++i)
+        dx[i] = multiply_add(unpack(part[i]), scale, dx[i]);
+      store(rows_of(p.dx, chunk), chunk, dx);
     }
     add_sums<0>();
     add_to_share(layout.D_skip(), dskip);
@@ -718,7 +781,7 @@ struct BackwardWarp {
 
   __device__ __forceinline__ void begin() const {
     for (int item = threadIdx.x; item < Shared::kStages; item += blockDim.x)
-      stages[item] = 0.f;
+      stages[item] = kHasOnes && item % kRow == rank ? 1.f : 0.f;
     float4* const own = reinterpret_cast<float4*>(share);
     // The lanes that will add: four values each to dt_weight's sums, two each to the others.
     for (int item = lane; item < layout.vectors() / 4; item += kLanes)
@@ -750,6 +813,10 @@ struct BackwardWarp {
       scan_rightwards_and_normalise();
       if (p.blocks > 1 && p.part != Part::kGradients)
         find_passages();
+      if (p.blocks > 1 && p.part == Part::kWhole) {
+        cluster_arrive();
+        cluster_wait();
+      }
       if (p.part == Part::kPassages)
         continue;
       differentiate_rightwards();
@@ -759,10 +826,10 @@ struct BackwardWarp {
 };
 
 // Grid of any size, a warp for every 64 channels.
-template <typename T, int NR, int kChunk>
+template <typename T, int NR, int kChunk, int kChannels>
 __global__ void __launch_bounds__(kMaxBackwardWarps* kLanes, 1)
     scan_backward_kernel(const BackwardArguments<T> arguments) {
-  BackwardWarp<T, NR, kChunk> warp{arguments};
+  BackwardWarp<T, NR, kChunk, kChannels> warp{arguments};
   warp.run();
 }
 

@@ -44,7 +44,8 @@ struct AnyParameters {
 };
 
 // Where the parameters of a group of 64 channels begin, of one direction, then those of both. Weights and bias are
-// times log2(e), in the order in which the lanes of the tensor cores take them, zero beyond the channels and the rank.
+// times log2(e), in the order in which the lanes of the tensor cores take them, zero beyond the channels and the rank;
+// where dt has a column of ones, the bias is a weight too.
 template <int NR>
 struct GroupLayout {
   static constexpr int kProject = 0;                      // for dt . dt_weight^T: [NR][4][32][4]
@@ -60,15 +61,15 @@ struct GroupLayout {
 
 // Grid (groups), into (groups, kFloats).
 template <int NR, bool kExact>
-__global__ void prepare_kernel(const AnyParameters p, float* prepared) {
+__global__ void prepare_kernel(const AnyParameters p, bool has_ones, float* prepared) {
   using Layout = GroupLayout<NR>;
   float* const group = prepared + static_cast<int64_t>(blockIdx.x) * Layout::kFloats;
   const int first = blockIdx.x * kGroup;
   const auto weight = [&](int direction, int channel, int rank) {
-    if (first + channel >= p.channels || rank >= p.rank)
+    if (first + channel >= p.channels || rank > p.rank || (rank == p.rank && !has_ones))
       return 0.f;
     const int64_t row = static_cast<int64_t>(direction) * p.channels + first + channel;
-    const float value = kLog2e * p.dt_weight.get(row * p.rank + rank);
+    const float value = kLog2e * (rank == p.rank ? p.dt_bias.get(row) : p.dt_weight.get(row * p.rank + rank));
     return kExact ? value : round_tf32(value);
   };
   for (int direction = 0; direction < 2; ++direction) {
@@ -102,6 +103,7 @@ __global__ void prepare_kernel(const AnyParameters p, float* prepared) {
 // lanes hold them, [2][4][NR][32][4], then vectors of 64: dt_bias and A_log of both directions, and the rest.
 struct ShareLayout {
   int rank_blocks;
+  bool has_ones;  // dt_bias then stands behind dt_weight's columns
 
   __host__ __device__ int vectors() const { return 1024 * rank_blocks; }
   __host__ __device__ int group() const { return vectors() + 7 * kGroup; }
@@ -120,12 +122,16 @@ __device__ __forceinline__ void put_gradient(
     const int block = tile % layout.rank_blocks, m = tile / layout.rank_blocks % 4;
     const int direction = tile / layout.rank_blocks / 4;
     const int channel = group * kGroup + 16 * m + lane / 4 + i / 2 * 8, rank = 8 * block + lane % 4 * 2 + i % 2;
-    if (channel < p.channels && rank < p.rank)
+    if (channel < p.channels && rank == p.rank && layout.has_ones)
+      p.dt_bias.put(static_cast<int64_t>(direction) * p.channels + channel, value);
+    else if (channel < p.channels && rank < p.rank)
       p.dt_weight.put((static_cast<int64_t>(direction) * p.channels + channel) * p.rank + rank, value);
     return;
   }
   const int vector = (place - layout.vectors()) / kGroup, channel = group * kGroup + place % kGroup;
   if (channel >= p.channels)
+    return;
+  if (vector < 2 && layout.has_ones)
     return;
   if (vector < 2)
     p.dt_bias.put(vector * p.channels + channel, value);

@@ -12,29 +12,23 @@ namespace mobilemamba {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// log2(1 + 2^w), relatively accurate for any w, infinite and NaN where w is.
+// log2(1 + 2^w), relatively accurate for any w, infinite and NaN where w is. Otherwise than exact it ends at 126, where
+// every decay is zero.
 template <bool kExact>
 __device__ __forceinline__ float softplus2(float w) {
-  const float u = fast_exp2(w);
-  float s;
-  if (kExact) {
-    s = kLog2e * log1pf(u);
-  } else {
-    // Near 1 the logarithm has an absolute error, which would be a relative one of s: a series for small u.
-    const float series = u * (kLog2e - u * (kLog2e / 2.f - u * (kLog2e / 3.f - u * (kLog2e / 4.f))));
-    s = u < 0.03125f ? series : fast_log2(1.f + u);
-  }
-  return w > 24.f ? w : s;
+  if constexpr (kExact)
+    return w > 24.f ? w : kLog2e * log1pf(fast_exp2(w));
+  const float u = fast_exp2(min_or_nan(w, 126.f));
+  // Near 1 the logarithm has an absolute error, which would be a relative one of s: a series for small u.
+  return u < 0.0009765625f ? u * kLog2e : fast_log2(1.f + u);
 }
 
 // Derivative of the softplus, 1 - 2^-s, relatively accurate for any s.
 template <bool kExact>
 __device__ __forceinline__ float softplus2_slope(float s) {
-  const float delta = s * kLn2;
-  if (kExact)
-    return -expm1f(-delta);
-  const float series = delta * (1.f - delta * (0.5f - delta * (0.16666667f - delta * 0.041666668f)));
-  return s < 0.0625f ? series : 1.f - fast_exp2(-s);
+  if constexpr (kExact)
+    return -expm1f(-s * kLn2);
+  return s < 0.0009765625f ? s * kLn2 : 1.f - fast_exp2(-s);
 }
 
 __device__ __forceinline__ float decay_of(float s, float A) {
@@ -72,15 +66,17 @@ step_gradient(float dstate, float previous, float s, float decay, float A, float
   return gradient;
 }
 
-// Gradients of out = normed * z * sigmoid(z).
+// Gradients of out = normed * z * sigmoid(z). For bfloat16 roughly: by the tangent, one special function where the
+// sigmoid takes two.
 struct GateGradient {
   float gate;    // of z
   float normed;  // of the normalised value, scaled and shifted
 };
 
+template <bool kRough = false>
 __device__ __forceinline__ GateGradient gate_gradient(float grad, float z, float normed) {
-  const float opening = sigmoid(z);
-  return {grad * normed * opening * (1.f + z * (1.f - opening)), grad * z * opening};
+  const float opening = kRough ? fmaf(0.5f, fast_tanh(0.5f * z), 0.5f) : sigmoid(z), opened = z * opening;
+  return {grad * normed * (opening + fmaf(-opened, opening, opened)), grad * opened};
 }
 
 }  // namespace mobilemamba
