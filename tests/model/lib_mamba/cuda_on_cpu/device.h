@@ -25,9 +25,6 @@ inline float fast_reciprocal(float value) {
 inline float fast_tanh(float value) {
   return std::tanh(value);
 }
-inline float min_or_nan(float a, float b) {
-  return a < b || std::isnan(a) ? a : b;
-}
 
 // To the nearest number with 10 fraction bits, ties away from zero.
 inline float round_tf32(float value) {

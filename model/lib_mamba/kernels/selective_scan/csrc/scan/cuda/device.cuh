@@ -33,13 +33,6 @@ __device__ __forceinline__ float fast_tanh(float value) {
   return result;
 }
 
-// The smaller one; NaN if one of them is.
-__device__ __forceinline__ float min_or_nan(float a, float b) {
-  float result;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
 // To the nearest number with the 10 fraction bits that the tensor cores take.
 __device__ __forceinline__ float round_tf32(float value) {
   uint32_t bits;

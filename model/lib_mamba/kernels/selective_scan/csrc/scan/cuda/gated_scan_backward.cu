@@ -5,6 +5,7 @@
 #include "scan/cuda/gated_scan_backward.cuh"
 
 #include <algorithm>
+#include <climits>
 
 #include "scan/cuda/chunks.h"
 #include "scan/cuda/norm.cuh"
@@ -114,7 +115,8 @@ bool with_instance(const BackwardArguments<T>& p, Function&& function) {
     return Own::kChannels == 0 || (p.channels == Own::kChannels && p.x_row == p.channels && p.grad_row == p.channels &&
                                    p.rank == ceil_div(p.channels, 32));
   };
-  if (p.channels % 2 != 0 || num_groups(p.channels) > kMaxBackwardWarps)
+  const int64_t padded_rows = static_cast<int64_t>(p.batch) * p.length + kBlockChunks * kTileRows;
+  if (p.channels % 2 != 0 || num_groups(p.channels) > kMaxBackwardWarps || padded_rows > INT_MAX)
     return false;
   const auto try_all = [&](auto... instances) {
     return ((can_run(instances) && (function(instances), true)) || ...);

@@ -202,15 +202,14 @@ struct BackwardWarp {
   float* const share =
       p.shares + (static_cast<int64_t>(blockIdx.x) * warps + warp) * layout.group();
 
-  // Of the block of positions.
-  int64_t image, first_row;
-  int block, rows, chunks;
+  // Of the block of positions: its number, its first row of all (B * L), how many it has.
+  int item, first_row, rows, chunks;
 
   float dweight[4][NR][4];
   float2 dbias, dA, dskip, dnorm_weight, dnorm_bias;
 
   __device__ __forceinline__ int valid(int chunk) const { return min(p.step, rows - chunk * p.step); }
-  __device__ __forceinline__ int64_t row_of(int chunk) const { return first_row + chunk * p.step; }
+  __device__ __forceinline__ int64_t row_of(int chunk) const { return static_cast<int64_t>(first_row) + chunk * p.step; }
   __device__ __forceinline__ Pair<T>* rows_of(T* first, int chunk) const {
     return as_pairs(first + row_of(chunk) * channels + readable);
   }
@@ -349,10 +348,15 @@ struct BackwardWarp {
 
   __device__ __forceinline__ float2 time_step(int i) const {
     const float2 raw = cell(i);
-    return make_float2(softplus2<kExact>(raw.x), softplus2<kExact>(raw.y));
+    return make_float2(softplus2_of<T>(raw.x), softplus2_of<T>(raw.y));
   }
   __device__ __forceinline__ static float2 decay(float2 s, float2 A) {
     return make_float2(decay_of(s.x, A.x), decay_of(s.y, A.y));
+  }
+
+  // Of a block of the same image, in (B, 2, blocks).
+  __device__ __forceinline__ int64_t place_in_image(int direction, int block) const {
+    return (static_cast<int64_t>(item / p.blocks) * 2 + direction) * p.blocks + block;
   }
 
   // The state that enters the block in its travel.
@@ -361,7 +365,7 @@ struct BackwardWarp {
     if (p.blocks == 1)
       return make_float2(0.f, 0.f);
     return *reinterpret_cast<const float2*>(
-        p.states + ((image * 2 + kDirection) * p.blocks + block) * channels + readable);
+        p.states + (place_in_image(kDirection, item % p.blocks)) * channels + readable);
   }
 
   // A direction's C * state at the positions of a chunk.
@@ -530,8 +534,8 @@ struct BackwardWarp {
     __syncwarp();
   }
 
-  __device__ __forceinline__ PassagePair& passage_of(int direction, int other_block) const {
-    return p.passages[((image * 2 + direction) * p.blocks + other_block) * warps * kLanes + threadIdx.x];
+  __device__ __forceinline__ PassagePair& passage_of(int direction, int block) const {
+    return p.passages[place_in_image(direction, block) * warps * kLanes + threadIdx.x];
   }
 
   __device__ __forceinline__ void find_passages() const {
@@ -539,11 +543,11 @@ struct BackwardWarp {
     PassagePair passage = none;
     for (int chunk = 0; chunk < chunks; ++chunk)
       pass<1>(chunk, passage);
-    passage_of(1, block) = passage;
+    passage_of(1, item % p.blocks) = passage;
     passage = none;
     for (int chunk = chunks - 1; chunk >= 0; --chunk)
       pass<0>(chunk, passage);
-    passage_of(0, block) = passage;
+    passage_of(0, item % p.blocks) = passage;
   }
 
   // The gradient that enters the block against a direction's travel.
@@ -552,6 +556,7 @@ struct BackwardWarp {
     float2 gradient = make_float2(0.f, 0.f);
     if (p.blocks == 1)
       return gradient;
+    const int block = item % p.blocks;
     for (int step = 0; step < (kDirection ? block : p.blocks - 1 - block); ++step) {
       // Other blocks of threads have written it: not to be taken from a cache.
       const volatile float* const other =
@@ -792,18 +797,16 @@ struct BackwardWarp {
 
   __device__ __forceinline__ void run() {
     begin();
-    const int64_t all_rows = static_cast<int64_t>(p.batch) * p.length;
-    const int most = kBlockChunks * p.step;
-    const int64_t items = p.are_independent ? (all_rows + most - 1) / most : static_cast<int64_t>(p.batch) * p.blocks;
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const int most = kBlockChunks * p.step, all_rows = p.batch * p.length;
+    const int items = p.are_independent ? (all_rows + most - 1) / most : p.batch * p.blocks;
+    for (item = blockIdx.x; item < items; item += gridDim.x) {
       if (p.are_independent) {
         first_row = item * most;
-        rows = static_cast<int>(all_rows - first_row < most ? all_rows - first_row : most);
+        rows = min(most, all_rows - first_row);
       } else {
-        image = item / p.blocks;
-        block = static_cast<int>(item % p.blocks);
-        first_row = image * p.length + block * most;
-        rows = min(most, p.length - block * most);
+        const int start = item % p.blocks * most;
+        first_row = item / p.blocks * p.length + start;
+        rows = min(most, p.length - start);
       }
       chunks = (rows + p.step - 1) / p.step;
       __syncthreads();
@@ -827,7 +830,7 @@ struct BackwardWarp {
 
 // Grid of any size, a warp for every 64 channels.
 template <typename T, int NR, int kChunk, int kChannels>
-__global__ void __launch_bounds__(kMaxBackwardWarps* kLanes, 1)
+__global__ void __launch_bounds__(kChannels == 448 || kChannels == 512 ? 256 : kMaxBackwardWarps * kLanes, 1)
     scan_backward_kernel(const BackwardArguments<T> arguments) {
   BackwardWarp<T, NR, kChunk, kChannels> warp{arguments};
   warp.run();

@@ -5,6 +5,11 @@
 // kExact is for float32: nothing is lost. Otherwise a few bits of float32 are lost, far fewer than 16-bit inputs lack.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <type_traits>
+
 #include "scan/cuda/device.cuh"
 
 namespace mobilemamba {
@@ -12,15 +17,28 @@ namespace mobilemamba {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// log2(1 + 2^w), relatively accurate for any w, infinite and NaN where w is. Otherwise than exact it ends at 126, where
-// every decay is zero.
+// log2(1 + u) / u for u in [0, 1], to a relative 4e-4, and to 6e-5.
+__device__ __forceinline__ float log2_ratio_short(float u) {
+  return fmaf(u, fmaf(u, fmaf(u, -0.10725442f, 0.36648067f), -0.70174733f), 1.4421281f);
+}
+__device__ __forceinline__ float log2_ratio(float u) {
+  return fmaf(u, fmaf(u, fmaf(u, fmaf(u, 0.05965155f, -0.22711949f), 0.44189889f), -0.71698744f), 1.4426132f);
+}
+
+// log2(1 + 2^w) for numbers of type T: relatively accurate for any w, infinite and NaN where w is.
+template <typename T>
+__device__ __forceinline__ float softplus2_of(float w) {
+  if constexpr (std::is_same_v<T, float>)
+    return w > 24.f ? w : kLog2e * log1pf(fast_exp2(w));
+  const float u = fast_exp2(-fabsf(w));
+  const float ratio = std::is_same_v<T, c10::BFloat16> ? log2_ratio_short(u) : log2_ratio(u);
+  return fmaf(u, ratio, fmaxf(w, 0.f));
+}
+
+// The same, exact or good enough for any 16-bit type.
 template <bool kExact>
 __device__ __forceinline__ float softplus2(float w) {
-  if constexpr (kExact)
-    return w > 24.f ? w : kLog2e * log1pf(fast_exp2(w));
-  const float u = fast_exp2(min_or_nan(w, 126.f));
-  // Near 1 the logarithm has an absolute error, which would be a relative one of s: a series for small u.
-  return u < 0.0009765625f ? u * kLog2e : fast_log2(1.f + u);
+  return softplus2_of<std::conditional_t<kExact, float, c10::Half>>(w);
 }
 
 // Derivative of the softplus, 1 - 2^-s, relatively accurate for any s.
