@@ -6,6 +6,7 @@
 namespace mobilemamba {
 
 constexpr int kMaxChunk = 16;
+constexpr int kPartialChunk = 13;  // the only length of which a sequence may end with a part
 constexpr int kChunksAState = 4;
 constexpr int kMaxLengthWithoutStates = 64;  // sequences up to here are scanned again from their ends
 

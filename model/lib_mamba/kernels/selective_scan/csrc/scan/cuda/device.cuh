@@ -14,6 +14,15 @@ __device__ __forceinline__ float fast_exp2(float value) {
   return result;
 }
 
+// 2^-|value|, for which the instruction itself takes the sign.
+__device__ __forceinline__ float fast_exp2_down(float value) {
+  float result;
+  asm("{ .reg .f32 down; abs.f32 down, %1; neg.f32 down, down; ex2.approx.ftz.f32 %0, down; }"
+      : "=f"(result)
+      : "f"(value));
+  return result;
+}
+
 __device__ __forceinline__ float fast_log2(float value) {
   float result;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
@@ -81,6 +90,15 @@ __device__ __forceinline__ void load_fragment(float (&a)[4], const float* matrix
     a[i] = __uint_as_float(bits[i]);
 }
 
+// Global memory, four bytes at a time.
+__device__ __forceinline__ uint32_t load_word(const void* from) {
+  return __ldg(static_cast<const uint32_t*>(from));
+}
+
+__device__ __forceinline__ void store_word(void* to, uint32_t word) {
+  *static_cast<uint32_t*>(to) = word;
+}
+
 __device__ __forceinline__ float* shared_memory() {
   extern __shared__ __align__(16) float mobilemamba_shared[];
   return mobilemamba_shared;
@@ -93,10 +111,32 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
+// The same after reading only: nothing is made visible.
+__device__ __forceinline__ void cluster_arrive_from_reading() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
+}
+
+// What another block of the cluster has at the place of `own` in its shared memory.
+__device__ __forceinline__ float4 read_of_block(const float4* own, int rank) {
+  float4 value = make_float4(0.f, 0.f, 0.f, 0.f);
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(own));
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(there)
+               : "memory");
+#endif
+  return value;
 }
 
 }  // namespace mobilemamba

@@ -16,8 +16,7 @@ namespace mobilemamba {
 namespace {
 
 constexpr int kNormThreads = 256;
-constexpr int kWarpsAMultiprocessor = 12;  // by their registers
-constexpr int kReservedShared = 1024;      // bytes of shared memory that each block takes besides its own
+constexpr int kLargestCluster = 16;
 
 // Turn the sum into its gradient; return dnorm (blocks, 2, D).
 template <typename T>
@@ -156,13 +155,20 @@ void run_instance(
   const int groups = num_groups(arguments.channels);
   const bool is_parked_here = fits_shared(Shared::floats(groups, true));
   const int shared_floats = Shared::floats(groups, is_parked_here);
-  const int all_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) + kReservedShared;
-  const int by_shared = all_shared / (static_cast<int>(sizeof(float)) * shared_floats + kReservedShared);
-  const int64_t places =
-      static_cast<int64_t>(num_multiprocessors()) * std::clamp(by_shared, 1, kWarpsAMultiprocessor / groups);
+  // A cluster of blocks for an image, where there is one; otherwise gradients pass through memory between two launches.
+  Launch how{dim3(division.blocks), groups * kLanes, shared_floats, static_cast<unsigned>(division.blocks)};
+  int64_t places = 0;
+  if (division.blocks > 1 && division.blocks <= kLargestCluster && device_attribute(cudaDevAttrClusterLaunch))
+    places = static_cast<int64_t>(num_clusters(Instance::kernel(), how)) * division.blocks;
+  const bool is_whole = places > 0 || division.blocks == 1;
+  if (places == 0) {
+    how.cluster = 1;
+    places = std::max(num_clusters(Instance::kernel(), how), 1);
+  }
   const int64_t items = division.are_independent ? ceil_div<int64_t>(arguments.batch, kBlockChunks)
                                                  : static_cast<int64_t>(arguments.batch) * division.blocks;
   const int64_t blocks = std::min(items, places);
+  how.grid = dim3(blocks);
 
   const Tensor prepared = empty_floats({groups, GroupLayout<Instance::NR>::kFloats}, like);
   launch(
@@ -183,11 +189,11 @@ void run_instance(
   arguments.are_independent = division.are_independent;
   const auto run = [&](Part part) {
     arguments.part = part;
-    launch(Instance::kernel(), dim3(blocks), groups * kLanes, shared_floats, arguments);
+    launch(Instance::kernel(), how, arguments);
   };
-  if (division.blocks > 1)
+  if (!is_whole)
     run(Part::kPassages);
-  run(division.blocks > 1 ? Part::kGradients : Part::kWhole);
+  run(is_whole ? Part::kWhole : Part::kGradients);
 
   launch(
       add_kernel, dim3(layout.group() / kLanes, groups), kParameterThreads, kParameterThreads,
