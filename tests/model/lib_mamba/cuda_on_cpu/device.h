@@ -29,9 +29,6 @@ inline float fast_reciprocal(float value) {
   return flush(1.f / flush(value));
 }
 
-inline float fast_tanh(float value) {
-  return std::tanh(value);
-}
 
 // To the nearest number with 10 fraction bits, ties away from zero.
 inline float round_tf32(float value) {

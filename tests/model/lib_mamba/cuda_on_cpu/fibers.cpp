@@ -5,6 +5,7 @@
 // thread has not yet written, or has yet to read, is then wrong every time, on a GPU only rarely: results that differ
 // between two orders mean a missing barrier. Barriers that not all threads reach are found too, and reads of shared
 // memory that was not written or not requested.
+#include <ATen/record_function.h>
 #include <c10/util/Exception.h>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -239,6 +240,7 @@ const char* const kMultiply = "multiply";
 }  // namespace
 
 void run_kernel(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+  RECORD_FUNCTION("launch", {});  // for a profiler
   check_launch(kernel, config);
   job = &thread;
   gridDim = config.gridDim;
