@@ -113,7 +113,7 @@ def test_short_sequences_and_other_scans_keep_no_states(cuda_as_cpp):
 # Channels, length, rank: scans of the released networks, two of them in clusters.
 GRADIENTS = [(384, 36, 12), (448, 9, 14), (544, 49, 17), (544, 16, 17), (512, 64, 16), (224, 144, 7), (320, 256, 10)]
 # What a profiler sees of PyTorch that starts nothing on a GPU.
-NO_WORK = {"aten::" + name for name in ("contiguous", "empty", "flatten", "reshape", "resolve_conj", "to", "view")}
+NO_WORK = {"aten::" + name for name in ("_reshape_alias", "contiguous", "empty", "flatten", "reshape", "to", "view")}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -177,14 +177,14 @@ def test_gradients_find_the_states_that_are_not_given(cuda_as_cpp):
 
 @pytest.mark.parametrize("channels", [320, 70])
 def test_gradients_of_parts_of_wider_tensors(channels, cuda_as_cpp):
-    """Rows that lie further apart than their channels, and begin at an odd place."""
+    """Rows that lie further apart than their channels, and begin anywhere."""
     tensors = arguments(40, channels=channels, rank=10, dtype=torch.bfloat16)
-    wide = torch.randn(2, 40, 2 * channels + 1).to(torch.bfloat16)
-    expected = exact(tensors)
-    for place in (0, 1):
-        wide[..., place : channels + place] = tensors[0]
-        tensors[0] = wide[..., place : channels + place]
-        assert_accurate(output_and_gradients(gated_scan, tensors), expected, torch.bfloat16, "cuda")
+    x, *others = tensors
+    for place in range(3):
+        wide = torch.randn(2, 40, 2 * channels + 2).to(torch.bfloat16)
+        wide[..., place : channels + place] = x
+        actual = output_and_gradients(gated_scan, [wide[..., place : channels + place], *others])
+        assert_accurate(actual, exact(tensors), torch.bfloat16, "cuda")
 
 
 def test_gradients_of_sums_beyond_float16(cuda_as_cpp):

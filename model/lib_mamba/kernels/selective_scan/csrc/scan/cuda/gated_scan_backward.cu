@@ -130,18 +130,23 @@ bool with_instance(const BackwardArguments<T>& p, Function&& function) {
 
 // The states that the forward pass has kept; where it has not, they are computed now.
 template <typename T>
-Tensor states_of(const ScanTensors& scan, const std::optional<Tensor>& states) {
-  const int count = num_states(static_cast<int>(scan.length));
-  const std::vector<int64_t> shape{scan.batch, 2, count, scan.channels};
+Tensor states_of(
+    const Tensor& x, const Tensor& projection, const ParameterTensors& parameters, const std::optional<Tensor>& states,
+    at::ScalarType type) {
+  const int count = num_states(static_cast<int>(x.size(1)));
+  const std::vector<int64_t> shape{x.size(0), 2, count, x.size(2)};
   if (states && states->numel() > 0) {
     TORCH_CHECK(states->sizes() == shape, "states must be (B, 2, count, D) = ", shape, ", got ", states->sizes());
     return as_floats(*states);
   }
-  Tensor own = empty_floats(shape, scan.x);
-  if (count > 0)
-    launch(
-        states_kernel<T>, dim3(scan.batch, scan.groups(), 2), kLanes, 0, scan.inputs<T>(),
-        own.mutable_data_ptr<float>());
+  Tensor own = empty_floats(shape, x);
+  if (count == 0)
+    return own;
+  const auto& p = parameters;
+  const ScanTensors scan(x, type, projection, p.dt_weight, p.dt_bias, p.A_log, p.D_skip);
+  launch(
+      states_kernel<T>, dim3(scan.batch, scan.groups(), 2), kLanes, 0, scan.inputs<T>(),
+      own.mutable_data_ptr<float>());
   return own;
 }
 
@@ -218,14 +223,11 @@ bool grouped_backward(
   return with_instance<T>(arguments, [&](auto instance) {
     const ParameterTensors parameters = given.contiguous(), gradients = parameters.gradients();
     const Tensor own_projection = projection.to(type).contiguous();
-    Tensor own_states;
-    if (num_states(arguments.length) > 0)
-      own_states = states_of<T>(
-          ScanTensors(x, type, projection, given.dt_weight, given.dt_bias, given.A_log, given.D_skip), states);
+    const Tensor own_states = states_of<T>(x, projection, parameters, states, type);
     Tensor dx = at::empty(x.sizes(), x.options().dtype(type)), dz = at::empty(z.sizes(), z.options().dtype(type));
     Tensor dprojection = at::empty(projection.sizes(), projection.options().dtype(type));
     arguments.projection = own_projection.const_data_ptr<T>();
-    arguments.states = own_states.defined() ? own_states.const_data_ptr<float>() : nullptr;
+    arguments.states = own_states.const_data_ptr<float>();
     arguments.dx = dx.mutable_data_ptr<T>();
     arguments.dz = dz.mutable_data_ptr<T>();
     arguments.dprojection = dprojection.mutable_data_ptr<T>();
