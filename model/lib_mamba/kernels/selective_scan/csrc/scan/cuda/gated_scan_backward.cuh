@@ -73,9 +73,10 @@ struct BackwardShared {
   }
 };
 
-// Values of a chunk that a lane puts away for itself: float32 and bfloat16 as they are. Returns what undoes the scale.
+// Values of a chunk that a lane puts away for itself, as they are or with a scale. Returns what undoes the scale.
 template <typename T>
 struct Parking {
+  using Type = T;
   using Stored = Pair<T>;
   static constexpr bool kScales = false;
 
@@ -85,9 +86,10 @@ struct Parking {
   }
 };
 
-// float16: each lane's values of a chunk times a power of two that makes the most of its range.
+// In half precision: each lane's values of a chunk times a power of two that makes the most of its range.
 template <>
 struct Parking<c10::Half> {
+  using Type = c10::Half;
   using Stored = Pair<c10::Half>;
   static constexpr bool kScales = true;
 
@@ -171,7 +173,9 @@ struct BackwardWarp {
   static constexpr bool kHasOnes = kRank % 8 != 0;
   static constexpr bool kRough = std::is_same_v<T, c10::BFloat16>;
   static constexpr bool kIsWhole = kChannels > 0 && kChannels % kGroup == 0;
-  using Stored = typename Parking<T>::Stored;
+  // bfloat16 would not do for sums and their gradients: other sums, in which they cancel, follow.
+  using Parked = Parking<std::conditional_t<kExact, float, c10::Half>>;
+  using Stored = typename Parked::Stored;
   static constexpr float kMasked = -200.f;  // a time step of zero: such a position changes nothing
 
   const BackwardArguments<T>& p;
@@ -264,13 +268,14 @@ struct BackwardWarp {
 
   // Changes the values.
   __device__ __forceinline__ void park(int chunk, float2 (&values)[kChunk]) const {
-    scales[chunk * kLanes] = Parking<T>::scale_up(values);
+    scales[chunk * kLanes] = Parked::scale_up(values);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
-      parked[(chunk * kChunk + i) * kLanes] = pack<T>(values[i]);
+      parked[(chunk * kChunk + i) * kLanes] = pack<typename Parked::Type>(values[i]);
   }
-  __device__ __forceinline__ float scale_of(const float* own_scales, int chunk) const {
-    return Parking<T>::kScales ? own_scales[chunk * kLanes] : 1.f;
+  template <typename Own>
+  __device__ __forceinline__ static float scale_of(const float* own_scales, int chunk) {
+    return Own::kScales ? own_scales[chunk * kLanes] : 1.f;
   }
   // To be multiplied by the chunk's scale.
   __device__ __forceinline__ float2 get_parked(int chunk, int i) const {
@@ -504,7 +509,7 @@ struct BackwardWarp {
         state = make_float2(0.f, 0.f);
       scan<0>(chunk, x, state, y);
       const float2 skip = parameter(Layout::kSkip);
-      const float scale = scale_of(scales, chunk);
+      const float scale = scale_of<Parked>(scales, chunk);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
         y[i] = multiply_add(skip, unpack(x[i]), multiply_add(get_parked(chunk, i), scale, y[i]));
@@ -523,7 +528,7 @@ struct BackwardWarp {
     project<kDirection>(chunk);
     const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA);
     const float* const stage = stage_of(kDirection, chunk);
-    const float scale = scale_of(scales, chunk);
+    const float scale = scale_of<Parked>(scales, chunk);
 #pragma unroll
     for (int step = kChunk - 1; step >= 0; --step) {
       const int i = travelled<kDirection>(step);
@@ -574,7 +579,7 @@ struct BackwardWarp {
       int chunk, const Pair<T> (&x)[kChunk], float2& dstate, float2 (&dx)[kChunk], float& dB, float& dC) {
     const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA), slope_A = A * kLn2;
     const float* const stage = stage_of(kDirection, chunk);
-    const float scale = scale_of(scales, chunk);
+    const float scale = scale_of<Parked>(scales, chunk);
     float2 state = entering_state(kDirection, chunk), before[kChunk];
     project<kDirection>(chunk);
 #pragma unroll
@@ -774,7 +779,7 @@ struct BackwardWarp {
       load(p.x, x_row, chunk, x);
       differentiate_chunk<0>(chunk, x, dstate, dx);
       load(p.dx, channels, chunk, part);
-      const float scale = scale_of(dx_scales, chunk);
+      const float scale = scale_of<Parking<T>>(dx_scales, chunk);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
         dx[i] = multiply_add(unpack(part[i]), scale, dx[i]);
