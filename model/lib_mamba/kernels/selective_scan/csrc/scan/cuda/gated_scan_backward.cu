@@ -1,7 +1,8 @@
 // The gradients of the gated scan on the GPU: which kernels, and how many blocks.
 //
-// Three launches where a block of threads holds what an image needs, four for longer images: the parameters in the order
-// in which lanes read them; how gradients pass through the blocks of an image; the gradients; and the sums over blocks.
+// Three launches where a block of threads holds what an image needs, four for longer images: the parameters in the
+// order in which lanes read them; how gradients pass through the blocks of an image; the gradients; and the sums over
+// blocks.
 #include "scan/cuda/gated_scan_backward.cuh"
 
 #include <algorithm>
@@ -40,9 +41,7 @@ AnyFloats any_floats(const Tensor& tensor) {
   TORCH_CHECK(
       type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
       "parameters must be float32, float16 or bfloat16, got ", type);
-  const auto own = type == at::kFloat  ? AnyFloats::kFloat
-                   : type == at::kHalf ? AnyFloats::kHalf
-                                       : AnyFloats::kBFloat16;
+  const auto own = type == at::kFloat ? AnyFloats::kFloat : type == at::kHalf ? AnyFloats::kHalf : AnyFloats::kBFloat16;
   return {const_cast<void*>(tensor.const_data_ptr()), own};
 }
 
@@ -51,9 +50,15 @@ struct ParameterTensors {
   Tensor dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias;
 
   AnyParameters pointers() const {
-    return {any_floats(dt_weight),   any_floats(dt_bias),   any_floats(A_log),
-            any_floats(D_skip),      any_floats(norm_weight), any_floats(norm_bias),
-            static_cast<int>(dt_weight.size(1)), static_cast<int>(dt_weight.size(2))};
+    return {
+        any_floats(dt_weight),
+        any_floats(dt_bias),
+        any_floats(A_log),
+        any_floats(D_skip),
+        any_floats(norm_weight),
+        any_floats(norm_bias),
+        static_cast<int>(dt_weight.size(1)),
+        static_cast<int>(dt_weight.size(2))};
   }
   ParameterTensors contiguous() const {
     return {dt_weight.contiguous(), dt_bias.contiguous(),     A_log.contiguous(),
@@ -117,9 +122,7 @@ bool with_instance(const BackwardArguments<T>& p, Function&& function) {
   const int64_t padded_rows = static_cast<int64_t>(p.batch) * p.length + kBlockChunks * kTileRows;
   if (p.channels % 2 != 0 || num_groups(p.channels) > kMaxBackwardWarps || padded_rows > INT_MAX)
     return false;
-  const auto try_all = [&](auto... instances) {
-    return ((can_run(instances) && (function(instances), true)) || ...);
-  };
+  const auto try_all = [&](auto... instances) { return ((can_run(instances) && (function(instances), true)) || ...); };
   if constexpr (sizeof(T) == sizeof(float))
     return try_all(Instance<T, 3, 16>());
   else
@@ -145,8 +148,7 @@ Tensor states_of(
   const auto& p = parameters;
   const ScanTensors scan(x, type, projection, p.dt_weight, p.dt_bias, p.A_log, p.D_skip);
   launch(
-      states_kernel<T>, dim3(scan.batch, scan.groups(), 2), kLanes, 0, scan.inputs<T>(),
-      own.mutable_data_ptr<float>());
+      states_kernel<T>, dim3(scan.batch, scan.groups(), 2), kLanes, 0, scan.inputs<T>(), own.mutable_data_ptr<float>());
   return own;
 }
 
@@ -232,16 +234,9 @@ bool grouped_backward(
     arguments.dz = dz.mutable_data_ptr<T>();
     arguments.dprojection = dprojection.mutable_data_ptr<T>();
     run_instance<decltype(instance)>(arguments, parameters, gradients, x);
-    results = {
-        dx.to(x.scalar_type()),
-        dz.to(z.scalar_type()),
-        dprojection.to(projection.scalar_type()),
-        gradients.dt_weight,
-        gradients.dt_bias,
-        gradients.A_log,
-        gradients.D_skip,
-        gradients.norm_weight,
-        gradients.norm_bias};
+    results = {dx.to(x.scalar_type()), dz.to(z.scalar_type()), dprojection.to(projection.scalar_type()),
+               gradients.dt_weight,    gradients.dt_bias,      gradients.A_log,
+               gradients.D_skip,       gradients.norm_weight,  gradients.norm_bias};
   });
 }
 

@@ -20,8 +20,8 @@ namespace mobilemamba {
 
 constexpr int kBlockChunks = 4;
 constexpr int kMaxBackwardWarps = 9;
-constexpr int kPairRow = 72;             // floats of a tile's row, two a lane
-constexpr int kTileRows = 16;            // as the tensor cores take them
+constexpr int kPairRow = 72;   // floats of a tile's row, two a lane
+constexpr int kTileRows = 16;  // as the tensor cores take them
 
 // What a launch does: all of it; or steps 1 to 3 up to the passages, and 1, 2 and 4 in the next launch.
 enum class Part { kWhole, kPassages, kGradients };
@@ -36,18 +36,18 @@ template <typename T>
 struct BackwardArguments {
   const T *x, *z, *grad;
   int x_row, z_row, grad_row;
-  const T* projection;     // (B, L, 2 * (R + 2))
-  const float* prepared;   // (groups, GroupLayout::kFloats)
-  const float* states;     // (B, 2, blocks, D); not read where an image has one block
-  T *dx, *dz;              // (B, L, D)
-  T* dprojection;          // as projection
-  float* shares;           // (thread blocks, groups, ShareLayout::group())
-  PassagePair* passages;   // (B, 2, blocks, groups * 32)
-  float* parked;           // (thread blocks, warps, parked floats) or, to use shared memory, null
+  const T* projection;    // (B, L, 2 * (R + 2))
+  const float* prepared;  // (groups, GroupLayout::kFloats)
+  const float* states;    // (B, 2, blocks, D); not read where an image has one block
+  T *dx, *dz;             // (B, L, D)
+  T* dprojection;         // as projection
+  float* shares;          // (thread blocks, groups, ShareLayout::group())
+  PassagePair* passages;  // (B, 2, blocks, groups * 32)
+  float* parked;          // (thread blocks, warps, parked floats) or, to use shared memory, null
   float eps;
   int batch, length, channels, rank;
-  int step;             // positions of a chunk
-  int blocks;           // of an image
+  int step;              // positions of a chunk
+  int blocks;            // of an image
   bool are_independent;  // chunks: each is an image
   Part part;
 };
@@ -181,10 +181,12 @@ struct BackwardWarp {
   const BackwardArguments<T>& p;
   const int channels = kChannels ? kChannels : p.channels, rank = kRank ? kRank : p.rank;
   const int x_row = kChannels ? kChannels : p.x_row, grad_row = kChannels ? kChannels : p.grad_row;
-  const int warps = kChannels ? (kChannels + kGroup - 1) / kGroup : blockDim.x / kLanes, warp = threadIdx.x / kLanes, lane = lane_index(), g = lane / 4, q = lane % 4;
+  const int warps = kChannels ? (kChannels + kGroup - 1) / kGroup : blockDim.x / kLanes, warp = threadIdx.x / kLanes,
+            lane = lane_index(), g = lane / 4, q = lane % 4;
   const int channel = warp * kGroup + 2 * lane;
   const bool exists = kIsWhole || channel < channels;
-  const int readable = kIsWhole ? channel : min(channel, channels - 2);  // lanes beyond the channels read another's, and write nothing
+  const int readable =
+      kIsWhole ? channel : min(channel, channels - 2);  // lanes beyond the channels read another's, and write nothing
   const float* const parameters = p.prepared + warp * Layout::kFloats;
 
   float* const stages = shared_memory();
@@ -197,14 +199,12 @@ struct BackwardWarp {
   float2* const statistics = reinterpret_cast<float2*>(narrow + Shared::kNarrow + Shared::kStates);
   float2* const means = statistics + kTileRows;
   float* const dx_scales = reinterpret_cast<float*>(means + kTileRows) + lane;
-  float* const scales =
-      (p.parked ? p.parked + static_cast<int64_t>(blockIdx.x) * warps * Shared::kParked
-                : tiles + warps * Shared::kWarp_) +
-      warp * Shared::kParked + lane;
+  float* const scales = (p.parked ? p.parked + static_cast<int64_t>(blockIdx.x) * warps * Shared::kParked
+                                  : tiles + warps * Shared::kWarp_) +
+                        warp * Shared::kParked + lane;
   Stored* const parked = reinterpret_cast<Stored*>(scales - lane + kBlockChunks * kLanes) + lane;
   const ShareLayout layout{NR, kHasOnes};
-  float* const share =
-      p.shares + (static_cast<int64_t>(blockIdx.x) * warps + warp) * layout.group();
+  float* const share = p.shares + (static_cast<int64_t>(blockIdx.x) * warps + warp) * layout.group();
 
   // Of the block of positions: its number, its first row of all (B * L), how many it has.
   int item, first_row, rows, chunks;
@@ -213,7 +213,9 @@ struct BackwardWarp {
   float2 dbias, dA, dskip, dnorm_weight, dnorm_bias;
 
   __device__ __forceinline__ int valid(int chunk) const { return min(p.step, rows - chunk * p.step); }
-  __device__ __forceinline__ int64_t row_of(int chunk) const { return static_cast<int64_t>(first_row) + chunk * p.step; }
+  __device__ __forceinline__ int64_t row_of(int chunk) const {
+    return static_cast<int64_t>(first_row) + chunk * p.step;
+  }
   __device__ __forceinline__ Pair<T>* rows_of(T* first, int chunk) const {
     return as_pairs(first + row_of(chunk) * channels + readable);
   }
@@ -304,8 +306,7 @@ struct BackwardWarp {
       const int direction = column >= columns, own = column - direction * columns;
       const float unit = own == rank ? kLn2 : 1.f;
       const T* from = p.projection + (first_row + warp) * width + column;
-      float* to = stages + (direction * Shared::kStageRows + warp) * kRow +
-                  (own < rank ? own : 8 * NR + own - rank);
+      float* to = stages + (direction * Shared::kStageRows + warp) * kRow + (own < rank ? own : 8 * NR + own - rank);
 #pragma unroll 4
       for (int row = warp; row < rows; row += warps, from += warps * width, to += warps * kRow)
         *to = unit * static_cast<float>(*from);
@@ -446,19 +447,17 @@ struct BackwardWarp {
     const float2 mean_rstd = combine_group_moments(moments, warps, channels, p.eps);
     // Rows that are not there count for nothing, whatever their variance.
     if (lane < kTileRows)
-      statistics[lane] =
-          lane < valid(chunk)
-              ? make_float2(kExact ? mean_rstd.x : -mean_rstd.x * mean_rstd.y, mean_rstd.y)
-              : make_float2(0.f, 0.f);
+      statistics[lane] = lane < valid(chunk)
+                             ? make_float2(kExact ? mean_rstd.x : -mean_rstd.x * mean_rstd.y, mean_rstd.y)
+                             : make_float2(0.f, 0.f);
     __syncwarp();
     const float2 weight = parameter(Layout::kNormWeight), bias = parameter(Layout::kNormBias);
     float2 dz[kChunk], scaled[kChunk];  // gradient of the normalised value
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const float2 own = statistics[i], z_own = unpack(z[i]), grad_own = unpack(grad[i]);
-      const float2 normed =
-          kExact ? make_float2((y[i].x - own.x) * own.y, (y[i].y - own.x) * own.y)
-                 : make_float2(fmaf(y[i].x, own.y, own.x), fmaf(y[i].y, own.y, own.x));
+      const float2 normed = kExact ? make_float2((y[i].x - own.x) * own.y, (y[i].y - own.x) * own.y)
+                                   : make_float2(fmaf(y[i].x, own.y, own.x), fmaf(y[i].y, own.y, own.x));
       const float2 shifted = multiply_add(normed, weight, bias);
       const GateGradient left = gate_gradient<kRough>(grad_own.x, z_own.x, shifted.x);
       const GateGradient right = gate_gradient<kRough>(grad_own.y, z_own.y, shifted.y);
@@ -729,7 +728,7 @@ struct BackwardWarp {
 #pragma unroll
       for (int n = 0; n < NR; ++n) {
         float4& total = weights[(m * NR + n) * kLanes];
-        const float(&own)[4] = dweight[m][n];
+        const float (&own)[4] = dweight[m][n];
         total = make_float4(
             fmaf(kLog2e, own[0], total.x), fmaf(kLog2e, own[1], total.y), fmaf(kLog2e, own[2], total.z),
             fmaf(kLog2e, own[3], total.w));

@@ -37,7 +37,7 @@ struct AnyFloats {
 
 // The parameters of a gated scan, or their gradients.
 struct AnyParameters {
-  AnyFloats dt_weight;  // (2, D, R)
+  AnyFloats dt_weight;               // (2, D, R)
   AnyFloats dt_bias, A_log, D_skip;  // (2, D)
   AnyFloats norm_weight, norm_bias;  // (D)
   int channels, rank;
@@ -146,7 +146,8 @@ __device__ __forceinline__ void put_gradient(
       p.D_skip.put(direction * p.channels + channel, value);
 }
 
-// The sums over the blocks, always in the same order. Grid (sums of a group / 32, groups); a warp takes every 8th block.
+// The sums over the blocks, always in the same order. Grid (sums of a group / 32, groups); a warp takes every 8th
+// block.
 __global__ void add_kernel(const float* shares, int blocks, ShareLayout layout, const AnyParameters gradients) {
   constexpr int kWarps = kParameterThreads / kLanes;
   const int place = blockIdx.x * kLanes + lane_index();
