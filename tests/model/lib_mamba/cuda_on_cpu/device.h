@@ -29,7 +29,6 @@ inline float fast_reciprocal(float value) {
   return flush(1.f / flush(value));
 }
 
-
 // To the nearest number with 10 fraction bits, ties away from zero.
 inline float round_tf32(float value) {
   if (!std::isfinite(value))

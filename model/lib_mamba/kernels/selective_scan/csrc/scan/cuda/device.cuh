@@ -74,8 +74,8 @@ __device__ __forceinline__ void multiply_tf32(float (&c)[4], const float (&a)[4]
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
-// The fragment a of multiply_tf32 from a (16, 8) part of a matrix in shared memory, whose rows lie `row` floats apart, at
-// multiples of 16 bytes.
+// The fragment a of multiply_tf32 from a (16, 8) part of a matrix in shared memory, whose rows lie `row` floats apart,
+// at multiples of 16 bytes.
 __device__ __forceinline__ void load_fragment(float (&a)[4], const float* matrix, int row) {
   const int lane = threadIdx.x % 32;
   // Lanes 8 i to 8 i + 7 give the rows of the i-th quarter, of 8 rows and 4 columns.

@@ -186,7 +186,7 @@ void run_instance(
   const Tensor shares = empty_floats({blocks, groups, layout.group()}, like);
   const Tensor passages =
       empty_floats({division.blocks > 1 ? arguments.batch : 0, 2, division.blocks, groups * kLanes, 4}, like);
-  const Tensor parked = empty_floats({is_parked_here ? 0 : blocks, groups, Shared::kParked}, like);
+  const Tensor parked = empty_floats({is_parked_here ? 0 : blocks, groups, Shared::kParkedFloats}, like);
   arguments.prepared = prepared.const_data_ptr<float>();
   arguments.shares = shares.mutable_data_ptr<float>();
   arguments.passages = static_cast<PassagePair*>(passages.mutable_data_ptr());

@@ -57,19 +57,19 @@ template <typename T, int NR, int kChunk>
 struct BackwardShared {
   static constexpr bool kExact = sizeof(T) == sizeof(float);
   static constexpr int kStageRows = (kBlockChunks - 1) * kChunk + kTileRows;
-  static constexpr int kStages = 2 * kStageRows * rank_row(NR);
+  static constexpr int kStageFloats = 2 * kStageRows * rank_row(NR);
   // Of a warp.
-  static constexpr int kTile_ = kTileRows * kPairRow;
-  static constexpr int kNarrow = kTileRows * kTileRow;
-  static constexpr int kStates = 2 * kBlockChunks * kGroup;
-  static constexpr int kRows = 4 * kTileRows;
-  static constexpr int kParked = kBlockChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes;
-  static constexpr int kScales = kBlockChunks * kLanes;
-  static constexpr int kWarp_ = kTile_ + kNarrow + kStates + kRows + kScales;
-  static constexpr int kSums = 2 * 2 * kTileRows;
+  static constexpr int kTileFloats = kTileRows * kPairRow;
+  static constexpr int kNarrowFloats = kTileRows * kTileRow;
+  static constexpr int kStateFloats = 2 * kBlockChunks * kGroup;
+  static constexpr int kRowFloats = 4 * kTileRows;
+  static constexpr int kParkedFloats = kBlockChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes;
+  static constexpr int kScaleFloats = kBlockChunks * kLanes;
+  static constexpr int kWarpFloats = kTileFloats + kNarrowFloats + kStateFloats + kRowFloats + kScaleFloats;
+  static constexpr int kSumFloats = 2 * 2 * kTileRows;
 
   static constexpr int floats(int warps, bool is_parked_here) {
-    return kStages + warps * (kWarp_ + kSums + (is_parked_here ? kParked : 0));
+    return kStageFloats + warps * (kWarpFloats + kSumFloats + (is_parked_here ? kParkedFloats : 0));
   }
 };
 
@@ -190,18 +190,18 @@ struct BackwardWarp {
   const float* const parameters = p.prepared + warp * Layout::kFloats;
 
   float* const stages = shared_memory();
-  float2* const moments = reinterpret_cast<float2*>(stages + Shared::kStages);
+  float2* const moments = reinterpret_cast<float2*>(stages + Shared::kStageFloats);
   float2* const sums = moments + warps * kTileRows;
-  float* const tiles = stages + Shared::kStages + warps * Shared::kSums;
-  float* const tile = tiles + warp * Shared::kWarp_;
-  float* const narrow = tile + Shared::kTile_;
-  float2* const entering = reinterpret_cast<float2*>(narrow + Shared::kNarrow) + lane;
-  float2* const statistics = reinterpret_cast<float2*>(narrow + Shared::kNarrow + Shared::kStates);
+  float* const tiles = stages + Shared::kStageFloats + warps * Shared::kSumFloats;
+  float* const tile = tiles + warp * Shared::kWarpFloats;
+  float* const narrow = tile + Shared::kTileFloats;
+  float2* const entering = reinterpret_cast<float2*>(narrow + Shared::kNarrowFloats) + lane;
+  float2* const statistics = reinterpret_cast<float2*>(narrow + Shared::kNarrowFloats + Shared::kStateFloats);
   float2* const means = statistics + kTileRows;
   float* const dx_scales = reinterpret_cast<float*>(means + kTileRows) + lane;
-  float* const scales = (p.parked ? p.parked + static_cast<int64_t>(blockIdx.x) * warps * Shared::kParked
-                                  : tiles + warps * Shared::kWarp_) +
-                        warp * Shared::kParked + lane;
+  float* const scales = (p.parked ? p.parked + static_cast<int64_t>(blockIdx.x) * warps * Shared::kParkedFloats
+                                  : tiles + warps * Shared::kWarpFloats) +
+                        warp * Shared::kParkedFloats + lane;
   Stored* const parked = reinterpret_cast<Stored*>(scales - lane + kBlockChunks * kLanes) + lane;
   const ShareLayout layout{NR, kHasOnes};
   float* const share = p.shares + (static_cast<int64_t>(blockIdx.x) * warps + warp) * layout.group();
@@ -689,7 +689,7 @@ struct BackwardWarp {
       const float* from = tiles + position * kPairRow + first;
       float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-      for (int other = 0; other < warps; ++other, from += Shared::kWarp_) {
+      for (int other = 0; other < warps; ++other, from += Shared::kWarpFloats) {
         const float4 own = *reinterpret_cast<const float4*>(from);
         total = make_float4(total.x + own.x, total.y + own.y, total.z + own.z, total.w + own.w);
       }
@@ -708,7 +708,6 @@ struct BackwardWarp {
     __syncthreads();
   }
 
-  template <int kDirection>
   __device__ __forceinline__ void begin_sums() {
     dA = dbias = make_float2(0.f, 0.f);
 #pragma unroll
@@ -755,7 +754,7 @@ struct BackwardWarp {
 
   // Direction 1 leaves its part of dx where the whole will be.
   __device__ __forceinline__ void differentiate_rightwards() {
-    begin_sums<1>();
+    begin_sums();
     float2 dstate = first_gradient<1>();
     for (int chunk = 0; chunk < chunks; ++chunk) {
       Pair<T> x[kChunk];
@@ -769,7 +768,7 @@ struct BackwardWarp {
   }
 
   __device__ __forceinline__ void differentiate_leftwards() {
-    begin_sums<0>();
+    begin_sums();
     float2 dstate = first_gradient<0>();
     dskip = make_float2(0.f, 0.f);
     for (int chunk = chunks - 1; chunk >= 0; --chunk) {
@@ -789,7 +788,7 @@ struct BackwardWarp {
   }
 
   __device__ __forceinline__ void begin() const {
-    for (int item = threadIdx.x; item < Shared::kStages; item += blockDim.x)
+    for (int item = threadIdx.x; item < Shared::kStageFloats; item += blockDim.x)
       stages[item] = kHasOnes && item % kRow == rank ? 1.f : 0.f;
     float4* const own = reinterpret_cast<float4*>(share);
     // The lanes that will add: four values each to dt_weight's sums, two each to the others.
