@@ -42,6 +42,10 @@ class CompiledBackend:
         """Run the operator; NotImplemented for a type of ``x`` that the kernel is not made for."""
         return self._run("gated_scan", x, x, *arguments)
 
+    def gated_scan_with_states(self, x: Tensor, *arguments: Any) -> Any:
+        """Run the operator; NotImplemented as for `gated_scan`."""
+        return self._run("gated_scan_with_states", x, x, *arguments)
+
     def gated_scan_backward(self, grad: Tensor, x: Tensor, *arguments: Any) -> Any:
         """Run the operator; NotImplemented as for `gated_scan`."""
         return self._run("gated_scan_backward", x, grad, x, *arguments)

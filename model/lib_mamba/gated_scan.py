@@ -1,7 +1,7 @@
 """The selective scan with the normalisation and gate after it, as one operator of `torch.library` (paper, section 3.2).
 
-One operator, so that a backend can keep the sum of the directions out of memory. It saves only its inputs for the
-backward pass, which computes the rest again.
+One operator, so that a backend can keep the sum of the directions out of memory. For the backward pass it saves
+its inputs and, on a GPU, a state of each direction every few positions; the rest is computed again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ _ARGUMENTS = (
 )
 _NUM_TENSORS = 9
 _GRADIENTS = ", ".join(["Tensor"] * _NUM_TENSORS)
+# Every fourth chunk keeps the state that enters it. The longest of equally good chunks comes first.
+_CHUNK_LENGTHS = (16, 14, 13, 12, 9)
+_CHUNKS_A_STATE = 4
+_MAX_LENGTH_WITHOUT_STATES = 64
 
 
 @torch.library.custom_op("mobilemamba::gated_scan", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
@@ -39,11 +43,14 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op(
-    "mobilemamba::gated_scan_backward", mutates_args=(), schema=f"(Tensor grad, {_ARGUMENTS}) -> ({_GRADIENTS})"
+    "mobilemamba::gated_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_ARGUMENTS}, Tensor? states=None) -> ({_GRADIENTS})",
 )
 def _gated_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *others, states = arguments if len(arguments) > _NUM_TENSORS + 1 else (*arguments, None)
     with backends.without_autocast(x.device.type):
-        return backends.gated_scan_backward(grad, x, *arguments)
+        return backends.gated_scan_backward(grad, x, *others, states=states)
 
 
 @_gated_backward.register_fake
@@ -61,6 +68,55 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _gated.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op(
+    "mobilemamba::gated_scan_with_states", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+def _gated_with_states(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    with backends.without_autocast(x.device.type):
+        y, states = backends.gated_scan_with_states(x, *arguments)
+    shape = _states_shape(x)
+    if states is None or states.shape != shape:
+        # A tracer has been told this shape. No backend without states reads them; whoever did would see infinity.
+        states = x.new_full(shape, torch.inf, dtype=torch.float32)
+    return y, states
+
+
+def _states_shape(x: Tensor) -> tuple[int, ...]:
+    """Return the shape (B, 2, count, D) of the states kept for ``x``, by the rule of csrc/scan/cuda/chunks.h."""
+    batch, length, channels = x.shape
+    count = 0
+    if backends.keeps_states(x.device.type) and length > _MAX_LENGTH_WITHOUT_STATES:
+        chunk = min(_CHUNK_LENGTHS, key=lambda positions: -(-length // positions) * positions)
+        count = -(-length // (_CHUNKS_A_STATE * chunk))
+    return batch, 2, count, channels
+
+
+@_gated_with_states.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(_states_shape(x), dtype=torch.float32)
+
+
+def _setup_context_with_states(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.eps, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_with_states(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, states = ctx.saved_tensors
+    return (*_gated_backward(grad, *tensors, ctx.eps, ctx.reverse, states), None, None)
+
+
+_gated_with_states.register_autograd(_backward_with_states, setup_context=_setup_context_with_states)
+
+
+def _is_differentiated(tensors: Sequence[Tensor]) -> bool:
+    """Return whether a backward pass may follow. A traced or exported network is for inference."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def gated_scan(
@@ -118,4 +174,7 @@ def gated_scan(
     directions = [int(is_reverse) for is_reverse in reverse]
     # ONNX has no operators of ours: it gets what they are made of.
     run = reference.gated_scan if torch.onnx.is_in_onnx_export() else _gated
-    return run(x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, directions)
+    tensors = (x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias)
+    if _is_differentiated(tensors):
+        return _gated_with_states(*tensors, eps, directions)[0]
+    return run(*tensors, eps, directions)

@@ -53,6 +53,7 @@ def cuda_as_cpp(cuda_operators, monkeypatch):
     """Run the scans on the CUDA kernels compiled as C++; return their operators."""
     choice = backends.Choice("cuda", as_backend(cuda_operators), "on the CPU")
     monkeypatch.setattr(backends, "choose", lambda device: choice)
+    monkeypatch.setattr(backends, "keeps_states", lambda device: True)
     yield cuda_operators
     cuda_operators.set_order(0)
     cuda_operators.set_device(MANY, H200_SHARED)

@@ -17,8 +17,15 @@ ROOT = Path(__file__).parents[3]
 SHIM = Path(__file__).parent / "cuda_on_cpu"
 KERNELS = ROOT / "model" / "lib_mamba" / "kernels" / "selective_scan" / "csrc"
 CUDA = KERNELS / "scan" / "cuda"
-SOURCES = [CUDA / "gated_scan.cu", CUDA / "general_scan.cu", SHIM / "fibers.cpp", SHIM / "operators.cpp"]
-OPERATORS = ("gated_scan", "gated_scan_backward", "selective_scan", "selective_scan_backward")
+KERNEL_SOURCES = [CUDA / f"{name}.cu" for name in ("gated_scan", "gated_scan_backward", "general_scan")]
+SOURCES = [*KERNEL_SOURCES, SHIM / "fibers.cpp", SHIM / "operators.cpp"]
+OPERATORS = (
+    "gated_scan",
+    "gated_scan_with_states",
+    "gated_scan_backward",
+    "selective_scan",
+    "selective_scan_backward",
+)
 # Multiprocessors and shared memory of a block, which decide how the work is divided.
 FEW, MANY = 1, 132
 H200_SHARED, SMALL_SHARED = 227 * 1024, 48 * 1024

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda_as_cpp import FEW, H200_SHARED, MANY, SMALL_SHARED
-from scan_cases import arguments, assert_accurate, exact, exact_of_case, output_and_gradients
+from scan_cases import arguments, assert_accurate, exact, exact_of_case, output_and_gradients, relative_errors
 
 from model.lib_mamba import gated_scan
 
@@ -69,3 +70,128 @@ def test_float16_and_odd_batches(length, batch, cuda_as_cpp, multiprocessors):
     tensors = arguments(length, batch=batch, dtype=torch.float16)
     actual = output_and_gradients(gated_scan, tensors)
     assert_accurate(actual, exact_of_case(length, torch.float16, batch), torch.float16, "cuda")
+
+
+def exact_states(tensors, chunk):
+    """The states that the forward pass keeps, by the loop that defines the scan, in float64: (B, 2, count, D)."""
+    x, _, projection, dt_weight, dt_bias, A_log, *_ = (tensor.double() for tensor in tensors)
+    length, channels, rank = x.shape[1], x.shape[2], dt_weight.shape[2]
+    kept = []
+    for k, own in enumerate(projection.chunk(2, -1)):
+        delta = F.softplus(own[..., :rank] @ dt_weight[k].T + dt_bias[k])
+        decay = (-delta * A_log.view(2, channels)[k].exp()).exp()
+        inputs = delta * own[..., rank, None] * x
+        before, state = [None] * length, torch.zeros_like(x[:, 0])
+        for t in reversed(range(length)) if k else range(length):
+            before[t] = state
+            state = decay[:, t] * state + inputs[:, t]
+        starts = range(0, length, 4 * chunk)
+        kept.append(torch.stack([before[min(t + 4 * chunk, length) - 1 if k else t] for t in starts], 1))
+    return torch.stack(kept, 1)
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk"), [(65, 13), (80, 16), (100, 13), (144, 16), (196, 14), (299, 13), (400, 16)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_states_that_the_forward_pass_keeps(length, chunk, dtype, cuda_as_cpp, multiprocessors):
+    tensors = arguments(length, channels=70, dtype=dtype)
+    y, states = torch.ops.mobilemamba.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    assert torch.equal(y, torch.ops.mobilemamba.gated_scan(*tensors, 1e-5, [0, 1]))
+    exact_ones = exact_states(tensors, chunk)
+    assert states.shape == exact_ones.shape
+    assert (states - exact_ones).abs().max() < (1e-5 if dtype == torch.float32 else 1e-3) * exact_ones.abs().max()
+
+
+def test_short_sequences_and_other_scans_keep_no_states(cuda_as_cpp):
+    _, states = cuda_as_cpp.gated_scan_with_states(*arguments(64), 1e-5, [0, 1])
+    assert states.shape == (2, 2, 0, 37)
+    _, states = cuda_as_cpp.gated_scan_with_states(*arguments(100, num_states=2), 1e-5, [0, 1])
+    assert states.shape == (2, 2, 0, 37)
+
+
+# Channels, length, rank: scans of the released networks, two of them in clusters.
+GRADIENTS = [(384, 36, 12), (448, 9, 14), (544, 49, 17), (544, 16, 17), (512, 64, 16), (224, 144, 7), (320, 256, 10)]
+# What a profiler sees of PyTorch that starts nothing on a GPU.
+NO_WORK = {"aten::" + name for name in ("_reshape_alias", "contiguous", "empty", "flatten", "reshape", "to", "view")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", GRADIENTS, ids=str)
+def test_gradients_of_the_released_networks_scans(shape, dtype, cuda_as_cpp):
+    """Blocks that take one block of positions each, or several, and threads in any order: the same, and right."""
+    channels, length, rank = shape
+    batch = 6 if length <= 16 else 1 if length > 64 else 2
+    tensors = arguments(length, batch=batch, channels=channels, rank=rank, dtype=dtype)
+    assert_accurate(output_and_gradients(gated_scan, tensors), exact(tensors), dtype, "cuda")
+    assert_same_in_any_order(cuda_as_cpp, tensors)
+    cuda_as_cpp.set_device(FEW, H200_SHARED)
+    assert_accurate(output_and_gradients(gated_scan, tensors), exact(tensors), dtype, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("shared", "most_blocks"),
+    [(99 * 1024, 8), (99 * 1024, 1), (163 * 1024, 1), (H200_SHARED, 8)],
+    ids=["sm_120", "sm_89", "sm_80", "no large clusters"],
+)
+@pytest.mark.parametrize("shape", [(70, 20, 7), (320, 196, 10), (38, 1100, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_on_devices_without_clusters_or_memory(dtype, shape, shared, most_blocks, cuda_as_cpp):
+    channels, length, rank = shape
+    cuda_as_cpp.set_device(MANY, shared, most_blocks)
+    tensors = arguments(length, batch=1, channels=channels, rank=rank, dtype=dtype)
+    assert_accurate(output_and_gradients(gated_scan, tensors), exact(tensors), dtype, "cuda")
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 13, 16, 17, 31, 33, 48, 63, 64, 65, 70, 100, 129])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_at_any_length(length, dtype, cuda_as_cpp, multiprocessors):
+    tensors = arguments(length, batch=5, channels=70, rank=5, dtype=dtype)
+    assert_accurate(output_and_gradients(gated_scan, tensors), exact(tensors), dtype, "cuda")
+
+
+@pytest.mark.parametrize(("length", "most_blocks", "launches"), [(16, 16, 3), (64, 1, 3), (196, 16, 3), (196, 1, 4)])
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
+def test_all_gradients_take_at_most_four_launches(length, most_blocks, launches, parameters, cuda_as_cpp):
+    cuda_as_cpp.set_device(MANY, H200_SHARED, most_blocks)
+    tensors = arguments(length, batch=2, channels=320, rank=10, dtype=torch.bfloat16)
+    tensors[3:] = [tensor.to(parameters) for tensor in tensors[3:]]
+    y, states = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gradients = cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], states)
+    work = [event.name for event in profile.events() if event.name not in NO_WORK]
+    assert [name for name in work if name.startswith("aten::")] == []
+    assert work.count("launch") == launches
+    assert [one.dtype for one in gradients] == [tensor.dtype for tensor in tensors]
+
+
+def test_gradients_find_the_states_that_are_not_given(cuda_as_cpp):
+    tensors = arguments(100, channels=70, rank=5)
+    y, states = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    given, found = (cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], own) for own in (states, None))
+    for one, other in zip(given, found, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(RuntimeError, match="states must be"):
+        cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], states[:, :, :1])
+
+
+@pytest.mark.parametrize("channels", [320, 70])
+def test_gradients_of_parts_of_wider_tensors(channels, cuda_as_cpp):
+    """Rows that lie further apart than their channels, and begin anywhere."""
+    tensors = arguments(40, channels=channels, rank=10, dtype=torch.bfloat16)
+    x, *others = tensors
+    for place in range(3):
+        wide = torch.randn(2, 40, 2 * channels + 2).to(torch.bfloat16)
+        wide[..., place : channels + place] = x
+        actual = output_and_gradients(gated_scan, [wide[..., place : channels + place], *others])
+        assert_accurate(actual, exact(tensors), torch.bfloat16, "cuda")
+
+
+def test_gradients_of_sums_beyond_float16(cuda_as_cpp):
+    """What a chunk parks is scaled: neither sums of the directions nor their gradients overflow."""
+    tensors = arguments(64, batch=1, channels=320, rank=10, dtype=torch.float16)
+    tensors[0] *= 200
+    tensors[2].unflatten(-1, (2, -1))[..., -2:] *= 15
+    actual, expected = output_and_gradients(gated_scan, tensors), exact(tensors)
+    errors = relative_errors(actual, expected)
+    assert {name: error for name, error in errors.items() if not error <= 4e-3} == {}

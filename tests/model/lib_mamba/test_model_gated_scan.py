@@ -237,6 +237,11 @@ def test_sequences_of_two_types(types, backend):
     assert_accurate(actual, exact(tensors), torch.bfloat16, backend.name)
 
 
+def test_opcheck_of_the_operator_in_training(backend):
+    inputs = tuple(tensor.requires_grad_() for tensor in arguments(66, channels=5, device=backend.device))
+    torch.library.opcheck(torch.ops.mobilemamba.gated_scan_with_states.default, (*inputs, 1e-5, [0, 1]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_unsupported_types_run_on_the_reference(dtype, backend):
     tensors = [tensor.to(dtype) for tensor in arguments(9, device=backend.device)]

@@ -36,7 +36,24 @@ void __syncthreads();
 void __syncwarp(unsigned mask = 0xffffffffu);
 float __shfl_xor_sync(unsigned mask, float value, int lane_mask);
 
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 inline int min(int a, int b) {
+  return std::min(a, b);
+}
+inline unsigned min(unsigned a, unsigned b) {
   return std::min(a, b);
 }
 inline float rsqrtf(float value) {
@@ -46,17 +63,35 @@ inline float rsqrtf(float value) {
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   int stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrClusterLaunch
+};
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads, size_t shared);
+cudaError_t cudaGetLastError();
 
 namespace cuda_on_cpu {
 
@@ -64,6 +99,16 @@ namespace cuda_on_cpu {
 void run_kernel(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 
 float* shared_memory();
+
+// The shared memory of another block of the cluster, which must still be running.
+const float* shared_memory_of(int rank);
+
+// The barrier of a cluster's threads, in two parts.
+void cluster_arrive();
+void cluster_wait();
+
+// Bytes that load_word and store_word have moved.
+void count_traffic(int64_t loaded, int64_t stored);
 
 // The tensor cores' product of a warp's fragments.
 void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]);

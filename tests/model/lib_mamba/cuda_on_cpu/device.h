@@ -2,16 +2,25 @@
 #ifndef MOBILEMAMBA_DEVICE_CUH
 #define MOBILEMAMBA_DEVICE_CUH
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <cuda_runtime.h>
 
 namespace mobilemamba {
 
-// The approximations are good to about 2 units in the last place, as these are; numbers below the normal ones are zero.
+// The approximations are good to about 2 units in the last place, and may err to the same side every time, as these do;
+// numbers below the normal ones are zero.
 inline float flush(float value) {
   return std::fabs(value) < 1.17549435e-38f ? std::copysign(0.f, value) : value;
 }
 inline float fast_exp2(float value) {
-  return flush(std::exp2(flush(value)));
+  return flush(std::exp2(flush(value)) * (1.f - 0x1p-23f));
+}
+inline float fast_exp2_down(float value) {
+  return fast_exp2(-std::fabs(value));
+}
+inline float fast_tanh(float value) {
+  return std::tanh(value) * (1.f - 0x1p-12f);
 }
 inline float fast_log2(float value) {
   return std::log2(flush(value));
@@ -31,8 +40,44 @@ inline float round_tf32(float value) {
   return value;
 }
 
+inline uint32_t pack_bfloat16(float low, float high) {
+  return c10::BFloat16(low).x | static_cast<uint32_t>(c10::BFloat16(high).x) << 16;
+}
+inline uint32_t pack_half(float low, float high) {
+  return c10::Half(low).x | static_cast<uint32_t>(c10::Half(high).x) << 16;
+}
+
 inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   cuda_on_cpu::multiply_tf32(c, a, b);
+}
+
+inline void load_fragment(float (&a)[4], const float* matrix, int row) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i)
+    a[i] = matrix[(g + i % 2 * 8) * row + q + i / 2 * 4];
+}
+
+inline uint32_t load_word(const void* from) {
+  cuda_on_cpu::count_traffic(sizeof(uint32_t), 0);
+  return *static_cast<const uint32_t*>(from);
+}
+inline void store_word(void* to, uint32_t word) {
+  cuda_on_cpu::count_traffic(0, sizeof word);
+  *static_cast<uint32_t*>(to) = word;
+}
+
+inline void cluster_arrive() {
+  cuda_on_cpu::cluster_arrive();
+}
+inline void cluster_arrive_from_reading() {
+  cuda_on_cpu::cluster_arrive();
+}
+inline void cluster_wait() {
+  cuda_on_cpu::cluster_wait();
+}
+inline float4 read_of_block(const float4* own, int rank) {
+  const auto offset = reinterpret_cast<const float*>(own) - cuda_on_cpu::shared_memory();
+  return *reinterpret_cast<const float4*>(cuda_on_cpu::shared_memory_of(rank) + offset);
 }
 
 inline float* shared_memory() {

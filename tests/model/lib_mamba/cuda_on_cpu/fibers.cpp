@@ -1,9 +1,11 @@
-// Blocks one after the other, and within a block the threads as fibers: each runs until it has to wait for others.
+// Clusters of blocks one after the other, and within a cluster the threads of all its blocks as fibers: each runs until
+// it has to wait for others.
 //
 // Between two barriers each thread runs ahead of the next ones, in an order that can be chosen. A value that another
 // thread has not yet written, or has yet to read, is then wrong every time, on a GPU only rarely: results that differ
 // between two orders mean a missing barrier. Barriers that not all threads reach are found too, and reads of shared
 // memory that was not written or not requested.
+#include <ATen/record_function.h>
 #include <c10/util/Exception.h>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -24,7 +26,7 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr int kLanes = 32;
-constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kCanaries = 4096;  // floats behind the shared memory
 constexpr size_t kPlainSharedBytes = 48 * 1024;
 const float kPoison = std::numeric_limits<float>::quiet_NaN();
@@ -51,28 +53,43 @@ struct Warp {
   Exchange places[2][kLanes];
 };
 
+struct Block {
+  dim3 index;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::vector<float> memory;
+  int running = 0;  // threads that have not ended
+
+  float* shared() {
+    const size_t offset = (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16 / sizeof(float);
+    return memory.data() + offset;
+  }
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   jmp_buf where;
   bool is_started = false, is_done = true;
   const Barrier* waits_for = nullptr;
   int generation = 0, exchanges = 0;
+  int thread = 0, cluster_generation = 0;
+  Block* block = nullptr;
 };
 
-std::vector<Fiber> fibers(1024);
-std::vector<Warp> warps(1024 / kLanes);
-Barrier block;
+std::vector<std::unique_ptr<Fiber>> fibers;  // of a cluster, block by block
+std::vector<Block> blocks;
+Barrier cluster;
 Fiber* running = nullptr;
 jmp_buf scheduler;
 const std::function<void()>* job = nullptr;
-std::vector<float> shared;
-size_t shared_offset = 0;
 std::map<const void*, size_t> allowed_shared;
-int num_multiprocessors = 132, most_shared = 227 * 1024;
+std::map<const void*, bool> allowed_large_clusters;
+int num_multiprocessors = 132, most_shared = 227 * 1024, most_cluster = 16;
 int chosen_order = kAscending;
+int64_t bytes_loaded = 0, bytes_stored = 0;
 
 Warp& own_warp() {
-  return warps[threadIdx.x / kLanes];
+  return running->block->warps[threadIdx.x / kLanes];
 }
 
 void yield() {
@@ -96,7 +113,8 @@ void fiber_main() {
   for (;;) {
     (*job)();
     running->is_done = true;
-    for (Barrier* barrier : {&block, &own_warp().barrier}) {
+    --running->block->running;
+    for (Barrier* barrier : {&running->block->barrier, &own_warp().barrier, &cluster}) {
       --barrier->expected;
       barrier->release_if_complete();
     }
@@ -105,9 +123,10 @@ void fiber_main() {
 }
 
 // Run a thread until it waits or ends.
-void resume(Fiber& fiber, int index) {
+void resume(Fiber& fiber) {
   running = &fiber;
-  threadIdx = dim3(index, 0, 0);
+  threadIdx = dim3(fiber.thread, 0, 0);
+  blockIdx = fiber.block->index;
   fiber.waits_for = nullptr;
   if (_setjmp(scheduler))
     return;
@@ -137,30 +156,54 @@ std::vector<int> thread_order(int threads, std::mt19937& random) {
   return order;
 }
 
-void run_block(int threads, std::mt19937& random) {
-  std::fill(shared.begin(), shared.end(), kPoison);
-  block = Barrier{threads};
-  for (int index = 0; index < threads; ++index) {
-    fibers[index].is_done = false;
-    fibers[index].waits_for = nullptr;
-    fibers[index].exchanges = 0;
-    if (index % kLanes == 0)
-      warps[index / kLanes].barrier = Barrier{std::min(kLanes, threads - index)};
+// Run blocks [first, first + size) of the grid, which are a cluster.
+void run_cluster(unsigned first, unsigned size, size_t floats, std::mt19937& random) {
+  const int threads = blockDim.x, all = threads * size;
+  while (fibers.size() < static_cast<size_t>(all))
+    fibers.push_back(std::make_unique<Fiber>());
+  blocks.resize(size);
+  cluster = Barrier{all};
+  for (unsigned rank = 0; rank < size; ++rank) {
+    Block& block = blocks[rank];
+    const unsigned index = first + rank;
+    block.index = dim3(index % gridDim.x, index / gridDim.x % gridDim.y, index / gridDim.x / gridDim.y);
+    block.barrier = Barrier{threads};
+    block.running = threads;
+    block.warps.assign(threads / kLanes, {});
+    for (Warp& warp : block.warps)
+      warp.barrier = Barrier{kLanes};
+    block.memory.assign(floats + kCanaries + 4, kPoison);
+    for (int thread = 0; thread < threads; ++thread) {
+      Fiber& fiber = *fibers[rank * threads + thread];
+      fiber.is_done = false;
+      fiber.waits_for = nullptr;
+      fiber.exchanges = 0;
+      fiber.cluster_generation = 0;
+      fiber.thread = thread;
+      fiber.block = &block;
+    }
   }
   for (bool has_run = true; has_run;) {
     has_run = false;
-    for (const int index : thread_order(threads, random))
-      if (is_ready(fibers[index])) {
-        resume(fibers[index], index);
+    for (const int index : thread_order(all, random))
+      if (is_ready(*fibers[index])) {
+        resume(*fibers[index]);
         has_run = true;
       }
   }
-  for (int index = 0; index < threads; ++index)
-    if (!fibers[index].is_done) {
-      for (Fiber& fiber : fibers)  // never to be resumed where they are
-        fiber.is_started = false;
-      TORCH_CHECK(false, "thread ", index, " of block (", blockIdx.x, ", ", blockIdx.y, ") waits for ever");
+  for (int index = 0; index < all; ++index)
+    if (const Fiber& stuck = *fibers[index]; !stuck.is_done) {
+      const dim3 block = stuck.block->index;
+      fibers.clear();  // never to be resumed where they are
+      TORCH_CHECK(false, "thread ", index % threads, " of block (", block.x, ", ", block.y, ") waits for ever");
     }
+  for (Block& block : blocks)
+    for (size_t i = 0; i < kCanaries; ++i)
+      TORCH_CHECK(std::isnan(block.shared()[floats + i]), "written ", i, " floats beyond the shared memory");
+}
+
+unsigned cluster_blocks(const cudaLaunchConfig_t& config) {
+  return config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
 }
 
 void check_launch(const void* kernel, const cudaLaunchConfig_t& config) {
@@ -170,6 +213,11 @@ void check_launch(const void* kernel, const cudaLaunchConfig_t& config) {
   const unsigned threads = config.blockDim.x;
   TORCH_CHECK(config.blockDim.y == 1 && config.blockDim.z == 1, "only rows of threads are known here");
   TORCH_CHECK(threads && threads <= 1024 && threads % kLanes == 0, threads, " threads: not whole warps, or too many");
+  const unsigned size = cluster_blocks(config);
+  TORCH_CHECK(size >= 1 && config.gridDim.x % size == 0, "a grid of ", config.gridDim.x, " in clusters of ", size);
+  TORCH_CHECK(
+      size <= (allowed_large_clusters[kernel] ? 16u : 8u) && size <= static_cast<unsigned>(most_cluster),
+      "clusters of ", size, " blocks are too large");
   const size_t allowed = std::max(kPlainSharedBytes, allowed_shared[kernel]);
   TORCH_CHECK(
       config.dynamicSmemBytes <= allowed, config.dynamicSmemBytes, " bytes of shared memory, allowed ", allowed);
@@ -192,26 +240,46 @@ const char* const kMultiply = "multiply";
 }  // namespace
 
 void run_kernel(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+  RECORD_FUNCTION("launch", {});  // for a profiler
   check_launch(kernel, config);
-  const size_t floats = config.dynamicSmemBytes / sizeof(float);
-  shared.assign(floats + kCanaries + 4, kPoison);
-  shared_offset = (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16 / sizeof(float);
   job = &thread;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   std::mt19937 random(0);
-  for (unsigned y = 0; y < gridDim.y; ++y)
-    for (unsigned x = 0; x < gridDim.x; ++x) {
-      blockIdx = chosen_order == kDescending ? dim3(gridDim.x - 1 - x, gridDim.y - 1 - y) : dim3(x, y);
-      run_block(blockDim.x, random);
-      const float* const canaries = shared_memory() + floats;
-      for (size_t i = 0; i < kCanaries; ++i)
-        TORCH_CHECK(std::isnan(canaries[i]), "written ", i, " floats beyond the shared memory");
-    }
+  const unsigned size = cluster_blocks(config), clusters = gridDim.x * gridDim.y * gridDim.z / size;
+  for (unsigned step = 0; step < clusters; ++step) {
+    const unsigned index = chosen_order == kDescending ? clusters - 1 - step : step;
+    run_cluster(index * size, size, config.dynamicSmemBytes / sizeof(float), random);
+  }
 }
 
 float* shared_memory() {
-  return shared.data() + shared_offset;
+  return running->block->shared();
+}
+
+const float* shared_memory_of(int rank) {
+  Block& block = blocks.at(rank);
+  TORCH_CHECK(block.running > 0, "block ", rank, " of the cluster has ended, and its shared memory is read");
+  return block.shared();
+}
+
+void cluster_arrive() {
+  running->cluster_generation = cluster.generation;
+  ++cluster.arrived;
+  cluster.release_if_complete();
+}
+
+void cluster_wait() {
+  if (cluster.generation != running->cluster_generation)
+    return;
+  running->waits_for = &cluster;
+  running->generation = running->cluster_generation;
+  yield();
+}
+
+void count_traffic(int64_t loaded, int64_t stored) {
+  bytes_loaded += loaded;
+  bytes_stored += stored;
 }
 
 void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
@@ -232,27 +300,58 @@ void set_order(int order) {
   chosen_order = order;
 }
 
-void set_device(int multiprocessors, int shared_bytes) {
+void set_device(int multiprocessors, int shared_bytes, int most_cluster_blocks) {
   num_multiprocessors = multiprocessors;
   most_shared = shared_bytes;
+  most_cluster = most_cluster_blocks;
+}
+
+std::pair<int64_t, int64_t> take_traffic() {
+  const std::pair<int64_t, int64_t> traffic(bytes_loaded, bytes_stored);
+  bytes_loaded = bytes_stored = 0;
+  return traffic;
 }
 
 }  // namespace cuda_on_cpu
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const bool is_count = attribute == cudaDevAttrMultiProcessorCount;
-  *value = is_count ? cuda_on_cpu::num_multiprocessors : cuda_on_cpu::most_shared;
+  if (attribute == cudaDevAttrMultiProcessorCount)
+    *value = cuda_on_cpu::num_multiprocessors;
+  else if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin)
+    *value = cuda_on_cpu::most_shared;
+  else
+    *value = cuda_on_cpu::most_cluster > 1;
   return cudaSuccess;
 }
 
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    cuda_on_cpu::allowed_large_clusters[kernel] = value;
+    return cudaSuccess;
+  }
   TORCH_CHECK(value <= cuda_on_cpu::most_shared, value, " bytes are too many");
   cuda_on_cpu::allowed_shared[kernel] = value;
   return cudaSuccess;
 }
 
+// One block a multiprocessor.
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  const int size = config->attrs[0].val.clusterDim.x;
+  *clusters = size <= cuda_on_cpu::most_cluster ? std::max(cuda_on_cpu::num_multiprocessors / size, 1) : 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+
 void __syncthreads() {
-  cuda_on_cpu::wait(cuda_on_cpu::block);
+  cuda_on_cpu::wait(cuda_on_cpu::running->block->barrier);
 }
 
 void __syncwarp(unsigned) {

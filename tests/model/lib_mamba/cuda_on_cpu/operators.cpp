@@ -49,8 +49,13 @@ void guard_memory(bool is_guarded) {
   c10::SetAllocator(c10::kCPU, is_guarded ? &guarded : plain, 255);
 }
 
-void set_device(int64_t multiprocessors, int64_t shared_bytes) {
-  cuda_on_cpu::set_device(static_cast<int>(multiprocessors), static_cast<int>(shared_bytes));
+void set_device(int64_t multiprocessors, int64_t shared_bytes, int64_t most_cluster_blocks) {
+  cuda_on_cpu::set_device(
+      static_cast<int>(multiprocessors), static_cast<int>(shared_bytes), static_cast<int>(most_cluster_blocks));
+}
+
+std::tuple<int64_t, int64_t> take_traffic() {
+  return cuda_on_cpu::take_traffic();
 }
 
 void set_order(int64_t order) {
@@ -61,10 +66,16 @@ void set_order(int64_t order) {
 
 TORCH_LIBRARY(mobilemamba_cuda_on_cpu, m) {
   m.def("guard_memory", &guard_memory);
-  m.def("set_device", &set_device);
+  m.def("set_device(int multiprocessors, int shared_bytes, int most_cluster_blocks=16) -> ()", &set_device);
   m.def("set_order", &set_order);
+  m.def("take_traffic", &take_traffic);
   m.def("gated_scan", &mobilemamba::gated_scan_cuda);
-  m.def("gated_scan_backward", &mobilemamba::gated_scan_backward_cuda);
+  m.def("gated_scan_with_states", &mobilemamba::gated_scan_with_states_cuda);
+  m.def(
+      "gated_scan_backward(Tensor grad, Tensor x, Tensor z, Tensor projection, Tensor dt_weight, Tensor dt_bias, "
+      "Tensor A_log, Tensor D_skip, Tensor norm_weight, Tensor norm_bias, float eps, int[] reverse, "
+      "Tensor? states=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      &mobilemamba::gated_scan_backward_cuda);
   m.def("selective_scan", &mobilemamba::selective_scan_cuda);
   m.def("selective_scan_backward", &mobilemamba::selective_scan_backward_cuda);
 }

@@ -205,7 +205,7 @@ Tensors mixer_backward(
   const auto [dx_scan, dz, dprojection, ddt_weight, ddt_bias, dA_log, dD_skip, dnorm_weight, dnorm_bias] =
       gated_scan_backward(
           sequence_of(dout.x), sequence_of(x_scan), sequence_of(z), projection, p[kDtWeight], p[kDtBias], p[kALog],
-          p[kDSkip], p[kNormWeight], p[kNormBias], norm_eps, reverse);
+          p[kDSkip], p[kNormWeight], p[kNormBias], norm_eps, reverse, std::nullopt);
   const Tensor dx_weight = at::mm(dprojection.t(), rows_of(x_scan)).view_as(p[kXWeight]);
   const Tensor dx_conv = map_like(dx_scan.flatten(0, 1).addmm_(dprojection, p[kXWeight].flatten(0, 1)), x);
   const Tensor dconv = at::silu_backward(dx_conv, x_conv);

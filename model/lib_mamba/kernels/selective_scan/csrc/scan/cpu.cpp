@@ -298,10 +298,19 @@ Tensor gated_scan(
   return y.to(x.scalar_type());
 }
 
+std::tuple<Tensor, Tensor> gated_scan_with_states(
+    const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
+    const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+    at::IntArrayRef reverse) {
+  const Tensor y =
+      gated_scan(x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, reverse);
+  return {y, at::empty({x.size(0), 2, 0, x.size(2)}, x.options().dtype(at::kFloat))};
+}
+
 GatedGradients gated_scan_backward(
     const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight,
     const Tensor& dt_bias, const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight,
-    const Tensor& norm_bias, double eps, at::IntArrayRef reverse) {
+    const Tensor& norm_bias, double eps, at::IntArrayRef reverse, const std::optional<Tensor>&) {
   Call call(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse, element_type(x, z));
   call.gate(z, norm_weight, norm_bias, eps);
   call.differentiate(grad);
@@ -330,5 +339,6 @@ TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
   m.impl("selective_scan", mobilemamba::selective_scan);
   m.impl("selective_scan_backward", mobilemamba::selective_scan_backward);
   m.impl("gated_scan", mobilemamba::gated_scan);
+  m.impl("gated_scan_with_states", mobilemamba::gated_scan_with_states);
   m.impl("gated_scan_backward", mobilemamba::gated_scan_backward);
 }

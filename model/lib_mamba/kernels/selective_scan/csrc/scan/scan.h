@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 
 namespace mobilemamba {
@@ -27,10 +28,18 @@ at::Tensor gated_scan(
     const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip, const at::Tensor& norm_weight,
     const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
 
+// Also the states that the backward pass starts from, (B, 2, count, D): none where the kernels keep none.
+std::tuple<at::Tensor, at::Tensor> gated_scan_with_states(
+    const at::Tensor& x, const at::Tensor& z, const at::Tensor& projection, const at::Tensor& dt_weight,
+    const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip, const at::Tensor& norm_weight,
+    const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
+
+// Without states, or with none, they are computed again.
 GatedGradients gated_scan_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& z, const at::Tensor& projection,
     const at::Tensor& dt_weight, const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip,
-    const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
+    const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse,
+    const std::optional<at::Tensor>& states);
 
 at::Tensor selective_scan_cuda(
     const at::Tensor& x, const at::Tensor& projection, const at::Tensor& dt_weight, const at::Tensor& dt_bias,
@@ -45,9 +54,18 @@ at::Tensor gated_scan_cuda(
     const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip, const at::Tensor& norm_weight,
     const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
 
+// The states of two directions with one component: see scan/cuda/chunks.h for their number and distance. [b, 0, j] is
+// direction 0's before it takes position j * interval; [b, 1, j] direction 1's before it takes position
+// min((j + 1) * interval, L) - 1.
+std::tuple<at::Tensor, at::Tensor> gated_scan_with_states_cuda(
+    const at::Tensor& x, const at::Tensor& z, const at::Tensor& projection, const at::Tensor& dt_weight,
+    const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip, const at::Tensor& norm_weight,
+    const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
+
 GatedGradients gated_scan_backward_cuda(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& z, const at::Tensor& projection,
     const at::Tensor& dt_weight, const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip,
-    const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
+    const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse,
+    const std::optional<at::Tensor>& states);
 
 }  // namespace mobilemamba

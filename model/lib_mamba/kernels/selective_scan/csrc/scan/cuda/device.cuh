@@ -14,6 +14,15 @@ __device__ __forceinline__ float fast_exp2(float value) {
   return result;
 }
 
+// 2^-|value|, for which the instruction itself takes the sign.
+__device__ __forceinline__ float fast_exp2_down(float value) {
+  float result;
+  asm("{ .reg .f32 down; abs.f32 down, %1; neg.f32 down, down; ex2.approx.ftz.f32 %0, down; }"
+      : "=f"(result)
+      : "f"(value));
+  return result;
+}
+
 __device__ __forceinline__ float fast_log2(float value) {
   float result;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
@@ -26,11 +35,31 @@ __device__ __forceinline__ float fast_reciprocal(float value) {
   return result;
 }
 
+// Within 2^-11 of the value.
+__device__ __forceinline__ float fast_tanh(float value) {
+  float result;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
 // To the nearest number with the 10 fraction bits that the tensor cores take.
 __device__ __forceinline__ float round_tf32(float value) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return __uint_as_float(bits);
+}
+
+// The nearest 16-bit numbers, the first one in the lower half.
+__device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ uint32_t pack_half(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 // c += a b for a (16, 8), b (8, 8), c (16, 8), spread over a warp. Lane l = 4 g + q holds a[g][q], a[g + 8][q],
@@ -45,9 +74,69 @@ __device__ __forceinline__ void multiply_tf32(float (&c)[4], const float (&a)[4]
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
+// The fragment a of multiply_tf32 from a (16, 8) part of a matrix in shared memory, whose rows lie `row` floats apart,
+// at multiples of 16 bytes.
+__device__ __forceinline__ void load_fragment(float (&a)[4], const float* matrix, int row) {
+  const int lane = threadIdx.x % 32;
+  // Lanes 8 i to 8 i + 7 give the rows of the i-th quarter, of 8 rows and 4 columns.
+  const float* own = matrix + (lane % 16) * row + lane / 16 * 4;
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(own));
+  uint32_t bits[4];
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+               : "r"(address)
+               : "memory");
+  for (int i = 0; i < 4; ++i)
+    a[i] = __uint_as_float(bits[i]);
+}
+
+// Global memory, four bytes at a time.
+__device__ __forceinline__ uint32_t load_word(const void* from) {
+  return __ldg(static_cast<const uint32_t*>(from));
+}
+
+__device__ __forceinline__ void store_word(void* to, uint32_t word) {
+  *static_cast<uint32_t*>(to) = word;
+}
+
 __device__ __forceinline__ float* shared_memory() {
   extern __shared__ __align__(16) float mobilemamba_shared[];
   return mobilemamba_shared;
+}
+
+// Barrier of all threads of a cluster, in two parts: what was written before arriving can be read after waiting.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+// The same after reading only: nothing is made visible.
+__device__ __forceinline__ void cluster_arrive_from_reading() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// What another block of the cluster has at the place of `own` in its shared memory.
+__device__ __forceinline__ float4 read_of_block(const float4* own, int rank) {
+  float4 value = make_float4(0.f, 0.f, 0.f, 0.f);
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(own));
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(there)
+               : "memory");
+#endif
+  return value;
 }
 
 }  // namespace mobilemamba

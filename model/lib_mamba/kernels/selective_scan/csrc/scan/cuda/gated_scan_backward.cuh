@@ -1,66 +1,717 @@
-// Gradients of the sum of both directions. A block has `groups` times 32 channels of an image, or 32 channels by
-// `segments` of its positions, a warp each, as in gated_scan_split.cuh.
+// Gradients of the gated scan in one pass over its inputs.
 //
-// A chunk's states are computed again from the one that entered it (the checkpoint); then the gradient of the state
-// runs through the chunk against the direction of travel. Sums over channels are made in the block, sums over images
-// by whoever called: in the same order every time, without atomics.
+// A block of threads has a block of positions, up to 4 chunks of an image (or 4 images of one chunk), with all its
+// channels; a warp has 64 of them, two a lane. From the states that enter the block, kept by the forward pass, it
+// 1. runs direction 1 through the chunks, right to left, and parks its sums;
+// 2. runs direction 0, left to right, adds, normalises and gates: dz, and the gradient of the sum, which it parks;
+// 3. in an image of several blocks, finds how the gradients of the states pass through the block, which go against the
+//    directions' travel, and from those of the other blocks the gradients that enter this one;
+// 4. computes the states of one chunk after the other again, and the gradients of direction 1, then of direction 0.
+// Sums over channels are made in the block. Those over positions are made by each block for all images that it takes,
+// and added up by add_kernel: in the same order every time, without atomics.
 #pragma once
 
-#include "scan/cuda/gated_scan_split.cuh"
+#include <type_traits>
+
+#include "scan/cuda/gated_scan_backward_parameters.cuh"
+#include "scan/cuda/pairs.cuh"
 
 namespace mobilemamba {
 
-constexpr int kBackwardThreads = 256;
+constexpr int kBlockChunks = 4;
+constexpr int kMaxBackwardWarps = 9;
+constexpr int kPairRow = 72;   // floats of a tile's row, two a lane
+constexpr int kTileRows = 16;  // as the tensor cores take them
 
-template <typename T>
-struct BackwardOutputs {
-  const float* dsum;         // (B, L, D), given
-  const float* checkpoints;  // given
-  T* dx;                     // (B, L, D)
-  float* dprojection;        // (blocks of channels, B, L, 2 * (R + 2))
-  float* dparameters;  // (B, segments, 2, D, R + 3): of dt_weight's row, dt_bias, A_log and, at direction 0, D_skip
+// What a launch does: all of it; or steps 1 to 3 up to the passages, and 1, 2 and 4 in the next launch.
+enum class Part { kWhole, kPassages, kGradients };
+
+// How the gradient of the state passes through a block: the value that leaves is decay * the one that enters + added.
+struct alignas(16) PassagePair {
+  float2 decay, added;
 };
 
-template <int NR>
-__host__ __device__ constexpr int backward_shared_floats(int groups, int segments) {
-  return groups * kLanes * rank_row(NR) + groups * segments * (kChunk * rank_row(NR) + 2 * kTile) +
-         2 * segments * kLanes;
+// Sequences are (B * L) rows of D, strides in elements.
+template <typename T>
+struct BackwardArguments {
+  const T *x, *z, *grad;
+  int x_row, z_row, grad_row;
+  const T* projection;    // (B, L, 2 * (R + 2))
+  const float* prepared;  // (groups, GroupLayout::kFloats)
+  const float* states;    // (B, 2, blocks, D); not read where an image has one block
+  T *dx, *dz;             // (B, L, D)
+  T* dprojection;         // as projection
+  float* shares;          // (thread blocks, groups, ShareLayout::group())
+  PassagePair* passages;  // (B, 2, blocks, groups * 32)
+  float* parked;          // (thread blocks, warps, parked floats) or, to use shared memory, null
+  float eps;
+  int batch, length, channels, rank;
+  int step;              // positions of a chunk
+  int blocks;            // of an image
+  bool are_independent;  // chunks: each is an image
+  Part part;
+};
+
+// Where the parts of a thread block's shared memory begin, in floats.
+template <typename T, int NR, int kChunk>
+struct BackwardShared {
+  static constexpr bool kExact = sizeof(T) == sizeof(float);
+  static constexpr int kStageRows = (kBlockChunks - 1) * kChunk + kTileRows;
+  static constexpr int kStageFloats = 2 * kStageRows * rank_row(NR);
+  // Of a warp.
+  static constexpr int kTileFloats = kTileRows * kPairRow;
+  static constexpr int kNarrowFloats = kTileRows * kTileRow;
+  static constexpr int kStateFloats = 2 * kBlockChunks * kGroup;
+  static constexpr int kRowFloats = 4 * kTileRows;
+  static constexpr int kParkedFloats = kBlockChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes;
+  static constexpr int kScaleFloats = kBlockChunks * kLanes;
+  static constexpr int kWarpFloats = kTileFloats + kNarrowFloats + kStateFloats + kRowFloats + kScaleFloats;
+  static constexpr int kSumFloats = 2 * 2 * kTileRows;
+
+  static constexpr int floats(int warps, bool is_parked_here) {
+    return kStageFloats + warps * (kWarpFloats + kSumFloats + (is_parked_here ? kParkedFloats : 0));
+  }
+};
+
+// Values of a chunk that a lane puts away for itself, as they are or with a scale. Returns what undoes the scale.
+template <typename T>
+struct Parking {
+  using Type = T;
+  using Stored = Pair<T>;
+  static constexpr bool kScales = false;
+
+  template <int kChunk>
+  __device__ __forceinline__ static float scale_up(float2 (&)[kChunk]) {
+    return 1.f;
+  }
+};
+
+// In half precision: each lane's values of a chunk times a power of two that makes the most of its range.
+template <>
+struct Parking<c10::Half> {
+  using Type = c10::Half;
+  using Stored = Pair<c10::Half>;
+  static constexpr bool kScales = true;
+
+  template <int kChunk>
+  __device__ __forceinline__ static float scale_up(float2 (&values)[kChunk]) {
+    float most = 1e-30f;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      most = fmaxf(fmaxf(most, fabsf(values[i].x)), fabsf(values[i].y));
+    // The largest value comes to lie between 2^14 and 2^15.
+    const uint32_t exponent = min(__float_as_uint(most) & 0x7f800000u, 240u << 23);
+    const float up = __uint_as_float((268u << 23) - exponent);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      values[i] = values[i] * up;
+    return __uint_as_float(exponent - (14u << 23));
+  }
+};
+
+// Mean over all channels and 1 / deviation of position p, in lanes p and p + 16; each warp has 64 channels, the last
+// one what remains.
+__device__ __forceinline__ float2 combine_group_moments(const float2* moments, int warps, int channels, float eps) {
+  const int p = lane_index() % kTileRows, half = lane_index() / kTileRows;
+  const float last = channels - kGroup * (warps - 1);
+  float sum = 0.f;
+#pragma unroll
+  for (int first = 0; first < warps; first += 2) {
+    const int w = first + half;
+    if (w < warps)
+      sum = fmaf(w == warps - 1 ? last : kGroup, moments[w * kTileRows + p].x, sum);
+  }
+  sum += __shfl_xor_sync(kWarp, sum, kTileRows);
+  const float mean = sum / channels;
+  float squares = 0.f;
+#pragma unroll
+  for (int first = 0; first < warps; first += 2) {
+    const int w = first + half;
+    if (w < warps) {
+      const float2 own = moments[w * kTileRows + p];
+      const float deviation = own.x - mean;
+      squares += fmaf(deviation * (w == warps - 1 ? last : kGroup), deviation, own.y);
+    }
+  }
+  squares += __shfl_xor_sync(kWarp, squares, kTileRows);
+  return make_float2(mean, rsqrtf(squares / channels + eps));
 }
 
-template <typename T, int NR>
+// Sum of pairs over the warps for position p, in lanes p and p + 16.
+__device__ __forceinline__ float2 combine_group_sums(const float2* sums, int warps) {
+  const int p = lane_index() % kTileRows, half = lane_index() / kTileRows;
+  float2 total = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int first = 0; first < warps; first += 2)
+    if (first + half < warps)
+      total = total + sums[(first + half) * kTileRows + p];
+  total.x += __shfl_xor_sync(kWarp, total.x, kTileRows);
+  total.y += __shfl_xor_sync(kWarp, total.y, kTileRows);
+  return total;
+}
+
+// c += a b, where the tensor cores need not round: a is 16-bit or may lose its last bits, b is rounded.
+template <bool kExact>
+__device__ __forceinline__ void multiply_rounded(float (&c)[4], const float (&a)[4], float b0, float b1) {
+  const float b[2] = {b0, b1};
+  if constexpr (kExact)
+    multiply<true>(c, a, b);
+  else
+    multiply_tf32(c, a, b);
+}
+
+// kChannels: D where it is a constant, and the rows of x and the output's gradient lie D apart; otherwise 0.
+template <typename T, int NR, int kChunk, int kChannels>
 struct BackwardWarp {
-  static constexpr bool kExact = sizeof(T) == sizeof(float);
+  using Shared = BackwardShared<T, NR, kChunk>;
+  using Layout = GroupLayout<NR>;
+  static constexpr bool kExact = Shared::kExact;
   static constexpr int kRow = rank_row(NR);
-  static constexpr int kOwn = kChunk * kRow + 2 * kTile;
+  // The released networks have a rank of D / 32.
+  static constexpr int kRank = (kChannels + 31) / 32;
+  // A column of ones beside dt: the bias is a weight then, and so is its gradient.
+  static constexpr bool kHasOnes = kRank % 8 != 0;
+  static constexpr bool kRough = std::is_same_v<T, c10::BFloat16>;
+  static constexpr bool kIsWhole = kChannels > 0 && kChannels % kGroup == 0;
+  // bfloat16 would not do for sums and their gradients: other sums, in which they cancel, follow.
+  using Parked = Parking<std::conditional_t<kExact, float, c10::Half>>;
+  using Stored = typename Parked::Stored;
+  static constexpr float kMasked = -200.f;  // a time step of zero: such a position changes nothing
 
-  const ScanInputs<T>& p;
-  const BackwardOutputs<T>& out;
-  const Place place;
-  const bool exists = place.channel < p.channels;
-  const int g = lane_index() / 4, q = lane_index() % 4;
-  float* const all_weights = shared_memory();
-  float* const weights = all_weights + place.group * kLanes * kRow;  // times log2(e)
-  float* const all_stages = all_weights + place.groups * kLanes * kRow;
-  float* const stage = all_stages + threadIdx.x / kLanes * kOwn;
-  float* const tile = stage + kChunk * kRow;
-  float* const other_tile = tile + kTile;
-  Passage* const passages = reinterpret_cast<Passage*>(all_stages + blockDim.x / kLanes * kOwn);
+  const BackwardArguments<T>& p;
+  const int channels = kChannels ? kChannels : p.channels, rank = kRank ? kRank : p.rank;
+  const int x_row = kChannels ? kChannels : p.x_row, grad_row = kChannels ? kChannels : p.grad_row;
+  const int warps = kChannels ? (kChannels + kGroup - 1) / kGroup : blockDim.x / kLanes, warp = threadIdx.x / kLanes,
+            lane = lane_index(), g = lane / 4, q = lane % 4;
+  const int channel = warp * kGroup + 2 * lane;
+  const bool exists = kIsWhole || channel < channels;
+  const int readable =
+      kIsWhole ? channel : min(channel, channels - 2);  // lanes beyond the channels read another's, and write nothing
+  const float* const parameters = p.prepared + warp * Layout::kFloats;
 
-  Channel parameters;
-  float carried;  // the state's gradient from the later steps
-  float dweight[2][NR][4];
-  float dbias, dA_log, dskip;
+  float* const stages = shared_memory();
+  float2* const moments = reinterpret_cast<float2*>(stages + Shared::kStageFloats);
+  float2* const sums = moments + warps * kTileRows;
+  float* const tiles = stages + Shared::kStageFloats + warps * Shared::kSumFloats;
+  float* const tile = tiles + warp * Shared::kWarpFloats;
+  float* const narrow = tile + Shared::kTileFloats;
+  float2* const entering = reinterpret_cast<float2*>(narrow + Shared::kNarrowFloats) + lane;
+  float2* const statistics = reinterpret_cast<float2*>(narrow + Shared::kNarrowFloats + Shared::kStateFloats);
+  float2* const means = statistics + kTileRows;
+  float* const dx_scales = reinterpret_cast<float*>(means + kTileRows) + lane;
+  float* const scales = (p.parked ? p.parked + static_cast<int64_t>(blockIdx.x) * warps * Shared::kParkedFloats
+                                  : tiles + warps * Shared::kWarpFloats) +
+                        warp * Shared::kParkedFloats + lane;
+  Stored* const parked = reinterpret_cast<Stored*>(scales - lane + kBlockChunks * kLanes) + lane;
+  const ShareLayout layout{NR, kHasOnes};
+  float* const share = p.shares + (static_cast<int64_t>(blockIdx.x) * warps + warp) * layout.group();
 
-  __device__ __forceinline__ int64_t at(int chunk, int row) const {
-    return (place.image * p.length + chunk * kChunk) * row + place.channel;
+  // Of the block of positions: its number, its first row of all (B * L), how many it has.
+  int item, first_row, rows, chunks;
+
+  float dweight[4][NR][4];
+  float2 dbias, dA, dskip, dnorm_weight, dnorm_bias;
+
+  __device__ __forceinline__ int valid(int chunk) const { return min(p.step, rows - chunk * p.step); }
+  __device__ __forceinline__ int64_t row_of(int chunk) const {
+    return static_cast<int64_t>(first_row) + chunk * p.step;
+  }
+  __device__ __forceinline__ Pair<T>* rows_of(T* first, int chunk) const {
+    return as_pairs(first + row_of(chunk) * channels + readable);
+  }
+  __device__ __forceinline__ const float* stage_of(int direction, int chunk) const {
+    return stages + (direction * Shared::kStageRows + chunk * p.step) * kRow;
+  }
+  __device__ __forceinline__ static float2 BC(const float* stage, int i) {
+    return *reinterpret_cast<const float2*>(stage + i * kRow + 8 * NR);
+  }
+  __device__ __forceinline__ float2& cell(int i) const {
+    return *reinterpret_cast<float2*>(tile + i * kPairRow + 2 * lane);
+  }
+  __device__ __forceinline__ float2 parameter(int place) const {
+    return *reinterpret_cast<const float2*>(parameters + place + 2 * lane);
+  }
+  __device__ __forceinline__ float2& entering_state(int direction, int chunk) const {
+    return entering[(direction * kBlockChunks + chunk) * kLanes];
+  }
+  // The position that comes `step`-th in the direction's travel.
+  template <int kDirection>
+  __device__ __forceinline__ static int travelled(int step) {
+    return kDirection ? kChunk - 1 - step : step;
   }
 
-  __device__ __forceinline__ void start_direction(int direction) {
-    put_weights<NR>(p, direction, blockIdx.y * place.groups * kLanes, place.groups * kLanes, all_weights);
-    parameters.load(p.dt_bias, p.A_log, direction * p.channels + place.channel, exists);
-    dbias = dA_log = dskip = 0.f;
+  __device__ __forceinline__ void load(const T* from, int row, int chunk, Pair<T> (&values)[kChunk]) const {
+    const int count = valid(chunk);
+    from += row_of(chunk) * row + readable;
+    if (count == kChunk) {
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+      for (int i = 0; i < kChunk; ++i)
+        values[i] = *as_pairs(from + i * row);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        values[i] = i < count ? *as_pairs(from + i * row) : pack<T>(make_float2(0.f, 0.f));
+    }
+  }
+
+  __device__ __forceinline__ void store(Pair<T>* to, int chunk, const float2 (&values)[kChunk]) const {
+    const int count = exists ? valid(chunk) : 0, row = channels / 2;
+    if (count == kChunk) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        to[i * row] = pack<T>(values[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        if (i < count)
+          to[i * row] = pack<T>(values[i]);
+    }
+  }
+
+  // Changes the values.
+  __device__ __forceinline__ void park(int chunk, float2 (&values)[kChunk]) const {
+    scales[chunk * kLanes] = Parked::scale_up(values);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      parked[(chunk * kChunk + i) * kLanes] = pack<typename Parked::Type>(values[i]);
+  }
+  template <typename Own>
+  __device__ __forceinline__ static float scale_of(const float* own_scales, int chunk) {
+    return Own::kScales ? own_scales[chunk * kLanes] : 1.f;
+  }
+  // To be multiplied by the chunk's scale.
+  __device__ __forceinline__ float2 get_parked(int chunk, int i) const {
+    return unpack(parked[(chunk * kChunk + i) * kLanes]);
+  }
+
+  // Add to the block's share; each address belongs to one lane.
+  __device__ __forceinline__ void add_to_share(int place, float2 value) const {
+    float2* const to = reinterpret_cast<float2*>(share + place) + lane;
+    *to = *to + value;
+  }
+
+  __device__ __forceinline__ void store(T* to, int chunk, const float2 (&values)[kChunk]) const {
+    const int count = exists ? valid(chunk) : 0;
+    to += row_of(chunk) * channels + channel;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i, to += channels)
+      if (i < count)
+        *as_pairs(to) = pack<T>(values[i]);
+  }
+
+  // The projection of all positions of the block as [2][rows][dt, zeros up to 8 * NR, ln 2 * B, C].
+  __device__ __forceinline__ void put_stages() {
+    const int columns = rank + 2, width = 2 * columns;
+    for (int column = lane; column < width; column += kLanes) {
+      const int direction = column >= columns, own = column - direction * columns;
+      const float unit = own == rank ? kLn2 : 1.f;
+      const T* from = p.projection + (first_row + warp) * width + column;
+      float* to = stages + (direction * Shared::kStageRows + warp) * kRow + (own < rank ? own : 8 * NR + own - rank);
+#pragma unroll 4
+      for (int row = warp; row < rows; row += warps, from += warps * width, to += warps * kRow)
+        *to = unit * static_cast<float>(*from);
+    }
+  }
+
+  // log2(e) * (dt_weight . dt + dt_bias) of a chunk into the tile; complete for the lane's own channels.
+  template <int kDirection>
+  __device__ __forceinline__ void project(int chunk) const {
+    const float4* const weights =
+        reinterpret_cast<const float4*>(parameters + kDirection * Layout::kDirection + Layout::kProject) + lane;
+    const float4* const biases =
+        reinterpret_cast<const float4*>(parameters + kDirection * Layout::kDirection + Layout::kBias) + lane;
+    const float* const dt = stage_of(kDirection, chunk);
+    float c[8][4] = {};
+#pragma unroll
+    for (int j = 0; j < 4 && !kHasOnes; ++j) {
+      const float4 bias = biases[j * kLanes];
+      c[2 * j][0] = c[2 * j][2] = bias.x;
+      c[2 * j][1] = c[2 * j][3] = bias.y;
+      c[2 * j + 1][0] = c[2 * j + 1][2] = bias.z;
+      c[2 * j + 1][1] = c[2 * j + 1][3] = bias.w;
+    }
+#pragma unroll
+    for (int k = 0; k < NR; ++k) {
+      float a[4];
+      load_fragment(a, dt + 8 * k, kRow);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float4 b = weights[(4 * k + j) * kLanes];
+        multiply_rounded<kExact>(c[2 * j], a, b.x, b.y);
+        multiply_rounded<kExact>(c[2 * j + 1], a, b.z, b.w);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float* const to = tile + g * kPairRow + 8 * j + 2 * q;
+      *reinterpret_cast<float2*>(to) = make_float2(c[j][0], c[j][1]);
+      *reinterpret_cast<float2*>(to + 8 * kPairRow) = make_float2(c[j][2], c[j][3]);
+    }
+    __syncwarp();
+    for (int i = valid(chunk); i < kChunk; ++i)
+      cell(i) = make_float2(kMasked, kMasked);
+  }
+
+  __device__ __forceinline__ float2 time_step(int i) const {
+    const float2 raw = cell(i);
+    return make_float2(softplus2_of<T>(raw.x), softplus2_of<T>(raw.y));
+  }
+  __device__ __forceinline__ static float2 decay(float2 s, float2 A) {
+    return make_float2(decay_of(s.x, A.x), decay_of(s.y, A.y));
+  }
+
+  // Of a block of the same image, in (B, 2, blocks).
+  __device__ __forceinline__ int64_t place_in_image(int direction, int block) const {
+    return (static_cast<int64_t>(item / p.blocks) * 2 + direction) * p.blocks + block;
+  }
+
+  // The state that enters the block in its travel.
+  template <int kDirection>
+  __device__ __forceinline__ float2 first_state() const {
+    if (p.blocks == 1)
+      return make_float2(0.f, 0.f);
+    return *reinterpret_cast<const float2*>(
+        p.states + (place_in_image(kDirection, item % p.blocks)) * channels + readable);
+  }
+
+  // A direction's C * state at the positions of a chunk.
+  template <int kDirection>
+  __device__ __forceinline__ void scan(int chunk, const Pair<T> (&x)[kChunk], float2& state, float2 (&y)[kChunk]) {
+    entering_state(kDirection, chunk) = state;
+    project<kDirection>(chunk);
+    const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA);
+    const float* const stage = stage_of(kDirection, chunk);
+#pragma unroll
+    for (int step = 0; step < kChunk; ++step) {
+      const int i = travelled<kDirection>(step);
+      const float2 own_BC = BC(stage, i), s = time_step(i);
+      state = multiply_add(decay(s, A), state, s * own_BC.x * unpack(x[i]));
+      y[i] = state * own_BC.y;
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void scan_leftwards() {
+    float2 state = first_state<1>();
+    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+      Pair<T> x[kChunk];
+      float2 y[kChunk];
+      load(p.x, x_row, chunk, x);
+      if (p.are_independent)
+        state = make_float2(0.f, 0.f);
+      scan<1>(chunk, x, state, y);
+      park(chunk, y);
+    }
+  }
+
+  // Mean and sum of squared deviations over the warp's channels, of position l / 2 in lane l.
+  __device__ __forceinline__ float2 group_moments() const {
+    const int columns = min(kGroup, channels - warp * kGroup);
+    const float* const row = tile + lane / 2 * kPairRow;
+    const float shift = row[0];
+    float sum = 0.f, squares = 0.f;
+    const auto add = [&](float value) {
+      const float deviation = value - shift;
+      sum += deviation;
+      squares = fmaf(deviation, deviation, squares);
+    };
+    if (columns == kGroup) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float4 part = *reinterpret_cast<const float4*>(row + 8 * i + 4 * (lane % 2));
+        add(part.x), add(part.y), add(part.z), add(part.w);
+      }
+    } else {
+      for (int i = lane % 2; i < columns; i += 2)
+        add(row[i]);
+    }
+    sum += __shfl_xor_sync(kWarp, sum, 1);
+    squares += __shfl_xor_sync(kWarp, squares, 1);
+    const float mean = sum / columns;
+    return make_float2(shift + mean, fmaf(-sum, mean, squares));
+  }
+
+  // The sums of the chunk, in y, to their gradients; and dz.
+  __device__ __forceinline__ void normalise_back(int chunk, float2 (&y)[kChunk]) {
+    Pair<T> z[kChunk], grad[kChunk];
+    load(p.z, p.z_row, chunk, z);
+    load(p.grad, grad_row, chunk, grad);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      cell(i) = y[i];
+    __syncwarp();
+    const float2 own_moments = group_moments();
+    if (lane % 2 == 0)
+      moments[warp * kTileRows + lane / 2] = own_moments;
+    __syncthreads();
+    const float2 mean_rstd = combine_group_moments(moments, warps, channels, p.eps);
+    // Rows that are not there count for nothing, whatever their variance.
+    if (lane < kTileRows)
+      statistics[lane] = lane < valid(chunk)
+                             ? make_float2(kExact ? mean_rstd.x : -mean_rstd.x * mean_rstd.y, mean_rstd.y)
+                             : make_float2(0.f, 0.f);
+    __syncwarp();
+    const float2 weight = parameter(Layout::kNormWeight), bias = parameter(Layout::kNormBias);
+    float2 dz[kChunk], scaled[kChunk];  // gradient of the normalised value
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const float2 own = statistics[i], z_own = unpack(z[i]), grad_own = unpack(grad[i]);
+      const float2 normed = kExact ? make_float2((y[i].x - own.x) * own.y, (y[i].y - own.x) * own.y)
+                                   : make_float2(fmaf(y[i].x, own.y, own.x), fmaf(y[i].y, own.y, own.x));
+      const float2 shifted = multiply_add(normed, weight, bias);
+      const GateGradient left = gate_gradient<kRough>(grad_own.x, z_own.x, shifted.x);
+      const GateGradient right = gate_gradient<kRough>(grad_own.y, z_own.y, shifted.y);
+      dz[i] = make_float2(left.gate, right.gate);
+      const float2 dnormed = make_float2(left.normed, right.normed);
+      dnorm_weight = multiply_add(dnormed, normed, dnorm_weight);
+      dnorm_bias = dnorm_bias + dnormed;
+      scaled[i] = dnormed * weight;
+      y[i] = normed;
+      cell(i) = make_float2(scaled[i].x + scaled[i].y, fmaf(scaled[i].x, normed.x, scaled[i].y * normed.y));
+    }
+    if (p.part != Part::kPassages)
+      store(rows_of(p.dz, chunk), chunk, dz);
+    __syncwarp();
+    float2 own_sums = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float4 two = *reinterpret_cast<const float4*>(tile + lane / 2 * kPairRow + 8 * i + 4 * (lane % 2));
+      own_sums = own_sums + make_float2(two.x + two.z, two.y + two.w);
+    }
+    own_sums.x += __shfl_xor_sync(kWarp, own_sums.x, 1);
+    own_sums.y += __shfl_xor_sync(kWarp, own_sums.y, 1);
+    if (lane % 2 == 0)
+      sums[warp * kTileRows + lane / 2] = own_sums;
+    __syncthreads();
+    const float2 total = combine_group_sums(sums, warps);
+    if (lane < kTileRows)
+      means[lane] = make_float2(total.x / channels, total.y / channels);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const float2 own = means[i];
+      const float rstd = exists ? statistics[i].y : 0.f;
+      y[i] = make_float2(
+          (scaled[i].x - fmaf(y[i].x, own.y, own.x)) * rstd, (scaled[i].y - fmaf(y[i].y, own.y, own.x)) * rstd);
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void scan_rightwards_and_normalise() {
+    float2 state = first_state<0>();
+    dnorm_weight = dnorm_bias = make_float2(0.f, 0.f);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      Pair<T> x[kChunk];
+      float2 y[kChunk];
+      load(p.x, x_row, chunk, x);
+      if (p.are_independent)
+        state = make_float2(0.f, 0.f);
+      scan<0>(chunk, x, state, y);
+      const float2 skip = parameter(Layout::kSkip);
+      const float scale = scale_of<Parked>(scales, chunk);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        y[i] = multiply_add(skip, unpack(x[i]), multiply_add(get_parked(chunk, i), scale, y[i]));
+      normalise_back(chunk, y);
+      park(chunk, y);
+    }
+    if (p.part != Part::kPassages) {
+      add_to_share(layout.norm_weight(), dnorm_weight);
+      add_to_share(layout.norm_bias(), dnorm_bias);
+    }
+  }
+
+  // How the gradient of a direction's state passes through a chunk, against the direction's travel.
+  template <int kDirection>
+  __device__ __forceinline__ void pass(int chunk, PassagePair& passage) const {
+    project<kDirection>(chunk);
+    const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA);
+    const float* const stage = stage_of(kDirection, chunk);
+    const float scale = scale_of<Parked>(scales, chunk);
+#pragma unroll
+    for (int step = kChunk - 1; step >= 0; --step) {
+      const int i = travelled<kDirection>(step);
+      const float2 own_decay = decay(time_step(i), A);
+      passage.added = own_decay * multiply_add(get_parked(chunk, i), scale * BC(stage, i).y, passage.added);
+      passage.decay = passage.decay * own_decay;
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ PassagePair& passage_of(int direction, int block) const {
+    return p.passages[place_in_image(direction, block) * warps * kLanes + threadIdx.x];
+  }
+
+  __device__ __forceinline__ void find_passages() const {
+    const PassagePair none{make_float2(1.f, 1.f), make_float2(0.f, 0.f)};
+    PassagePair passage = none;
+    for (int chunk = 0; chunk < chunks; ++chunk)
+      pass<1>(chunk, passage);
+    passage_of(1, item % p.blocks) = passage;
+    passage = none;
+    for (int chunk = chunks - 1; chunk >= 0; --chunk)
+      pass<0>(chunk, passage);
+    passage_of(0, item % p.blocks) = passage;
+  }
+
+  // The gradient that enters the block against a direction's travel.
+  template <int kDirection>
+  __device__ __forceinline__ float2 first_gradient() const {
+    float2 gradient = make_float2(0.f, 0.f);
+    if (p.blocks == 1)
+      return gradient;
+    const int block = item % p.blocks;
+    for (int step = 0; step < (kDirection ? block : p.blocks - 1 - block); ++step) {
+      // Other blocks of threads have written it: not to be taken from a cache.
+      const volatile float* const other =
+          reinterpret_cast<const volatile float*>(&passage_of(kDirection, kDirection ? step : p.blocks - 1 - step));
+      const float2 own_decay = make_float2(other[0], other[1]), added = make_float2(other[2], other[3]);
+      gradient = multiply_add(own_decay, gradient, added);
+    }
+    return gradient;
+  }
+
+  // A direction's gradients in a chunk, given that of the state that leaves it; direction 0 has the skip's too. Leaves
+  // those of the raw time steps, times ln 2, in the tile.
+  template <int kDirection>
+  __device__ __forceinline__ void differentiate(
+      int chunk, const Pair<T> (&x)[kChunk], float2& dstate, float2 (&dx)[kChunk], float& dB, float& dC) {
+    const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA), slope_A = A * kLn2;
+    const float* const stage = stage_of(kDirection, chunk);
+    const float scale = scale_of<Parked>(scales, chunk);
+    float2 state = entering_state(kDirection, chunk), before[kChunk];
+    project<kDirection>(chunk);
+#pragma unroll
+    for (int step = 0; step < kChunk; ++step) {
+      const int i = travelled<kDirection>(step);
+      const float2 s = time_step(i), dy = get_parked(chunk, i);
+      cell(i) = s;
+      before[i] = state;
+      state = multiply_add(decay(s, A), state, s * BC(stage, i).x * unpack(x[i]));
+      narrow[i * kTileRow + lane] = scale * fmaf(dy.x, state.x, dy.y * state.y);
+    }
+    __syncwarp();
+    dC = row_sum(narrow);
+    __syncwarp();
+    const float2 skip = parameter(Layout::kSkip) * scale;
+    float2 own_dskip = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int step = kChunk - 1; step >= 0; --step) {
+      const int i = travelled<kDirection>(step);
+      const float2 own_BC = BC(stage, i), s = cell(i), own_x = unpack(x[i]), dy = get_parked(chunk, i);
+      const float2 own = multiply_add(dy, scale * own_BC.y, dstate);
+      dstate = decay(s, A) * own;
+      const float2 ddecay = dstate * before[i], own_s = own * s;
+      dx[i] = own_s * own_BC.x;
+      if (kDirection == 0) {
+        dx[i] = multiply_add(skip, dy, dx[i]);
+        own_dskip = multiply_add(dy, own_x, own_dskip);
+      }
+      narrow[i * kTileRow + lane] = fmaf(own_s.x, own_x.x, own_s.y * own_x.y);
+      const float2 slope = make_float2(softplus2_slope<kExact>(s.x), softplus2_slope<kExact>(s.y));
+      const float2 draw = multiply_add(ddecay, slope_A, own * own_x * own_BC.x) * slope;
+      dA = multiply_add(ddecay, s, dA);
+      if (!kHasOnes)
+        dbias = dbias + draw;
+      cell(i) = draw;
+    }
+    if (kDirection == 0)
+      dskip = multiply_add(own_dskip, scale, dskip);
+#pragma unroll
+    for (int i = kChunk; i < kTileRows; ++i)
+      cell(i) = make_float2(0.f, 0.f);
+    __syncwarp();
+    dB = row_sum(narrow);
+  }
+
+  // dt_weight's gradient (64, R) += (raw's gradient)^T (64, 16) . dt (16, R).
+  template <int kDirection>
+  __device__ __forceinline__ void add_dweight(int chunk) {
+    const float* const stage = stage_of(kDirection, chunk);
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const float* draw = tile + (8 * k + q) * kPairRow + 16 * m + g;
+        const float a[4] = {draw[0], draw[8], draw[4 * kPairRow], draw[4 * kPairRow + 8]};
+#pragma unroll
+        for (int n = 0; n < NR; ++n) {
+          const float* dt = stage + (8 * k + q) * kRow + 8 * n + g;
+          multiply_rounded<kExact>(dweight[m][n], a, dt[0], dt[4 * kRow]);
+        }
+      }
+  }
+
+  // dt's gradient (16, R) = raw's gradient (16, 64) . dt_weight (64, R), over the warp's channels.
+  template <int kDirection>
+  __device__ __forceinline__ void transpose(float (&c)[NR][4]) {
+    const float4* const weights =
+        reinterpret_cast<const float4*>(parameters + kDirection * Layout::kDirection + Layout::kTranspose) + lane;
+#pragma unroll
+    for (int n = 0; n < NR; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        c[n][i] = 0.f;
+#pragma unroll
+    for (int k = 0; k < 8; k += 2) {
+      float a[4], a_next[4];
+      load_fragment(a, tile + 8 * k, kPairRow);
+      load_fragment(a_next, tile + 8 * k + 8, kPairRow);
+#pragma unroll
+      for (int n = 0; n < NR; ++n) {
+        const float4 b = weights[(4 * n + k / 2) * kLanes];
+        multiply_rounded<kExact>(c[n], a, b.x, b.y);
+        multiply_rounded<kExact>(c[n], a_next, b.z, b.w);
+      }
+    }
+    __syncwarp();  // the tile has been read
+  }
+
+  __device__ __forceinline__ void put_partial(const float (&c)[NR][4], float dB, float dC) {
+#pragma unroll
+    for (int n = 0; n < NR; ++n) {
+      float* const to = tile + g * kPairRow + 8 * n + 2 * q;
+      *reinterpret_cast<float2*>(to) = make_float2(c[n][0], c[n][1]);
+      *reinterpret_cast<float2*>(to + 8 * kPairRow) = make_float2(c[n][2], c[n][3]);
+    }
+    tile[lane / 2 * kPairRow + 8 * NR + lane % 2] = lane % 2 ? dC : kLn2 * dB;
+  }
+
+  // A direction's part of the projection's gradient: the sum over the warps of what stands in their tiles, four columns
+  // a thread.
+  template <int kDirection>
+  __device__ __forceinline__ void store_dprojection(int chunk) const {
+    constexpr int kQuads = kRow / 4;
+    const int columns = rank + 2, count = valid(chunk);
+    __syncthreads();
+    for (int item = threadIdx.x; item < count * kQuads; item += warps * kLanes) {
+      const int position = item / kQuads, first = item % kQuads * 4;
+      const float* from = tiles + position * kPairRow + first;
+      float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int other = 0; other < warps; ++other, from += Shared::kWarpFloats) {
+        const float4 own = *reinterpret_cast<const float4*>(from);
+        total = make_float4(total.x + own.x, total.y + own.y, total.z + own.z, total.w + own.w);
+      }
+      T* const to = p.dprojection + (row_of(chunk) + position) * 2 * columns + kDirection * columns;
+      if (first == 8 * NR) {
+        to[rank] = static_cast<T>(total.x);
+        to[rank + 1] = static_cast<T>(total.y);
+      } else {
+        const float values[4] = {total.x, total.y, total.z, total.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (first + i < rank)
+            to[first + i] = static_cast<T>(values[i]);
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void begin_sums() {
+    dA = dbias = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
 #pragma unroll
       for (int n = 0; n < NR; ++n)
 #pragma unroll
@@ -68,202 +719,124 @@ struct BackwardWarp {
           dweight[m][n][i] = 0.f;
   }
 
-  __device__ __forceinline__ void begin(int direction, int chunk) {
-    put_own_stage<NR>(p, place.image, chunk, direction, stage);
-    project<NR, kExact>(stage, SharedWeights<NR>{weights}, tile);
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ float2 BC(int i) const {
-    return *reinterpret_cast<const float2*>(stage + i * kRow + 8 * NR);
-  }
-
-  // How the segment maps the gradient that later steps hand back.
   template <int kDirection>
-  __device__ __forceinline__ void find_passage() {
-    Passage own{1.f, 0.f};
-    for (int n = place.first_chunk; n < place.last_chunk; ++n) {
-      const int chunk = kDirection ? n : place.first_chunk + place.last_chunk - 1 - n;
-      float dy[kChunk];
-      load_rows(out.dsum + at(chunk, p.channels), p.channels, exists ? p.valid(chunk) : 0, dy);
-      begin(kDirection, chunk);
+  __device__ __forceinline__ void add_sums() const {
+    float4* const weights = reinterpret_cast<float4*>(share + layout.weights(kDirection)) + lane;
 #pragma unroll
-      for (int step = 0; step < kChunk; ++step) {
-        const int i = kDirection ? step : kChunk - 1 - step;
-        const float s = softplus2<kExact>(tile[i * kTileRow + lane_index()] + parameters.bias);
-        const float decay = decay_of(s, parameters.A);
-        own.added = decay * fmaf(BC(i).y, dy[i], own.added);
-        own.decay *= decay;
-      }
-    }
-    passages[place.segment * kLanes + lane_index()] = own;
-  }
-
-  // Gradients of a chunk; leaves raw's in the tile.
-  template <int kDirection>
-  __device__ __forceinline__ void scan_back(int chunk, float (&dx)[kChunk], float& dB, float& dC) {
-    const int valid = exists ? p.valid(chunk) : 0;
-    T x[kChunk];
-    float dy[kChunk], before[kChunk];
-    load_rows(p.x + at(chunk, p.x_row), p.x_row, valid, x);
-    load_rows(out.dsum + at(chunk, p.channels), p.channels, valid, dy);
-    float state = exists ? out.checkpoints[p.checkpoint(place.image, kDirection, chunk, place.channel)] : 0.f;
-    begin(kDirection, chunk);
-#pragma unroll
-    for (int step = 0; step < kChunk; ++step) {
-      const int i = kDirection ? kChunk - 1 - step : step;
-      const int here = i * kTileRow + lane_index();
-      const float s = softplus2<kExact>(tile[here] + parameters.bias);
-      tile[here] = s;
-      before[i] = state;
-      state = next_state(state, s, decay_of(s, parameters.A), BC(i).x, static_cast<float>(x[i]));
-      other_tile[here] = dy[i] * state;
-    }
-    __syncwarp();
-    dC = row_sum(other_tile);
-    __syncwarp();
-    const float skip = kDirection ? 0.f : p.skip(place.channel);
-#pragma unroll
-    for (int step = 0; step < kChunk; ++step) {
-      const int i = kDirection ? step : kChunk - 1 - step;
-      const int here = i * kTileRow + lane_index();
-      const float dstate = fmaf(BC(i).y, dy[i], carried);
-      const float s = tile[here], own_x = static_cast<float>(x[i]);
-      const StepGradient gradient =
-          step_gradient<kExact>(dstate, before[i], s, decay_of(s, parameters.A), parameters.A, BC(i).x, own_x);
-      carried = gradient.previous;
-      dbias += gradient.raw;
-      dA_log += gradient.A_log;
-      dx[i] = fmaf(skip, dy[i], gradient.x);
-      tile[here] = gradient.raw;
-      other_tile[here] = gradient.B;
-      if (kDirection == 0)
-        dskip = fmaf(dy[i], own_x, dskip);
-    }
-    __syncwarp();
-    dB = row_sum(other_tile);
-  }
-
-  // dt_weight's gradient (32, R) += (raw's gradient)^T (32, 16) . dt (16, R).
-  __device__ __forceinline__ void add_dweight() {
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const float* draw = tile + (8 * k + q) * kTileRow + 16 * m + g;
-        const float a[4] = {draw[0], draw[8], draw[4 * kTileRow], draw[4 * kTileRow + 8]};
-#pragma unroll
-        for (int n = 0; n < NR; ++n) {
-          const float* dt = stage + (8 * k + q) * kRow + 8 * n + g;
-          const float b[2] = {dt[0], dt[4 * kRow]};
-          multiply<kExact>(dweight[m][n], a, b);
-        }
-      }
-  }
-
-  // dt's gradient (16, R) = raw's gradient (16, 32) . dt_weight (32, R), into the stage with B's and C's.
-  __device__ __forceinline__ void put_dprojection(float dB, float dC) {
-    float c[NR][4] = {};
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float* draw = tile + g * kTileRow + 8 * k + q;
-      const float a[4] = {draw[0], draw[8 * kTileRow], draw[4], draw[8 * kTileRow + 4]};
+    for (int m = 0; m < 4; ++m)
 #pragma unroll
       for (int n = 0; n < NR; ++n) {
-        const float* weight = weights + (8 * k + q) * kRow + 8 * n + g;
-        const float b[2] = {weight[0], weight[4 * kRow]};
-        multiply<kExact>(c[n], a, b);
+        float4& total = weights[(m * NR + n) * kLanes];
+        const float (&own)[4] = dweight[m][n];
+        total = make_float4(
+            fmaf(kLog2e, own[0], total.x), fmaf(kLog2e, own[1], total.y), fmaf(kLog2e, own[2], total.z),
+            fmaf(kLog2e, own[3], total.w));
       }
-    }
-    __syncwarp();  // the stage has been read
-#pragma unroll
-    for (int n = 0; n < NR; ++n) {
-      float* to = stage + g * kRow + 8 * n + 2 * q;
-      *reinterpret_cast<float2*>(to) = make_float2(kLn2 * c[n][0], kLn2 * c[n][1]);
-      *reinterpret_cast<float2*>(to + 8 * kRow) = make_float2(kLn2 * c[n][2], kLn2 * c[n][3]);
-    }
-    stage[lane_index() / 2 * kRow + 8 * NR + lane_index() % 2] = lane_index() % 2 ? dC : dB;
+    const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA);
+    if (!kHasOnes)
+      add_to_share(layout.dt_bias(kDirection), dbias * kLog2e);
+    add_to_share(layout.A_log(kDirection), dA * A * kLn2);
   }
 
-  // The sum over the block's channels of the gradients in the warps' stages.
-  __device__ __forceinline__ void store_dprojection(int direction, int chunk) {
-    const bool is_single = place.groups == 1;
-    is_single ? __syncwarp() : __syncthreads();
-    const float* first = is_single ? stage : all_stages;
-    const int columns = p.rank + 2;
-    const int64_t row = (static_cast<int64_t>(blockIdx.y) * p.batch + place.image) * p.length + chunk * kChunk;
-    float* const to = out.dprojection + row * p.width() + direction * columns;
-    const int threads = is_single ? kLanes : blockDim.x;
-    for (int item = is_single ? lane_index() : threadIdx.x; item < p.valid(chunk) * columns; item += threads) {
-      const int position = item / columns, column = item % columns;
-      const int from = position * kRow + (column < p.rank ? column : 8 * NR + column - p.rank);
-      float total = 0.f;
-      for (int group = 0; group < place.groups; ++group)
-        total += first[group * kOwn + from];
-      to[position * p.width() + column] = total;
-    }
-    if (!is_single)
-      __syncthreads();
-  }
-
-  __device__ __forceinline__ void store_dparameters(int direction) {
-    const int columns = p.rank + 3;
-    const int64_t sums = ((place.image * place.segments + place.segment) * 2 + direction) * p.channels;
-    const int first = place.channel - lane_index();
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-      for (int n = 0; n < NR; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int d = first + 16 * m + g + i / 2 * 8, r = 8 * n + 2 * q + i % 2;
-          if (d < p.channels && r < p.rank)
-            out.dparameters[(sums + d) * columns + r] = dweight[m][n][i];
-        }
-    if (!exists)
-      return;
-    float* const own = out.dparameters + (sums + place.channel) * columns + p.rank;
-    own[0] = dbias;
-    own[1] = dA_log * parameters.A * kLn2;
-    own[2] = dskip;
-  }
-
+  // One direction's gradients; leaves those of the raw time steps in the tile, dx in the array.
   template <int kDirection>
-  __device__ __forceinline__ void run() {
-    start_direction(kDirection);
-    if (place.segments > 1) {
-      find_passage<kDirection>();
-      __syncthreads();
+  __device__ __forceinline__ void differentiate_chunk(
+      int chunk, const Pair<T> (&x)[kChunk], float2& dstate, float2 (&dx)[kChunk]) {
+    float dB, dC, c[NR][4];
+    if (p.are_independent)
+      dstate = make_float2(0.f, 0.f);
+    differentiate<kDirection>(chunk, x, dstate, dx, dB, dC);
+    add_dweight<kDirection>(chunk);
+    transpose<kDirection>(c);
+    put_partial(c, dB, dC);
+    store_dprojection<kDirection>(chunk);
+  }
+
+  // Direction 1 leaves its part of dx where the whole will be.
+  __device__ __forceinline__ void differentiate_rightwards() {
+    begin_sums();
+    float2 dstate = first_gradient<1>();
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      Pair<T> x[kChunk];
+      float2 dx[kChunk];
+      load(p.x, x_row, chunk, x);
+      differentiate_chunk<1>(chunk, x, dstate, dx);
+      dx_scales[chunk * kLanes] = Parking<T>::scale_up(dx);
+      store(rows_of(p.dx, chunk), chunk, dx);
     }
-    carried = entering(passages, place, kDirection == 0);
-    for (int n = place.first_chunk; n < place.last_chunk; ++n) {
-      const int chunk = kDirection ? n : place.first_chunk + place.last_chunk - 1 - n;
-      const int valid = exists ? p.valid(chunk) : 0;
-      float dx[kChunk], dB, dC;
-      scan_back<kDirection>(chunk, dx, dB, dC);
-      T* const to = out.dx + at(chunk, p.channels);
-      T half[kChunk];  // direction 1 adds to the result of direction 0
-      if (kDirection == 1)
-        load_rows(to, p.channels, valid, half);
-      RowWriter<T> writer(to, p.channels, valid);
+    add_sums<1>();
+  }
+
+  __device__ __forceinline__ void differentiate_leftwards() {
+    begin_sums();
+    float2 dstate = first_gradient<0>();
+    dskip = make_float2(0.f, 0.f);
+    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+      Pair<T> x[kChunk], part[kChunk];
+      float2 dx[kChunk];
+      load(p.x, x_row, chunk, x);
+      differentiate_chunk<0>(chunk, x, dstate, dx);
+      load(p.dx, channels, chunk, part);
+      const float scale = scale_of<Parking<T>>(dx_scales, chunk);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        writer.put(i, kDirection ? dx[i] + static_cast<float>(half[i]) : dx[i]);
-      add_dweight();
-      put_dprojection(dB, dC);
-      store_dprojection(kDirection, chunk);
+        dx[i] = multiply_add(unpack(part[i]), scale, dx[i]);
+      store(rows_of(p.dx, chunk), chunk, dx);
     }
-    store_dparameters(kDirection);
+    add_sums<0>();
+    add_to_share(layout.D_skip(), dskip);
+  }
+
+  __device__ __forceinline__ void begin() const {
+    for (int item = threadIdx.x; item < Shared::kStageFloats; item += blockDim.x)
+      stages[item] = kHasOnes && item % kRow == rank ? 1.f : 0.f;
+    float4* const own = reinterpret_cast<float4*>(share);
+    // The lanes that will add: four values each to dt_weight's sums, two each to the others.
+    for (int item = lane; item < layout.vectors() / 4; item += kLanes)
+      own[item] = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int vector = 0; vector < 7; ++vector)
+      reinterpret_cast<float2*>(share + layout.vectors() + vector * kGroup)[lane] = make_float2(0.f, 0.f);
+  }
+
+  __device__ __forceinline__ void run() {
+    begin();
+    const int most = kBlockChunks * p.step, all_rows = p.batch * p.length;
+    const int items = p.are_independent ? (all_rows + most - 1) / most : p.batch * p.blocks;
+    for (item = blockIdx.x; item < items; item += gridDim.x) {
+      if (p.are_independent) {
+        first_row = item * most;
+        rows = min(most, all_rows - first_row);
+      } else {
+        const int start = item % p.blocks * most;
+        first_row = item / p.blocks * p.length + start;
+        rows = min(most, p.length - start);
+      }
+      chunks = (rows + p.step - 1) / p.step;
+      __syncthreads();
+      put_stages();
+      __syncthreads();
+      scan_leftwards();
+      scan_rightwards_and_normalise();
+      if (p.blocks > 1 && p.part != Part::kGradients)
+        find_passages();
+      if (p.blocks > 1 && p.part == Part::kWhole) {
+        cluster_arrive();
+        cluster_wait();
+      }
+      if (p.part == Part::kPassages)
+        continue;
+      differentiate_rightwards();
+      differentiate_leftwards();
+    }
   }
 };
 
-// Grid (B, blocks of channels).
-template <typename T, int NR>
-__global__ void __launch_bounds__(kBackwardThreads, 2)
-    scan_backward_kernel(const ScanInputs<T> p, int segments, const BackwardOutputs<T> out) {
-  BackwardWarp<T, NR> warp{p, out, Place(segments, p.chunks())};
-  warp.template run<0>();
-  warp.template run<1>();
+// Grid of any size, a warp for every 64 channels.
+template <typename T, int NR, int kChunk, int kChannels>
+__global__ void __launch_bounds__(kChannels == 448 || kChannels == 512 ? 256 : kMaxBackwardWarps * kLanes, 1)
+    scan_backward_kernel(const BackwardArguments<T> arguments) {
+  BackwardWarp<T, NR, kChunk, kChannels> warp{arguments};
+  warp.run();
 }
 
 }  // namespace mobilemamba

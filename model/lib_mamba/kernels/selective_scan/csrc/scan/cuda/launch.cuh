@@ -17,19 +17,54 @@ namespace mobilemamba {
 using at::Tensor;
 
 constexpr size_t kPlainSharedBytes = 48 * 1024;  // beyond this a kernel must ask
+constexpr unsigned kPortableCluster = 8;         // and beyond this for its clusters
+
+// What a launch needs besides the arguments: blocks of threads, in clusters of some.
+struct Launch {
+  dim3 grid;
+  int threads, shared_floats;
+  unsigned cluster = 1;
+};
+
+// A launch as CUDA takes it, for as long as this object lives.
+class LaunchConfig {
+ public:
+  template <typename... Parameters>
+  LaunchConfig(void (*kernel)(Parameters...), const Launch& launch) {
+    const auto address = reinterpret_cast<const void*>(kernel);
+    config.gridDim = launch.grid;
+    config.blockDim = dim3(launch.threads);
+    config.dynamicSmemBytes = sizeof(float) * launch.shared_floats;
+    config.stream = c10::cuda::getCurrentCUDAStream();
+    if (config.dynamicSmemBytes > kPlainSharedBytes)
+      C10_CUDA_CHECK(cudaFuncSetAttribute(
+          address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.dynamicSmemBytes)));
+    if (launch.cluster > kPortableCluster)
+      C10_CUDA_CHECK(cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    if (launch.cluster > 1) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {launch.cluster, 1, 1};
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+    }
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+
+  cudaLaunchConfig_t config{};
+
+ private:
+  cudaLaunchAttribute attribute{};
+};
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const Launch& launch, Arguments&&... arguments) {
+  const LaunchConfig own(kernel, launch);
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&own.config, kernel, std::forward<Arguments>(arguments)...));
+}
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_floats, Arguments&&... arguments) {
-  const size_t bytes = sizeof(float) * shared_floats;
-  if (bytes > kPlainSharedBytes)
-    C10_CUDA_CHECK(cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = c10::cuda::getCurrentCUDAStream();
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+  launch(kernel, Launch{grid, threads, shared_floats}, std::forward<Arguments>(arguments)...);
 }
 
 // An attribute of the current device.
@@ -41,6 +76,22 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 inline int num_multiprocessors() {
   return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// Clusters of a launch that run at the same time; 0 if the device cannot run it.
+template <typename... Parameters>
+int num_clusters(void (*kernel)(Parameters...), const Launch& launch) {
+  const auto address = reinterpret_cast<const void*>(kernel);
+  int count = 0;
+  const LaunchConfig own(kernel, launch);
+  const cudaError_t error = launch.cluster > 1 ? cudaOccupancyMaxActiveClusters(&count, address, &own.config)
+                                               : cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                                                     &count, address, launch.threads, own.config.dynamicSmemBytes);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return launch.cluster > 1 ? count : count * num_multiprocessors();
 }
 
 inline bool fits_shared(int floats) {

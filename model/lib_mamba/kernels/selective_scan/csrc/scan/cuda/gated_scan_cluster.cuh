@@ -1,0 +1,401 @@
+// The gated scan of 16-bit sequences of the released networks' widths: x, z and y go through memory once.
+//
+// A cluster of blocks has an image, a block some of its chunks with all channels. Each warp runs both directions
+// through a chunk as if no state entered it, and keeps the sum and, for each direction, C times the decay since the
+// chunk's start. A chunk maps the state that enters it to decay * state + added: from these maps, composed in the block
+// and exchanged in the cluster, follows the state that does enter, and its share of the sum is added. Then the block,
+// which has all channels, normalises and gates.
+//
+// Blocks stay, and take one image after the other. Chunks of 13 positions may end with some that do not exist; all
+// others are full, or, behind the last one of an image, empty.
+#pragma once
+
+#include "scan/cuda/fragments.cuh"
+
+namespace mobilemamba {
+
+// How a kernel for D channels and chunks of C positions divides an image.
+template <int kD>
+struct ClusterShape {
+  // Chunks of a block at a time: as many warps as there are registers for.
+  static constexpr int kSlots = Width<kD>::kGroups <= 4 ? 3 : Width<kD>::kGroups <= 6 ? 2 : 1;
+  static constexpr int kSlotThreads = Width<kD>::kGroups * kLanes;
+  static constexpr int kThreads = kSlots * kSlotThreads;
+};
+
+struct ClusterPlan {
+  int blocks;         // of a cluster
+  int chunks_a_slot;  // one after the other
+};
+
+template <int kD, int kC>
+__host__ __device__ constexpr int cluster_shared_floats(int chunks_a_slot) {
+  using W = Width<kD>;
+  constexpr int kSlots = ClusterShape<kD>::kSlots;
+  const int warps = kSlots * W::kGroups;
+  return W::kWeights + kSlots * 2 * W::kStage + warps * (W::kTile + 3 * 2 * kMaxChunk) +
+         (2 * kSlots * chunks_a_slot + 2) * W::kGroups * 128 + kNumPairParameters * W::kGroups * 64 +
+         (chunks_a_slot - 1) * warps * kC * 128;
+}
+
+// kZRow: elements between the rows of z. kIsWhole: a chunk is a whole image.
+template <typename T, int kD, int kC, int kZRow, bool kIsWhole>
+struct ClusterWarp {
+  using W = Width<kD>;
+  using Shape = ClusterShape<kD>;
+  static constexpr int kSlots = Shape::kSlots;
+  static constexpr bool kMayEndEarly = kC == kPartialChunk;
+
+  const ScanInputs<T>& p;
+  const NormInputs<T>& norm;
+  const ClusterPlan& plan;
+  T* const y;
+  float* const states;
+
+  const int lane = lane_index(), group = threadIdx.x / kLanes % W::kGroups;
+  const int slot = kSlots == 1 ? 0 : threadIdx.x / Shape::kSlotThreads;
+  const int slot_thread = threadIdx.x - slot * Shape::kSlotThreads;
+  const bool is_half = W::kHasHalf && group == W::kGroups - 1;
+  const int column = 2 * (is_half ? lane % 16 : lane), channel = 64 * group + column;
+  const int rank = kIsWhole ? 0 : blockIdx.x % plan.blocks;
+  const int block_chunks = kSlots * plan.chunks_a_slot;
+
+  float* const weights = shared_memory();
+  float* const stages = weights + W::kWeights + slot * 2 * W::kStage;
+  float* const tile = weights + W::kWeights + kSlots * 2 * W::kStage + (slot * W::kGroups + group) * W::kTile;
+  float2* const all_moments = reinterpret_cast<float2*>(
+      weights + W::kWeights + kSlots * 2 * W::kStage + kSlots * W::kGroups * W::kTile);  // [2][slot][group][16]
+  float2* const own_norm = all_moments + (2 * kSlots * W::kGroups + slot * W::kGroups + group) * kMaxChunk;
+  // Maps of two channels: decay, added, decay, added. [direction][chunk][group][lane]
+  float4* const maps = reinterpret_cast<float4*>(all_moments + 3 * kSlots * W::kGroups * kMaxChunk);
+  float4* const block_maps = maps + 2 * block_chunks * W::kGroups * kLanes;  // [direction][group][lane]
+  float2* const parameters = reinterpret_cast<float2*>(block_maps + 2 * W::kGroups * kLanes);  // [which][group][lane]
+  float4* const parked = reinterpret_cast<float4*>(parameters + kNumPairParameters * W::kGroups * kLanes);
+
+  Projection<T, kD, kC> projection;
+  Pair<T> x[kC], z[kC];
+  float2 sum[kC];
+  Pair<T> factors[2][kC];  // C times the decay since the chunk's start
+  int num_staged = 0, num_normed = 0;
+
+  // The n-th chunk of the slot: within the block, and within the image.
+  __device__ __forceinline__ int chunk_in_block(int n) const { return slot * plan.chunks_a_slot + n; }
+  __device__ __forceinline__ int chunk_of(int n) const {
+    return kIsWhole ? 0 : rank * block_chunks + chunk_in_block(n);
+  }
+  __device__ __forceinline__ bool is_empty(int n) const { return !kIsWhole && chunk_of(n) * kC >= p.length; }
+  __device__ __forceinline__ int valid(int n) const { return kMayEndEarly ? min(kC, p.length - chunk_of(n) * kC) : kC; }
+  // The first row of a chunk; for an empty one, of another that can be read in its place.
+  __device__ __forceinline__ int64_t row_of(int64_t image, int n) const {
+    return image * p.length + (is_empty(n) ? 0 : chunk_of(n) * kC);
+  }
+
+  __device__ __forceinline__ void load(Pair<T> (&pairs)[kC], const T* from, int row, int count) const {
+#pragma unroll
+    for (int i = 0; i < kC; ++i)
+      pairs[i] = !kMayEndEarly || i < count ? load_pair(from + i * row) : Pair<T>{0u};
+  }
+
+  __device__ __forceinline__ void fetch(int64_t image, int n) {
+    const int64_t row = row_of(image, n);
+    projection.fetch(p.projection + row * 2 * W::kColumns, valid(n), slot_thread);
+    load(x, p.x + row * kD + channel, kD, valid(n));
+  }
+
+  __device__ __forceinline__ float2& parameter(int which) const {
+    return parameters[(which * W::kGroups + group) * kLanes + lane];
+  }
+
+  // What a direction needs of them.
+  struct Own {
+    float2 A, bias, skip;
+  };
+
+  // One position: the state, its share of the sum, and the factor of the state that enters the chunk.
+  template <int kDirection>
+  __device__ __forceinline__ void take(
+      int i, float2 w, float B, float C, const Own& own, float2& state, float2& decay) {
+    const float2 raw = W::kHasBiasRows ? w : w + own.bias, own_x = unpack(x[i]);
+    const float2 s = make_float2(softplus2_short(raw.x), softplus2_short(raw.y));
+    const float2 a = make_float2(decay_of(s.x, own.A.x), decay_of(s.y, own.A.y));
+    state = make_float2(next_state(state.x, s.x, a.x, B, own_x.x), next_state(state.y, s.y, a.y, B, own_x.y));
+    sum[i] = kDirection ? state * C : multiply_add(own.skip, own_x, multiply_add(state, C, sum[i]));
+    if (!kIsWhole) {
+      decay = decay * a;
+      factors[kDirection][i] = pack<T>(decay * C);
+    }
+  }
+
+  // Run a direction through the slot's n-th chunk.
+  template <int kDirection>
+  __device__ __forceinline__ void scan(const float* stage, int n) {
+    const float* const own_stage = stage + kDirection * W::kStageDirection;
+    const float4* const fragments =
+        reinterpret_cast<const float4*>(weights) + (kDirection * W::kGroups + group) * 4 * W::kBlocks * kLanes;
+    __syncwarp();
+    project_pairs<kD>(reinterpret_cast<const float4*>(own_stage), fragments, tile);
+    __syncwarp();
+    const float4* const all_w = reinterpret_cast<const float4*>(tile + 2 * column);
+    const float4* const all_BC = reinterpret_cast<const float4*>(own_stage + W::kBlocks * 128);
+    Own own{parameter(kDecay0 + kDirection)};
+    if (!W::kHasBiasRows)
+      own.bias = parameter(kBias0 + kDirection);
+    if (kDirection == 0)
+      own.skip = parameter(kSkip);
+    float2 state = make_float2(0.f, 0.f), decay = make_float2(1.f, 1.f);
+#pragma unroll
+    for (int step = 0; step < (kC + 1) / 2; ++step) {
+      const int pair = kDirection ? (kC - 1) / 2 - step : step;
+      const float4 w = all_w[pair * (kPairedRow / 4)], BC = all_BC[pair];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int odd = kDirection ? 1 - half : half, i = 2 * pair + odd;
+        if (i < kC)
+          take<kDirection>(
+              i, odd ? make_float2(w.z, w.w) : make_float2(w.x, w.y), odd ? BC.z : BC.x, odd ? BC.w : BC.y, own, state,
+              decay);
+      }
+    }
+    if (!kIsWhole)
+      *map_of(kDirection, chunk_in_block(n)) =
+          is_empty(n) ? make_float4(1.f, 0.f, 1.f, 0.f) : make_float4(decay.x, state.x, decay.y, state.y);
+  }
+
+  __device__ __forceinline__ float4* map_of(int direction, int chunk) const {
+    return maps + ((direction * block_chunks + chunk) * W::kGroups + group) * kLanes + lane;
+  }
+
+  // Both directions through the slot's n-th chunk, whose inputs have been fetched.
+  __device__ __forceinline__ void scan_chunk_alone(int n) {
+    float* const stage = stages + num_staged++ % 2 * W::kStage;
+    projection.put(stage, slot_thread);
+    __syncthreads();
+    scan<1>(stage, n);
+    scan<0>(stage, n);
+  }
+
+  __device__ __forceinline__ float4* parked_at(int n) const {
+    return parked + ((n * kSlots + slot) * W::kGroups + group) * kC * kLanes + lane;
+  }
+  __device__ __forceinline__ void park(int n) const {
+    float4* const to = parked_at(n);
+#pragma unroll
+    for (int i = 0; i < kC; ++i)
+      to[i * kLanes] =
+          make_float4(sum[i].x, sum[i].y, __uint_as_float(factors[0][i].bits), __uint_as_float(factors[1][i].bits));
+  }
+  __device__ __forceinline__ void take_back(int n) {
+    const float4* const from = parked_at(n);
+#pragma unroll
+    for (int i = 0; i < kC; ++i) {
+      const float4 own = from[i * kLanes];
+      sum[i] = make_float2(own.x, own.y);
+      factors[0][i].bits = __float_as_uint(own.z);
+      factors[1][i].bits = __float_as_uint(own.w);
+    }
+  }
+
+  static __device__ __forceinline__ void apply(const float4& map, float2& value) {
+    value.x = fmaf(map.x, value.x, map.y);
+    value.y = fmaf(map.z, value.y, map.w);
+  }
+
+  __device__ __forceinline__ float4* block_map_of(int direction) const {
+    return block_maps + (direction * W::kGroups + group) * kLanes + lane;
+  }
+
+  // The map of all the block's chunks, one after the other in travel.
+  __device__ __forceinline__ float4 compose(int direction) const {
+    float2 decay = make_float2(1.f, 1.f), added = make_float2(0.f, 0.f);
+#pragma unroll 1
+    for (int step = 0; step < block_chunks; ++step) {
+      const float4 map = *map_of(direction, direction ? block_chunks - 1 - step : step);
+      apply(map, added);
+      decay.x *= map.x;
+      decay.y *= map.z;
+    }
+    return make_float4(decay.x, added.x, decay.y, added.y);
+  }
+
+  // Put the state that enters each chunk in the place of its map. Each slot's warps take a direction, or both where
+  // there is one slot.
+  __device__ __forceinline__ void exchange(bool is_first) {
+    __syncthreads();
+    if (plan.blocks > 1) {
+      if (!is_first)
+        cluster_wait();  // the others have read the maps of the image before
+      for (int direction = slot; direction < 2; direction += kSlots)
+        *block_map_of(direction) = compose(direction);
+      cluster_arrive();
+      cluster_wait();
+    }
+    for (int direction = slot; direction < 2; direction += kSlots) {
+      float2 state = make_float2(0.f, 0.f);
+      const int count = direction ? plan.blocks - 1 - rank : rank;
+#pragma unroll 4
+      for (int step = 0; step < count; ++step)
+        apply(read_of_block(block_map_of(direction), direction ? plan.blocks - 1 - step : step), state);
+#pragma unroll 1
+      for (int step = 0; step < block_chunks; ++step) {
+        float4* const place = map_of(direction, direction ? block_chunks - 1 - step : step);
+        const float4 map = *place;
+        *reinterpret_cast<float2*>(place) = state;
+        apply(map, state);
+      }
+    }
+    if (plan.blocks > 1)
+      cluster_arrive_from_reading();
+    __syncthreads();
+  }
+
+  // The state that enters the slot's n-th chunk.
+  __device__ __forceinline__ float2 state_before(int direction, int n) const {
+    return *reinterpret_cast<const float2*>(map_of(direction, chunk_in_block(n)));
+  }
+
+  __device__ __forceinline__ bool is_own_channel() const { return !W::kHasHalf || !is_half || lane < 16; }
+
+  __device__ __forceinline__ void keep_state(int64_t image, int direction, int chunk, const float2& state) const {
+    const int64_t place = (image * 2 + direction) * num_states(p.length) + chunk / kChunksAState;
+    if (is_own_channel())
+      *reinterpret_cast<float2*>(states + place * kD + channel) = state;
+  }
+
+  // Add what the entering states contribute.
+  __device__ __forceinline__ void correct(int64_t image, int n) {
+    const float2 first = state_before(0, n), second = state_before(1, n);
+    if (states && !is_empty(n)) {
+      const int chunk = chunk_of(n);
+      if (chunk % kChunksAState == 0)
+        keep_state(image, 0, chunk, first);
+      if (chunk % kChunksAState == kChunksAState - 1 || (chunk + 1) * kC >= p.length)
+        keep_state(image, 1, chunk, second);
+    }
+#pragma unroll
+    for (int i = 0; i < kC; ++i) {
+      const float2 one = unpack(factors[0][i]), other = unpack(factors[1][i]);
+      sum[i].x = fmaf(one.x, first.x, fmaf(other.x, second.x, sum[i].x));
+      sum[i].y = fmaf(one.y, first.y, fmaf(other.y, second.y, sum[i].y));
+    }
+  }
+
+  // 1 / deviation and -mean / deviation over all channels, for each position, to own_norm.
+  __device__ __forceinline__ void find_norm() {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kC; ++i)
+      *reinterpret_cast<float2*>(tile + i * kWideRow + column) = sum[i];
+    __syncwarp();
+    const float2 own = pair_moments(tile, is_half);
+    float2* const moments = all_moments + (num_normed++ % 2 * kSlots + slot) * W::kGroups * kMaxChunk;
+    if (lane % 2 == 0)
+      moments[group * kMaxChunk + lane / 2] = own;
+    __syncthreads();
+    const float2* const position = moments + lane % kMaxChunk;
+    float mean = 0.f, squares = 0.f;
+#pragma unroll
+    for (int g = 0; g < W::kGroups; ++g)
+      mean = fmaf(share(g), position[g * kMaxChunk].x, mean);
+#pragma unroll
+    for (int g = 0; g < W::kGroups; ++g) {
+      const float2 part = position[g * kMaxChunk];
+      const float deviation = part.x - mean;
+      squares += fmaf(deviation * (kD * share(g)), deviation, part.y);
+    }
+    const float rstd = rsqrtf(squares * (1.f / kD) + norm.eps);
+    if (lane < kMaxChunk)
+      own_norm[lane] = make_float2(rstd, -mean * rstd);
+    __syncwarp();
+  }
+  // A group's part of the channels.
+  static __device__ __forceinline__ constexpr float share(int g) {
+    return (W::kHasHalf && g == W::kGroups - 1 ? 32.f : 64.f) / kD;
+  }
+
+  __device__ __forceinline__ Pair<T> gated(int i, float2 weight, float2 bias) const {
+    const float2 factor = own_norm[i], gate = unpack(z[i]);
+    const float2 normed = make_float2(fmaf(sum[i].x, factor.x, factor.y), fmaf(sum[i].y, factor.x, factor.y));
+    return pack<T>(multiply_add(normed, weight, bias) * make_float2(silu<T>(gate.x), silu<T>(gate.y)));
+  }
+
+  __device__ __forceinline__ void store(int64_t image, int n) const {
+    T* const to = y + row_of(image, n) * kD + channel;
+    if (is_empty(n))
+      return;
+    const float2 weight = parameter(kNormWeight), bias = parameter(kNormBias);
+#pragma unroll
+    for (int i = 0; i < kC; ++i) {
+      const Pair<T> pair = gated(i, weight, bias);
+      if (is_own_channel() && (!kMayEndEarly || i < valid(n)))
+        store_word(to + i * kD, pair.bits);
+    }
+  }
+
+  __device__ __forceinline__ void load_gate(int64_t image, int n) {
+    load(z, norm.z + row_of(image, n) * kZRow + channel, kZRow, valid(n));
+  }
+
+  __device__ __forceinline__ void start() {
+    put_weight_fragments<kD>(p.dt_weight, p.dt_bias, weights);
+    for (int i = 0; i < 2; ++i)
+      clear_stage<kD>(stages + i * W::kStage, slot_thread, Shape::kSlotThreads);
+    const auto pair_at = [&](const float* values, int direction) {
+      return make_float2(values[direction * kD + channel], values[direction * kD + channel + 1]);
+    };
+    for (int direction = 0; direction < 2 && slot == 0; ++direction) {
+      const float2 A_log = pair_at(p.A_log, direction);
+      parameter(kDecay0 + direction) = make_float2(-expf(A_log.x), -expf(A_log.y));
+      parameter(kBias0 + direction) = pair_at(p.dt_bias, direction) * kLog2e;
+    }
+    if (slot == 0) {
+      parameter(kSkip) = pair_at(p.D_skip, 0) + pair_at(p.D_skip, 1);
+      parameter(kNormWeight) = pair_at(norm.weight, 0);
+      parameter(kNormBias) = pair_at(norm.bias, 0);
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void run() {
+    start();
+    const int chunks = kIsWhole ? 1 : plan.chunks_a_slot;
+    const int clusters = kIsWhole ? gridDim.x : gridDim.x / plan.blocks;
+    const int64_t first = kIsWhole ? blockIdx.x : blockIdx.x / plan.blocks;
+    fetch(first, 0);
+    for (int64_t image = first; image < p.batch; image += clusters) {
+      for (int n = 0; n < chunks; ++n) {
+        scan_chunk_alone(n);
+        if (n + 1 < chunks) {
+          fetch(image, n + 1);
+          park(n);
+        }
+      }
+      load_gate(image, chunks - 1);
+      if (!kIsWhole)
+        exchange(image == first);
+      for (int n = chunks - 1; n >= 0; --n) {
+        if (n + 1 < chunks) {
+          load_gate(image, n);
+          take_back(n);
+        }
+        if (!kIsWhole)
+          correct(image, n);
+        find_norm();
+        if (n == 0 && image + clusters < p.batch)
+          fetch(image + clusters, 0);
+        store(image, n);
+      }
+    }
+    if (!kIsWhole && plan.blocks > 1)
+      cluster_wait();  // before its shared memory goes, the others have read it
+  }
+};
+
+// Grid: whole clusters of plan.blocks, as many as there is room for, or as there are images.
+template <typename T, int kD, int kC, int kZRow, bool kIsWhole>
+__global__ void __launch_bounds__(ClusterShape<kD>::kThreads, 1)
+    cluster_kernel(const ScanInputs<T> p, const NormInputs<T> norm, const ClusterPlan plan, T* y, float* states) {
+  ClusterWarp<T, kD, kC, kZRow, kIsWhole> warp{p, norm, plan, y, states};
+  warp.run();
+}
+
+}  // namespace mobilemamba
