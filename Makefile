@@ -2,10 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# Tests run in processes of one thread each, a file of tests at a time; where they wait, they do not spin.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist loadfile
 CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart kernels downstream benchmark test test-all fuzz mutants soak audit lint format clean
+.PHONY: help setup setup-dev quickstart kernels downstream benchmark test test-all test-kernels fuzz mutants soak audit lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,13 +59,13 @@ benchmark: setup-dev ## Measure speed in short runs; results go to benchmarks/re
 	$(PY) -m benchmarks.train_step --quick
 
 test: setup-dev lint ## Run the checks and the test suite
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-all: setup-dev downstream lint ## Run the checks and every test, the slow ones and OpenMMLab's too (C++ compiler)
-	$(PY) -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 fuzz: setup-dev ## Try 2,000 damaged inputs of every kind, where the test suite tries 100
-	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest $(wildcard tests/*/test_*_fuzz.py)
+	HYPOTHESIS_PROFILE=fuzz $(PYTEST) $(wildcard tests/*/test_*_fuzz.py)
 
 # Names or patterns, such as "trainer.stop*"; all of them take days.
 MUTANTS ?=
@@ -81,6 +84,10 @@ SOURCES = run.py hubconf.py setup.py benchmarks configs data downstream loss mod
 audit: setup-dev ## Look for dangerous code, and for known vulnerabilities of what is installed
 	$(PY) -m bandit -q -c pyproject.toml -r $(SOURCES)
 	$(PY) .ci/audit.py
+
+test-kernels: setup-dev kernels ## Run the network's tests on the compiled kernels
+	$(PY) -m model.lib_mamba.info
+	$(PYTEST) tests/model
 
 lint: setup-dev ## Check style, types and repeated blocks
 	$(PY) -m ruff check .

@@ -40,6 +40,7 @@ EXTRAS = {
         "bandit",
         "pip-audit",
         "mutmut",
+        "pytest-xdist",
         "pillow-heif",
         "setuptools>=77,<82",
     ],

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from cuda_as_cpp import FEW, H200_SHARED, MANY, as_backend, build
+from cuda_as_cpp import FEW, H200_SHARED, LIBRARY, MANY, as_backend, build, load
+from filelock import FileLock
 from scan_cases import Backend
 
 from model.lib_mamba import backends, library, use_backend
@@ -41,11 +42,18 @@ def fresh_choice():
 
 
 @pytest.fixture(scope="session")
-def cuda_operators(tmp_path_factory):
+def cuda_operators(tmp_path_factory, worker_id):
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    return build(tmp_path_factory.mktemp("cuda_on_cpu"), compiler)
+    if worker_id == "master":
+        return load(build(tmp_path_factory.mktemp("cuda_on_cpu"), compiler))
+    folder = tmp_path_factory.getbasetemp().parent / "cuda_on_cpu"  # of all the processes that test
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            build(folder, compiler)
+    return load(folder / LIBRARY)
 
 
 @pytest.fixture

@@ -28,11 +28,12 @@ OPERATORS = (
 )
 # Multiprocessors and shared memory of a block, which decide how the work is divided.
 FEW, MANY = 1, 132
+LIBRARY = "cuda_on_cpu.so"
 H200_SHARED, SMALL_SHARED = 227 * 1024, 48 * 1024
 
 
 def build(folder, compiler):
-    """Compile the kernels into a library in a folder, load it, and return its operators."""
+    """Compile the kernels into a library in a folder, and return its path."""
     # Alignment is checked as the code runs: a GPU refuses a vector that does not lie at a multiple of its size.
     checks = ["-fsanitize=alignment", "-fno-sanitize-recover", "-static-libubsan"]
     options = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=fast", "-U_FORTIFY_SOURCE", *checks]
@@ -44,9 +45,14 @@ def build(folder, compiler):
         for source, target in zip(SOURCES, objects, strict=True)
     ]
     assert [process.wait() for process in running] == [0] * len(SOURCES)
-    library = folder / "cuda_on_cpu.so"
+    library = folder / LIBRARY
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
     subprocess.run([compiler, "-shared", *checks, "-o", library, *objects, *libraries], check=True)
+    return library
+
+
+def load(library):
+    """Return the operators of a library."""
     torch.ops.load_library(str(library))
     return torch.ops.mobilemamba_cuda_on_cpu
 
