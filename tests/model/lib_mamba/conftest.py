@@ -21,9 +21,12 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
+def exact_convolutions():
     """On a GPU, PyTorch would round what convolutions multiply to TF32, and which do depends on the compiler."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 @pytest.fixture
