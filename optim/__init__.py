@@ -31,6 +31,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LOOKAHEAD = "lookahead_"  # timm's prefix that wraps any optimiser
+# Adagrad has no such form there, and SGD's leaves its momentum uninitialised where the first step is skipped.
+FUSED_ON_GPUS = ("adam", "adamw")
 ENTRIES = ("betas", "eps", "amsgrad", "momentum", "nesterov")  # passed on to the optimisers that take them
 
 
@@ -105,14 +107,15 @@ def _arguments(kwargs: OptimKwargs) -> dict[str, Any]:
 
 
 def _can_fuse(name: str, network: nn.Module) -> bool:
-    """Return whether PyTorch has the optimiser in one pass, not one for each of its operations: on CPUs and GPUs.
+    """Return whether PyTorch has the optimiser in one pass, not one for each of its operations.
 
-    On a GPU it also reads from the GPU whether to skip a step, where others would wait for the answer.
+    On a GPU it then also reads from the GPU whether to skip a step, where others would wait for the answer.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if "fused" not in _accepted(name) or not all(parameter.is_floating_point() for parameter in parameters):
+        return False
     kinds = {parameter.device.type for parameter in parameters}
-    is_served = kinds in ({"cpu"}, {"cuda"}) and all(parameter.is_floating_point() for parameter in parameters)
-    return is_served and "fused" in _accepted(name)
+    return kinds == {"cpu"} or (kinds == {"cuda"} and name.lower().removeprefix(LOOKAHEAD) in FUSED_ON_GPUS)
 
 
 def _accepted(name: str) -> dict[str, Any]:

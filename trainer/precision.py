@@ -85,8 +85,12 @@ class Precision:
         return self.scaler.get_scale() >= SMALLEST_SCALE
 
     def can_skip_by_itself(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Return whether the device can decide whether to do a step: `step_unless`."""
-        return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        """Return whether the device can decide whether to do a step: `step_unless`.
+
+        Only Adam's fused forms: SGD's leaves its momentum uninitialised where the first step is skipped.
+        """
+        is_adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+        return is_adam and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
     def step_unless(self, optimizer: torch.optim.Optimizer, is_bad_loss: torch.Tensor, is_bad: torch.Tensor) -> Tensor:
         """Do the step or skip it as the device finds, without waiting for it.

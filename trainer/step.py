@@ -168,7 +168,9 @@ class Stepper:
         if self.is_deferred:
             result.report = _Report(self._apply_on_device(found))
         else:
-            self._apply(found.tolist(), result)
+            with self.process.waiting():
+                numbers = found.tolist()
+            self._apply(numbers, result)
         self.optimizer.zero_grad(set_to_none=True)
         result.seconds["batch_t"] = time.perf_counter() - start
         result.seconds["optim_t"] = result.seconds["batch_t"] - result.seconds["data_t"]
@@ -179,7 +181,8 @@ class Stepper:
         if result.report is None:
             return
         start = time.perf_counter()
-        *found, is_bad = result.report.read()
+        with self.process.waiting():
+            *found, is_bad = result.report.read()
         result.report = None
         self._note(found, result, is_bad=bool(is_bad))
         waited = time.perf_counter() - start

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from data import worker_failures
 from model.messages import listed
-from util.distributed import is_lost_process
+from util.distributed import is_lost_process, lost_in_nccl
 from util.errors import EXIT_USER_ERROR, RunError, close_all
 from util.logging import progress_bar
 from util.memory import frozen_objects
@@ -32,10 +32,12 @@ class _EpochPace:
     start: float = field(default_factory=time.perf_counter)
     num_images: int = 0
     step_seconds: float = 0.0
+    data_seconds: float = 0.0
 
     def add(self, result: StepResult) -> None:
         self.num_images += result.num_images
         self.step_seconds += result.seconds["batch_t"]
+        self.data_seconds += result.seconds["data_t"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ def train(run: Run) -> int:
     Raises:
         RunError: If the run cannot continue; the message names the checkpoint to resume from.
     """
+    if run.process.alarm is not None:
+        run.process.alarm.explain = lambda: _lost(lost_in_nccl(run.process.rank), last_good=run.saver.last_good)
     # Signals stay marks while the state is saved: a scheduler may send several.
     with run.watch, frozen_objects():
         try:
@@ -141,7 +145,8 @@ def _settle(run: Run, launched: list[_LaunchedStep], pace: _EpochPace) -> StopEr
         run.stepper.settle(step.result)
         pace.add(step.result)
         _log_step(run, step)
-        stop = stop or _count_step(run, step)
+        reason = _count_step(run, step)
+        stop = stop or reason
     return stop
 
 
@@ -253,12 +258,16 @@ def _test(run: Run) -> dict[str, Score]:
 
 def _report_epoch(run: Run, pace: _EpochPace, epoch: int, scores: Mapping[str, Score]) -> None:
     now = time.perf_counter()
+    # The others wait for the slowest within a step: only the wait for images tells them apart.
+    waits = run.process.gather_objects(pace.data_seconds)
     record = {
         "epoch": epoch,
         "iteration": run.state.iteration,
         "lr": _learning_rate(run),
         "train": {name: reading.avg for name, reading in run.epoch_meters.read(run.process).items()},
         "images_per_second": run.process.sum([pace.num_images])[0] / max(pace.step_seconds, 1e-9),
+        "slowest_rank": waits.index(max(waits)),
+        "slowest_rank_data_seconds": max(waits),
         "skipped_steps": run.state.skipped_steps,
         "unreadable": len(run.state.unreadable),
         "seconds": now - pace.start,
@@ -275,13 +284,21 @@ def _save(run: Run, *, periodic_epoch: int | None = None) -> None:
 
 def _explain(error: Exception, *, last_good: str | None) -> RunError | None:
     """Return the error to raise for one that processes have not agreed on; None if it is a defect."""
-    resumable = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+    resumable = _resumable(last_good)
     text = str(error).strip()
     if is_lost_process(error):
-        return RunError(f"another process of the run was lost; {resumable} ({text})")
+        return RunError(_lost(text, last_good=last_good))
     if isinstance(error, RunError):
         return RunError(f"{text}; {resumable}", exit_code=error.exit_code)
     if isinstance(error, (OSError, ValueError)):
         return RunError(f"{text}; {resumable}", exit_code=EXIT_USER_ERROR)
     logger.error("the run ends with an error; %s", resumable)
     return None
+
+
+def _resumable(last_good: str | None) -> str:
+    return f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+
+
+def _lost(text: str, *, last_good: str | None) -> str:
+    return f"another process of the run was lost; {_resumable(last_good)} ({text})"

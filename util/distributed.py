@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from .alarm import Alarm
 from .launch import Launch
 
-__all__ = ["Process", "choose_device", "init_process", "is_lost_process", "open_store"]
+__all__ = ["Process", "choose_device", "init_process", "is_lost_process", "lost_in_nccl", "open_store"]
 
 # Texts of gloo's and NCCL's errors; gloo's have no class of their own.
 SIGNS_OF_LOSS = (
@@ -25,6 +28,11 @@ SIGNS_OF_LOSS = (
     "Application timeout caused pair closure",
     "NCCL communicator was aborted",
 )
+
+# NCCL kills a process at its time-out, without a word of ours: it is to be later than the alarm.
+NCCL_GRACE_SECONDS = 120
+# NCCL's flight recorder: the last collectives, in which ranks that left each other can be told apart.
+NCCL_VARIABLES = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 T = TypeVar("T")
 
@@ -38,21 +46,28 @@ class Process(Launch):
     Attributes:
         device: Where this process computes.
         backend: ``nccl``, ``gloo``, or ``none`` for one process.
+        alarm: Ends the process where it waits for others in vain, which only gloo does by itself.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str = "none"
+    alarm: Alarm | None = field(default=None, compare=False)
 
     @property
     def is_distributed(self) -> bool:
         """Whether there is a process group."""
         return self.world_size > 1
 
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context of a wait for other processes, or for a GPU that waits for them."""
+        return contextlib.nullcontext() if self.alarm is None else self.alarm.waiting()
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums over processes, taken in float64: counts stay exact."""
         if not self.is_distributed:
             return [float(value) for value in values]
-        return self.sum_tensor(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        with self.waiting():
+            return self.sum_tensor(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over processes, in place, and return it."""
@@ -71,7 +86,8 @@ class Process(Launch):
         if not self.is_distributed:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=source, device=self.device)
+        with self.waiting():
+            dist.broadcast_object_list(box, src=source, device=self.device)
         return box[0]
 
     def gather_objects(self, value: T) -> list[T]:
@@ -79,7 +95,8 @@ class Process(Launch):
         if not self.is_distributed:
             return [value]
         box: list[Any] = [None] * self.world_size
-        dist.all_gather_object(box, value)
+        with self.waiting():
+            dist.all_gather_object(box, value)
         return box
 
     def on_first(self, function: Callable[[], T]) -> T:
@@ -168,9 +185,14 @@ def init_process(launch: Launch, *, device: str = "auto", timeout_seconds: float
     chosen = choose_device(device, local_rank=launch.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    backend = "none"
+    backend, alarm = "none", None
     if launch.world_size > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
+        if backend == "nccl":
+            alarm = Alarm(timeout_seconds, lambda: f"another process of the run was lost: {lost_in_nccl(launch.rank)}")
+            timeout_seconds += NCCL_GRACE_SECONDS
+            for name, value in NCCL_VARIABLES.items():
+                os.environ.setdefault(name, value)
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("group", open_store(launch, timeout_seconds=timeout_seconds)),
@@ -179,7 +201,7 @@ def init_process(launch: Launch, *, device: str = "auto", timeout_seconds: float
             timeout=timedelta(seconds=timeout_seconds),
             device_id=chosen if chosen.type == "cuda" else None,
         )
-    yield Process(**asdict(launch), device=chosen, backend=backend)
+    yield Process(**asdict(launch), device=chosen, backend=backend, alarm=alarm)
     if backend != "none":
         # References to the group keep gloo's threads alive, and one that is busy while Python exits aborts the process.
         gc.collect()
@@ -191,3 +213,14 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)
     )
+
+
+def lost_in_nccl(rank: int) -> str:
+    """Return the end of a message about a wait for other GPUs that took too long: where the flight record is."""
+    waited = "it did not answer within trainer.timeout_seconds"
+    path = Path(tempfile.gettempdir()) / f"nccl_flight_record_{os.getpid()}_rank{rank}.pickle"
+    try:
+        path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
+    except (AttributeError, OSError, RuntimeError) as error:
+        return f"{waited} (no flight record: {' '.join(str(error).split())})"
+    return f"{waited} (NCCL's flight record: {path})"

@@ -118,8 +118,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation = A
     """Multiply the pixels of a map with a matrix (C', C), then activate: (B, C, H, W) -> (B, C', H, W)."""
     batch, _, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # a view of a slice of channels, too
-    needs_gradient = torch.is_grad_enabled() and x.requires_grad
-    if activation is Activation.RELU and is_on_gpu(x) and not needs_gradient:
+    is_plain = (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_exporting()
+    if activation is Activation.RELU and is_on_gpu(x) and not is_plain:
         y = torch._addmm_activation(bias, rows.to(weight.dtype), weight.t())  # its ReLU costs no pass of its own
     else:
         y = activation.apply(F.linear(rows, weight, bias))

@@ -6,9 +6,11 @@ import pytest
 import timm.optim
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import load_config
 from configs.schema import Config
+from model.lib_mamba import SS2D
 from optim import build_optimizer, no_decay_names, parameter_groups
 
 
@@ -219,3 +221,20 @@ def test_what_an_optimizer_does_not_take_is_refused(name, entries, message):
 def test_an_optimizer_of_a_missing_package_is_refused():
     with pytest.raises(ValueError, match="optimiser bnblion8bit is not available here"):
         build_optimizer(make_config("bnblion8bit"), Network())
+
+
+@pytest.mark.parametrize(("name", "is_fused"), [("adamw", True), ("lamb", False), ("sgd", False), ("adagrad", False)])
+def test_an_optimizer_is_fused_on_gpus(name, is_fused):
+    whole, part = Network(), Network()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        whole.to("cuda")
+        part.head.to("cuda")
+        fused = [bool(build_optimizer(make_config(name), network).defaults.get("fused")) for network in (whole, part)]
+    assert fused == [is_fused, False]
+
+
+def test_second_derivatives_of_a_scan_are_refused():
+    config = make_config("adahessian")
+    config.loss.create_graph = True
+    with pytest.raises(ValueError, match=r"create_graph=true asks for second derivatives.*create_graph=false.*=adamw"):
+        build_optimizer(config, nn.Sequential(SS2D(16)))

@@ -12,6 +12,7 @@ from torch import nn
 
 from configs.schema import Trainer
 from trainer.batchnorm import convert_sync_batch_norm
+from trainer.network import memory_format
 from trainer.precision import ApexPrecision, Precision, build_precision
 from trainer.train import train
 from util.distributed import Process
@@ -113,3 +114,16 @@ def test_a_compiled_network_trains_as_the_plain_one(finish):
     assert list(plain["net"]) == list(compiled["net"])
     for name, value in plain["net"].items():
         torch.testing.assert_close(value, compiled["net"][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("entry", "device", "expected"),
+    [
+        (None, "cuda", torch.channels_last),
+        (None, "cpu", torch.contiguous_format),
+        (False, "cuda", torch.contiguous_format),
+        (True, "cpu", torch.channels_last),
+    ],
+)
+def test_images_are_channels_last_on_gpus_unless_told_otherwise(entry, device, expected):
+    assert memory_format(Trainer(channels_last=entry), torch.device(device)) is expected

@@ -50,6 +50,14 @@ def test_a_nan_on_one_rank_is_skipped_by_both(played):
     assert_same(left["net"], right["net"])
 
 
+def test_what_one_rank_finds_both_act_on_though_it_comes_later(played):
+    left, right = played["deferred"]
+    for result in (left, right):
+        assert (result["code"], result["iter"], result["skipped"], result["same"]) == (143, 10, 1, True)
+        assert result["slowest"] == 1
+    assert_same(left["net"], right["net"])
+
+
 def test_a_signal_to_one_rank_stops_both(played):
     assert played["signal_on_one_rank"] == ({"code": 143, "iter": 2}, {"code": 143, "iter": 2})
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from util.distributed import Process, choose_device, init_process, is_lost_process
+from util.distributed import NCCL_VARIABLES, Process, choose_device, init_process, is_lost_process
 from util.launch import Launch
 
 
@@ -57,3 +59,26 @@ def test_which_errors_tell_of_a_lost_process():
     assert is_lost_process(torch.distributed.DistBackendError("NCCL error"))
     assert not is_lost_process(RuntimeError("shapes cannot be multiplied"))
     assert not is_lost_process(ValueError("Connection closed by peer"))
+
+
+def test_nccl_gives_up_after_the_alarm_and_keeps_its_record(monkeypatch):
+    given = {}
+    for name in NCCL_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # what is set stays
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr("util.distributed.open_store", lambda *_, **__: torch.distributed.HashStore())
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: given.update(options))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    launch = Launch(rank=1, local_rank=1, world_size=2)
+    with init_process(launch, device="cuda", timeout_seconds=600) as process:
+        assert process.alarm.seconds == 600 < given["timeout"].total_seconds()
+        assert "flight record" in process.alarm.explain()
+        with process.waiting():
+            pass
+    assert {name: os.environ[name] for name in NCCL_VARIABLES} == {
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    }

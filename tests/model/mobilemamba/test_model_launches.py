@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from launches import compiled_launches, eager_launches, fake_gpu, images
@@ -156,3 +158,49 @@ def test_parameters_of_a_scan_stay_float32(convert):
     with fake_gpu():
         network.to("cuda")
         assert all(scan.get_parameter(key).is_contiguous() for key in SCAN_PARAMETERS)
+
+
+def test_a_compiled_network_on_a_gpu_is_compiled_once_for_training(as_on_gpu):
+    """Without graph breaks, and not again after a test between two epochs."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = lively(create_model("MobileMamba_T2", num_classes=3, depth=(1, 0, 0)))
+    plain = copy.deepcopy(network)
+    compiled = torch.compile(network, backend=backend, fullgraph=True)
+    x = torch.randn(2, 3, 64, 64)
+    for _ in range(2):
+        network.train()
+        compiled(x).square().sum().backward()
+        plain.train()(x).square().sum().backward()
+        network.eval()
+    assert len(graphs) == 1
+    for (name, value), expected in zip(network.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(value, expected, msg=name)
+    for (name, value), expected in zip(network.named_parameters(), plain.parameters(), strict=True):
+        if expected.requires_grad:
+            torch.testing.assert_close(value.grad, expected.grad, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
+@pytest.mark.parametrize("as_gpu", [False, True], ids=["cpu", "gpu-way"])
+def test_inductor_trains_the_whole_network_as_one_graph(as_gpu, request):
+    if as_gpu:
+        request.getfixturevalue("as_on_gpu")
+    torch.manual_seed(0)
+    network = lively(create_model("MobileMamba_T2", num_classes=3, depth=(1, 0, 0))).double().train()
+    plain = copy.deepcopy(network)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.compile(network, fullgraph=True)(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for (name, value), expected in zip(network.named_parameters(), plain.parameters(), strict=True):
+        if expected.requires_grad:
+            torch.testing.assert_close(value.grad, expected.grad, rtol=1e-6, atol=1e-6, msg=name)
+    for (name, value), expected in zip(network.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(value, expected, msg=name)
