@@ -7,12 +7,14 @@ import time
 from functools import partial
 
 from util.cli import interruptible, parse_arguments
+from util.waiting import sleep_while_waiting
 
 
 def main() -> int:
     """Parse the command line, do the run and return the exit code."""
     parsed = parse_arguments()
     time.sleep(parsed.sleep)
+    sleep_while_waiting()
     # PyTorch takes seconds to import: help comes without it, and Ctrl-C may come meanwhile.
     from configs import load_config
     from trainer import run_mode

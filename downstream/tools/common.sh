@@ -8,6 +8,8 @@ fail() {
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 python=${PYTHON:-python3}
+# Threads that wait sleep: on a machine with other work, spinning keeps the one they wait for from its core.
+[[ -n ${GOMP_SPINCOUNT:-}${KMP_BLOCKTIME:-} ]] || export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 package=mm$1

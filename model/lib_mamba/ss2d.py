@@ -66,10 +66,10 @@ class SS2D(nn.Module):
         self.out_proj = ConvBN(inner, channels)
 
     @property
-    def reverse(self) -> list[bool]:
+    def reverse(self) -> tuple[bool, ...]:
         """Which directions run backwards, of a scan of the pixels in one order; nothing for one in several."""
         orders = SCANS[self.scan]
-        return list(orders[0][1].values()) if len(orders) == 1 else []
+        return tuple(orders[0][1].values()) if len(orders) == 1 else ()
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=1)

@@ -510,5 +510,6 @@ class FoldedLinear(_Packed, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
-            return kernels.pointwise(x[..., None, None], self.panels, self.bias, None, int(Activation.NONE)).flatten(1)
+            y = kernels.pointwise(x[..., None, None], self.panels, self.bias, None, int(Activation.NONE)).flatten(1)
+            return y.to(_type_under_autocast(x) or y.dtype)
         return F.linear(x, self.read("weight", x), self.read("bias", x))

@@ -54,6 +54,7 @@ def test_what_one_rank_finds_both_act_on_though_it_comes_later(played):
     left, right = played["deferred"]
     for result in (left, right):
         assert (result["code"], result["iter"], result["skipped"], result["same"]) == (143, 10, 1, True)
+        assert result["slowest"] == 1
     assert_same(left["net"], right["net"])
 
 

@@ -8,13 +8,14 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from trainer_cases import CONFIG, TINY_NETWORK, short_run, write_class_folders
+from trainer_cases import CONFIG, TINY_NETWORK, epoch_records, short_run, write_class_folders
 
 from configs import load_config
 from trainer import Run, build_run
@@ -180,9 +181,17 @@ def nan_on_one_rank(process: Process, runs: Path, data: Path) -> dict[str, Any]:
 
 @scenario
 def deferred(process: Process, runs: Path, data: Path) -> dict[str, Any]:
-    """As on GPUs: a NaN on rank 1, then a signal to rank 0, both in steps that are settled later."""
+    """As on GPUs: a NaN on rank 1, then a signal to rank 0, both settled later; rank 1 waits for its data."""
     run = build(process, runs, data, "batch_size=4")  # 6 steps an epoch
     run.stepper.is_deferred = True
+    iterate = run.loaders.train.iterate
+
+    def dawdle(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for batch in iterate(*arguments, **options):
+            time.sleep(0.3 if process.rank == 1 else 0.0)
+            yield batch
+
+    run.loaders.train.iterate = dawdle
     compute_loss = run.stepper.compute_loss
     kept: list[dict[str, torch.Tensor]] = []
 
@@ -197,7 +206,7 @@ def deferred(process: Process, runs: Path, data: Path) -> dict[str, Any]:
     code = train(run)
     is_same = all(torch.equal(value, kept[3][name]) for name, value in kept[2].items())
     facts = {"code": code, "iter": run.state.iteration, "skipped": run.state.skipped_steps, "same": is_same}
-    return {**facts, "net": weights(run)}
+    return {**facts, "net": weights(run), "slowest": epoch_records(run.folder)[0]["slowest_rank"]}
 
 
 @scenario

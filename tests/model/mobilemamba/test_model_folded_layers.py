@@ -7,12 +7,23 @@ from itertools import pairwise
 
 import pytest
 import torch
-from layer_cases import feature_map
+from layer_cases import feature_map, lively
 from torch import nn
 
 from model import create_model
+from model.layers import Residual
 from model.lib_mamba import layouts
-from model.mobilemamba.folded_layers import Activation, FoldedConvs, FoldedDepthwise, FoldedFFN, FoldedPointwise
+from model.mobilemamba.folded_layers import (
+    Activation,
+    FoldedConvs,
+    FoldedDepthwise,
+    FoldedFFN,
+    FoldedPointwise,
+    FoldedSqueezeExcite,
+    average,
+)
+from model.mobilemamba.fuse import fuse
+from model.mobilemamba.mixer import MRFFI, Mixer
 from model.mobilemamba.wavelet import haar_bands, haar_filters, haar_pixels
 
 TOLERANCE = 2e-6
@@ -55,8 +66,41 @@ def test_ffn(inference_kernels, shape, channels, has_depthwise):
     depthwise = FoldedDepthwise(nn.Conv2d(channels, channels, 3, padding=1, groups=channels)) if has_depthwise else None
     widen = FoldedPointwise(nn.Conv2d(channels, 2 * channels, 1), Activation.RELU)
     layer = FoldedFFN(depthwise, widen, FoldedPointwise(nn.Conv2d(2 * channels, channels, 1)))
+    x, residual = feature_map(*shape, channels, extra=3), feature_map(*shape, channels, extra=1)
+    assert_close(layer(x), exactly(layer, x))
+    assert_close(layer(x, residual), exactly(layer, x, residual))
+
+
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+@pytest.mark.parametrize(("channels", "hidden"), [(5, 2), (48, 12), (134, 33)])
+def test_squeeze_excite(inference_kernels, shape, channels, hidden):
+    reduce = FoldedPointwise(nn.Conv2d(channels, hidden, 1), Activation.RELU)
+    layer = FoldedSqueezeExcite(reduce, FoldedPointwise(nn.Conv2d(hidden, channels, 1)))
     x = feature_map(*shape, channels, extra=3)
     assert_close(layer(x), exactly(layer, x))
+
+
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_average(inference_kernels, shape):
+    x = feature_map(*shape, 37, extra=3)
+    torch.testing.assert_close(average(x).double(), x.double().mean((2, 3)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [*MAPS, (2, 20, 23)], ids=str)
+@pytest.mark.parametrize(
+    ("ratios", "scan"),
+    [((0.8, 0.2), "bidirectional"), ((0.6, 0.3), "bidirectional"), ((0.5, 0.0), "single"), ((0.5, 0.2), "cross")],
+    ids=str,
+)
+def test_mixer(inference_kernels, shape, ratios, scan):
+    """With and without a local branch and channels that pass; one operator, but for a scan in several orders."""
+    mixer = MRFFI(45, global_ratio=ratios[0], local_ratio=ratios[1], kernel_size=5, scan=scan)
+    mixer = lively(nn.ModuleList([Residual(Mixer(mixer))])).eval()
+    x = feature_map(*shape, 45, extra=3)
+    expected = exactly(mixer[0], x)
+    layer = fuse(mixer)[0]
+    assert bool(layer.global_op.global_atten.reverse) == (scan != "cross")
+    assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (2, 33, 47), (8, 40, 35), (3, 1, 2)], ids=str)
@@ -66,6 +110,8 @@ def test_convs(inference_kernels, shape):
     layer = FoldedConvs(convs)
     x = torch.randn(shape[0], 3, *shape[1:])
     assert_close(layer(x), exactly(layer, x))
+    for same in (x.contiguous(memory_format=torch.channels_last), torch.stack([x, -x], -1)[..., 0]):
+        assert torch.equal(layer(same), layer(x))
 
 
 @pytest.mark.parametrize("shape", MAPS, ids=str)
