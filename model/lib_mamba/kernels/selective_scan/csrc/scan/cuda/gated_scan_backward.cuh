@@ -798,6 +798,25 @@ struct BackwardWarp {
       reinterpret_cast<float2*>(share + layout.vectors() + vector * kGroup)[lane] = make_float2(0.f, 0.f);
   }
 
+  // A block of positions, from its inputs to its gradients.
+  __device__ __forceinline__ void take() {
+    __syncthreads();
+    put_stages();
+    __syncthreads();
+    scan_leftwards();
+    scan_rightwards_and_normalise();
+    if (p.blocks > 1 && p.part != Part::kGradients)
+      find_passages();
+    if (p.blocks > 1 && p.part == Part::kWhole) {
+      cluster_arrive();
+      cluster_wait();
+    }
+    if (p.part == Part::kPassages)
+      return;
+    differentiate_rightwards();
+    differentiate_leftwards();
+  }
+
   __device__ __forceinline__ void run() {
     begin();
     const int most = kBlockChunks * p.step, all_rows = p.batch * p.length;
@@ -812,21 +831,7 @@ struct BackwardWarp {
         rows = min(most, p.length - start);
       }
       chunks = (rows + p.step - 1) / p.step;
-      __syncthreads();
-      put_stages();
-      __syncthreads();
-      scan_leftwards();
-      scan_rightwards_and_normalise();
-      if (p.blocks > 1 && p.part != Part::kGradients)
-        find_passages();
-      if (p.blocks > 1 && p.part == Part::kWhole) {
-        cluster_arrive();
-        cluster_wait();
-      }
-      if (p.part == Part::kPassages)
-        continue;
-      differentiate_rightwards();
-      differentiate_leftwards();
+      take();
     }
   }
 };
