@@ -356,8 +356,11 @@ struct BackwardWarp {
     const float2 raw = cell(i);
     return make_float2(softplus2_of<T>(raw.x), softplus2_of<T>(raw.y));
   }
-  __device__ __forceinline__ static float2 decay(float2 s, float2 A) {
-    return make_float2(decay_of(s.x, A.x), decay_of(s.y, A.y));
+  __device__ __forceinline__ static float2 decay(float2 value, float2 s, float2 A) {
+    return make_float2(decayed<kExact>(value.x, s.x, A.x), decayed<kExact>(value.y, s.y, A.y));
+  }
+  __device__ __forceinline__ static float2 advance(float2 state, float2 s, float2 A, float B, float2 x) {
+    return make_float2(advanced<kExact>(state.x, s.x, A.x, B, x.x), advanced<kExact>(state.y, s.y, A.y, B, x.y));
   }
 
   // Of a block of the same image, in (B, 2, blocks).
@@ -385,7 +388,7 @@ struct BackwardWarp {
     for (int step = 0; step < kChunk; ++step) {
       const int i = travelled<kDirection>(step);
       const float2 own_BC = BC(stage, i), s = time_step(i);
-      state = multiply_add(decay(s, A), state, s * own_BC.x * unpack(x[i]));
+      state = advance(state, s, A, own_BC.x, unpack(x[i]));
       y[i] = state * own_BC.y;
     }
     __syncwarp();
@@ -531,9 +534,9 @@ struct BackwardWarp {
 #pragma unroll
     for (int step = kChunk - 1; step >= 0; --step) {
       const int i = travelled<kDirection>(step);
-      const float2 own_decay = decay(time_step(i), A);
-      passage.added = own_decay * multiply_add(get_parked(chunk, i), scale * BC(stage, i).y, passage.added);
-      passage.decay = passage.decay * own_decay;
+      const float2 s = time_step(i);
+      passage.added = decay(multiply_add(get_parked(chunk, i), scale * BC(stage, i).y, passage.added), s, A);
+      passage.decay = decay(passage.decay, s, A);
     }
     __syncwarp();
   }
@@ -587,7 +590,7 @@ struct BackwardWarp {
       const float2 s = time_step(i), dy = get_parked(chunk, i);
       cell(i) = s;
       before[i] = state;
-      state = multiply_add(decay(s, A), state, s * BC(stage, i).x * unpack(x[i]));
+      state = advance(state, s, A, BC(stage, i).x, unpack(x[i]));
       narrow[i * kTileRow + lane] = scale * fmaf(dy.x, state.x, dy.y * state.y);
     }
     __syncwarp();
@@ -600,7 +603,7 @@ struct BackwardWarp {
       const int i = travelled<kDirection>(step);
       const float2 own_BC = BC(stage, i), s = cell(i), own_x = unpack(x[i]), dy = get_parked(chunk, i);
       const float2 own = multiply_add(dy, scale * own_BC.y, dstate);
-      dstate = decay(s, A) * own;
+      dstate = decay(own, s, A);
       const float2 ddecay = dstate * before[i], own_s = own * s;
       dx[i] = own_s * own_BC.x;
       if (kDirection == 0) {
