@@ -52,27 +52,6 @@ struct BackwardArguments {
   Part part;
 };
 
-// Where the parts of a thread block's shared memory begin, in floats.
-template <typename T, int NR, int kChunk>
-struct BackwardShared {
-  static constexpr bool kExact = sizeof(T) == sizeof(float);
-  static constexpr int kStageRows = (kBlockChunks - 1) * kChunk + kTileRows;
-  static constexpr int kStageFloats = 2 * kStageRows * rank_row(NR);
-  // Of a warp.
-  static constexpr int kTileFloats = kTileRows * kPairRow;
-  static constexpr int kNarrowFloats = kTileRows * kTileRow;
-  static constexpr int kStateFloats = 2 * kBlockChunks * kGroup;
-  static constexpr int kRowFloats = 4 * kTileRows;
-  static constexpr int kParkedFloats = kBlockChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes;
-  static constexpr int kScaleFloats = kBlockChunks * kLanes;
-  static constexpr int kWarpFloats = kTileFloats + kNarrowFloats + kStateFloats + kRowFloats + kScaleFloats;
-  static constexpr int kSumFloats = 2 * 2 * kTileRows;
-
-  static constexpr int floats(int warps, bool is_parked_here) {
-    return kStageFloats + warps * (kWarpFloats + kSumFloats + (is_parked_here ? kParkedFloats : 0));
-  }
-};
-
 // Values of a chunk that a lane puts away for itself, as they are or with a scale. Returns what undoes the scale.
 template <typename T>
 struct Parking {
@@ -106,6 +85,27 @@ struct Parking<c10::Half> {
     for (int i = 0; i < kChunk; ++i)
       values[i] = values[i] * up;
     return __uint_as_float(exponent - (14u << 23));
+  }
+};
+
+// Where the parts of a thread block's shared memory begin, in floats.
+template <typename T, int NR, int kChunk>
+struct BackwardShared {
+  static constexpr bool kExact = sizeof(T) == sizeof(float);
+  static constexpr int kStageRows = (kBlockChunks - 1) * kChunk + kTileRows;
+  static constexpr int kStageFloats = 2 * kStageRows * rank_row(NR);
+  // Of a warp.
+  static constexpr int kTileFloats = kTileRows * kPairRow;
+  static constexpr int kNarrowFloats = kTileRows * kTileRow;
+  static constexpr int kStateFloats = 2 * kBlockChunks * kGroup;
+  static constexpr int kRowFloats = 4 * kTileRows;
+  static constexpr int kParkedFloats = kBlockChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes;
+  static constexpr int kScaleFloats = Parking<T>::kScales ? kBlockChunks * kLanes : 0;  // of dx
+  static constexpr int kWarpFloats = kTileFloats + kNarrowFloats + kStateFloats + kRowFloats + kScaleFloats;
+  static constexpr int kSumFloats = 2 * 2 * kTileRows;
+
+  static constexpr int floats(int warps, bool is_parked_here) {
+    return kStageFloats + warps * (kWarpFloats + kSumFloats + (is_parked_here ? kParkedFloats : 0));
   }
 };
 
@@ -764,7 +764,9 @@ struct BackwardWarp {
       float2 dx[kChunk];
       load(p.x, x_row, chunk, x);
       differentiate_chunk<1>(chunk, x, dstate, dx);
-      dx_scales[chunk * kLanes] = Parking<T>::scale_up(dx);
+      const float scale = Parking<T>::scale_up(dx);
+      if (Parking<T>::kScales)
+        dx_scales[chunk * kLanes] = scale;
       store(rows_of(p.dx, chunk), chunk, dx);
     }
     add_sums<1>();
