@@ -52,27 +52,6 @@ struct BackwardArguments {
   Part part;
 };
 
-// Where the parts of a thread block's shared memory begin, in floats.
-template <typename T, int NR, int kChunk>
-struct BackwardShared {
-  static constexpr bool kExact = sizeof(T) == sizeof(float);
-  static constexpr int kStageRows = (kBlockChunks - 1) * kChunk + kTileRows;
-  static constexpr int kStageFloats = 2 * kStageRows * rank_row(NR);
-  // Of a warp.
-  static constexpr int kTileFloats = kTileRows * kPairRow;
-  static constexpr int kNarrowFloats = kTileRows * kTileRow;
-  static constexpr int kStateFloats = 2 * kBlockChunks * kGroup;
-  static constexpr int kRowFloats = 4 * kTileRows;
-  static constexpr int kParkedFloats = kBlockChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes;
-  static constexpr int kScaleFloats = kBlockChunks * kLanes;
-  static constexpr int kWarpFloats = kTileFloats + kNarrowFloats + kStateFloats + kRowFloats + kScaleFloats;
-  static constexpr int kSumFloats = 2 * 2 * kTileRows;
-
-  static constexpr int floats(int warps, bool is_parked_here) {
-    return kStageFloats + warps * (kWarpFloats + kSumFloats + (is_parked_here ? kParkedFloats : 0));
-  }
-};
-
 // Values of a chunk that a lane puts away for itself, as they are or with a scale. Returns what undoes the scale.
 template <typename T>
 struct Parking {
@@ -106,6 +85,27 @@ struct Parking<c10::Half> {
     for (int i = 0; i < kChunk; ++i)
       values[i] = values[i] * up;
     return __uint_as_float(exponent - (14u << 23));
+  }
+};
+
+// Where the parts of a thread block's shared memory begin, in floats.
+template <typename T, int NR, int kChunk>
+struct BackwardShared {
+  static constexpr bool kExact = sizeof(T) == sizeof(float);
+  static constexpr int kStageRows = (kBlockChunks - 1) * kChunk + kTileRows;
+  static constexpr int kStageFloats = 2 * kStageRows * rank_row(NR);
+  // Of a warp.
+  static constexpr int kTileFloats = kTileRows * kPairRow;
+  static constexpr int kNarrowFloats = kTileRows * kTileRow;
+  static constexpr int kStateFloats = 2 * kBlockChunks * kGroup;
+  static constexpr int kRowFloats = 4 * kTileRows;
+  static constexpr int kParkedFloats = kBlockChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes;
+  static constexpr int kScaleFloats = Parking<T>::kScales ? kBlockChunks * kLanes : 0;  // of dx
+  static constexpr int kWarpFloats = kTileFloats + kNarrowFloats + kStateFloats + kRowFloats + kScaleFloats;
+  static constexpr int kSumFloats = 2 * 2 * kTileRows;
+
+  static constexpr int floats(int warps, bool is_parked_here) {
+    return kStageFloats + warps * (kWarpFloats + kSumFloats + (is_parked_here ? kParkedFloats : 0));
   }
 };
 
@@ -356,8 +356,11 @@ struct BackwardWarp {
     const float2 raw = cell(i);
     return make_float2(softplus2_of<T>(raw.x), softplus2_of<T>(raw.y));
   }
-  __device__ __forceinline__ static float2 decay(float2 s, float2 A) {
-    return make_float2(decay_of(s.x, A.x), decay_of(s.y, A.y));
+  __device__ __forceinline__ static float2 decay(float2 value, float2 s, float2 A) {
+    return make_float2(decayed<kExact>(value.x, s.x, A.x), decayed<kExact>(value.y, s.y, A.y));
+  }
+  __device__ __forceinline__ static float2 advance(float2 state, float2 s, float2 A, float B, float2 x) {
+    return make_float2(advanced<kExact>(state.x, s.x, A.x, B, x.x), advanced<kExact>(state.y, s.y, A.y, B, x.y));
   }
 
   // Of a block of the same image, in (B, 2, blocks).
@@ -385,7 +388,7 @@ struct BackwardWarp {
     for (int step = 0; step < kChunk; ++step) {
       const int i = travelled<kDirection>(step);
       const float2 own_BC = BC(stage, i), s = time_step(i);
-      state = multiply_add(decay(s, A), state, s * own_BC.x * unpack(x[i]));
+      state = advance(state, s, A, own_BC.x, unpack(x[i]));
       y[i] = state * own_BC.y;
     }
     __syncwarp();
@@ -531,9 +534,9 @@ struct BackwardWarp {
 #pragma unroll
     for (int step = kChunk - 1; step >= 0; --step) {
       const int i = travelled<kDirection>(step);
-      const float2 own_decay = decay(time_step(i), A);
-      passage.added = own_decay * multiply_add(get_parked(chunk, i), scale * BC(stage, i).y, passage.added);
-      passage.decay = passage.decay * own_decay;
+      const float2 s = time_step(i);
+      passage.added = decay(multiply_add(get_parked(chunk, i), scale * BC(stage, i).y, passage.added), s, A);
+      passage.decay = decay(passage.decay, s, A);
     }
     __syncwarp();
   }
@@ -587,7 +590,7 @@ struct BackwardWarp {
       const float2 s = time_step(i), dy = get_parked(chunk, i);
       cell(i) = s;
       before[i] = state;
-      state = multiply_add(decay(s, A), state, s * BC(stage, i).x * unpack(x[i]));
+      state = advance(state, s, A, BC(stage, i).x, unpack(x[i]));
       narrow[i * kTileRow + lane] = scale * fmaf(dy.x, state.x, dy.y * state.y);
     }
     __syncwarp();
@@ -600,7 +603,7 @@ struct BackwardWarp {
       const int i = travelled<kDirection>(step);
       const float2 own_BC = BC(stage, i), s = cell(i), own_x = unpack(x[i]), dy = get_parked(chunk, i);
       const float2 own = multiply_add(dy, scale * own_BC.y, dstate);
-      dstate = decay(s, A) * own;
+      dstate = decay(own, s, A);
       const float2 ddecay = dstate * before[i], own_s = own * s;
       dx[i] = own_s * own_BC.x;
       if (kDirection == 0) {
@@ -761,7 +764,9 @@ struct BackwardWarp {
       float2 dx[kChunk];
       load(p.x, x_row, chunk, x);
       differentiate_chunk<1>(chunk, x, dstate, dx);
-      dx_scales[chunk * kLanes] = Parking<T>::scale_up(dx);
+      const float scale = Parking<T>::scale_up(dx);
+      if (Parking<T>::kScales)
+        dx_scales[chunk * kLanes] = scale;
       store(rows_of(p.dx, chunk), chunk, dx);
     }
     add_sums<1>();
@@ -798,6 +803,25 @@ struct BackwardWarp {
       reinterpret_cast<float2*>(share + layout.vectors() + vector * kGroup)[lane] = make_float2(0.f, 0.f);
   }
 
+  // A block of positions, from its inputs to its gradients.
+  __device__ __forceinline__ void take() {
+    __syncthreads();
+    put_stages();
+    __syncthreads();
+    scan_leftwards();
+    scan_rightwards_and_normalise();
+    if (p.blocks > 1 && p.part != Part::kGradients)
+      find_passages();
+    if (p.blocks > 1 && p.part == Part::kWhole) {
+      cluster_arrive();
+      cluster_wait();
+    }
+    if (p.part == Part::kPassages)
+      return;
+    differentiate_rightwards();
+    differentiate_leftwards();
+  }
+
   __device__ __forceinline__ void run() {
     begin();
     const int most = kBlockChunks * p.step, all_rows = p.batch * p.length;
@@ -812,21 +836,7 @@ struct BackwardWarp {
         rows = min(most, p.length - start);
       }
       chunks = (rows + p.step - 1) / p.step;
-      __syncthreads();
-      put_stages();
-      __syncthreads();
-      scan_leftwards();
-      scan_rightwards_and_normalise();
-      if (p.blocks > 1 && p.part != Part::kGradients)
-        find_passages();
-      if (p.blocks > 1 && p.part == Part::kWhole) {
-        cluster_arrive();
-        cluster_wait();
-      }
-      if (p.part == Part::kPassages)
-        continue;
-      differentiate_rightwards();
-      differentiate_leftwards();
+      take();
     }
   }
 };
