@@ -102,15 +102,13 @@ void run(const ScanTensors& scan, const NormTensors& norm, Tensor& y, float* sta
   with_rank(scan.rank, [&](auto blocks) {
     constexpr int NR = decltype(blocks)::value;
     if constexpr (sizeof(T) == sizeof(float) && 8 * NR <= kMaxFusedRank) {
-      if (is_fused<NR>(scan, false)) {
-        FusedOutputs<T> outputs{};
-        outputs.y = y.mutable_data_ptr<T>();
-        launch_fused<T, NR, false>(scan, norm, outputs);
+      if (is_fused<NR>(scan)) {
+        launch_fused<T, NR>(scan, norm, y);
         return;
       }
     }
     Tensor sum = empty_floats({scan.batch, scan.length, scan.channels}, scan.x);
-    run_split<T, NR>(scan, sum, nullptr);
+    run_split<T, NR>(scan, sum);
     run_norm<T>(sum, norm, y);
   });
   if (states)
