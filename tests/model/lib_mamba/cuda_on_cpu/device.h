@@ -51,13 +51,24 @@ inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2
   cuda_on_cpu::multiply_tf32(c, a, b);
 }
 
+inline int warp_index() {
+  return threadIdx.x / 32;
+}
+
 inline uint32_t load_word(const void* from) {
-  cuda_on_cpu::count_traffic(sizeof(uint32_t), 0);
+  cuda_on_cpu::count_load(from);
   return *static_cast<const uint32_t*>(from);
 }
 inline void store_word(void* to, uint32_t word) {
-  cuda_on_cpu::count_traffic(0, sizeof word);
+  cuda_on_cpu::count_store();
   *static_cast<uint32_t*>(to) = word;
+}
+
+inline void copy_ahead(float4* to, const void* from, bool is_there) {
+  cuda_on_cpu::copy_ahead(to, is_there ? from : nullptr);
+}
+inline void wait_for_copies() {
+  cuda_on_cpu::wait_for_copies();
 }
 
 inline void cluster_arrive() {

@@ -49,6 +49,22 @@ __device__ __forceinline__ float next_state(float state, float s, float decay, f
   return fmaf(decay, state, s * B * x);
 }
 
+// value * 2^(s * A). Exactly, what is lost is a factor of its own: a decay near 1 is not rounded as such, which would
+// add up over thousands of steps.
+template <bool kExact>
+__device__ __forceinline__ float decayed(float value, float s, float A) {
+  if (kExact)
+    return fmaf(expm1f(kLn2 * (s * A)), value, value);
+  return decay_of(s, A) * value;
+}
+
+template <bool kExact>
+__device__ __forceinline__ float advanced(float state, float s, float A, float B, float x) {
+  if (kExact)
+    return state + fmaf(expm1f(kLn2 * (s * A)), state, s * B * x);
+  return next_state(state, s, decay_of(s, A), B, x);
+}
+
 __device__ __forceinline__ float sigmoid(float value) {
   return fast_reciprocal(1.f + fast_exp2(-kLog2e * value));
 }
