@@ -103,7 +103,7 @@ struct SplitWarp {
 #pragma unroll 4
       for (int i = 0; i < kChunk; ++i) {
         const float s = softplus2<kExact>(tile[i * kTileRow + lane_index()] + parameters.bias);
-        own.decay *= decay_of(s, parameters.A);
+        own.decay = decayed<kExact>(own.decay, s, parameters.A);
       }
     }
     passages[(kDirection * place.segments + place.segment) * kLanes + lane_index()] = own;

@@ -139,7 +139,7 @@ __device__ __forceinline__ void scan_chunk(
     const float own_x = static_cast<float>(x[i]);
     const float s = softplus2<kExact>(tile[i * kTileRow + lane_index()] + channel.bias);
     const float2 BC = *reinterpret_cast<const float2*>(stage + i * rank_row(NR) + 8 * NR);
-    state = next_state(state, s, decay_of(s, channel.A), BC.x, own_x);
+    state = advanced<kExact>(state, s, channel.A, BC.x, own_x);
     emit(i, own_x, BC.y * state);
   }
 }
