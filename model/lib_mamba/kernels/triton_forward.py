@@ -6,7 +6,7 @@ the last to the first) and one state component. A program holds a tile of BLOCK_
 Notable:
   - delta is rebuilt from its low-rank form tile by tile; a direction that runs backwards indexes from the end.
   - Within a tile the recurrence is an associative scan, from tile to tile a carried state.
-  - The output itself holds the sum of the directions in between: no other tensor is needed.
+  - The sum of the directions is float32 in memory: before it is normalised it may exceed the range of float16.
 """
 
 import triton
@@ -92,7 +92,7 @@ def scan_kernel(
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the sum of both directions to y (B, L, D); grid (blocks of D, B).
+    """Write the sum of both directions to y (B, L, D; fp32); grid (blocks of D, B).
 
     With SAVE, the states that enter each tile go to checkpoints (B, 2, tiles, D). NUM_TILES is 0 where it is left to
     run time.
@@ -126,8 +126,8 @@ def scan_kernel(
             total = states * C[:, None]
             y_tile = y + t[:, None] * D + d[None, :]
             if direction == 0:
-                total += tl.load(y_tile, mask=is_inside, other=0.0).to(tl.float32) + skip[None, :] * x_tile
-            tl.store(y_tile, total.to(y.dtype.element_ty), mask=is_inside)
+                total += tl.load(y_tile, mask=is_inside, other=0.0) + skip[None, :] * x_tile
+            tl.store(y_tile, total, mask=is_inside)
         # Another thread may load what this one has stored.
         tl.debug_barrier()
 
@@ -143,10 +143,11 @@ def normalize(y, is_channel, D, eps):
 
 @triton.jit
 def norm_gate_kernel(
-    y,
+    total,
     z,
     norm_weight,
     norm_bias,
+    y,
     num_rows,
     D,
     z_row,
@@ -154,14 +155,14 @@ def norm_gate_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Normalise y (rows, D) over the channels and gate it with z, in place; grid (blocks of rows,)."""
+    """Normalise total (rows, D) over the channels, gate it with z and write y (rows, D); grid (blocks of rows,)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.arange(0, BLOCK_D)
     is_inside = (row < num_rows)[:, None] & (d < D)[None, :]
-    y_tile = y + row[:, None] * D + d[None, :]
-    normed, _ = normalize(tl.load(y_tile, mask=is_inside, other=0.0).to(tl.float32), d < D, D, eps)
+    tile = row[:, None] * D + d[None, :]
+    normed, _ = normalize(tl.load(total + tile, mask=is_inside, other=0.0), d < D, D, eps)
     weight = tl.load(norm_weight + d, mask=d < D, other=0.0)
     bias = tl.load(norm_bias + d, mask=d < D, other=0.0)
     gate = tl.load(z + row[:, None] * z_row + d[None, :], mask=is_inside, other=0.0).to(tl.float32)
     gated = (normed * weight[None, :] + bias[None, :]) * gate * tl.sigmoid(gate)
-    tl.store(y_tile, gated.to(y.dtype.element_ty), mask=is_inside)
+    tl.store(y + tile, gated.to(y.dtype.element_ty), mask=is_inside)

@@ -85,7 +85,7 @@ class _Scan:
         }
 
     def forward(self, y: Tensor, checkpoints: Tensor | None = None) -> None:
-        """Write the sum of both directions to ``y`` (B, L, D), and the states that enter each tile."""
+        """Write the sum of both directions to ``y`` (B, L, D; fp32), and the states that enter each tile."""
         saved = y if checkpoints is None else checkpoints
         arguments = (self.x, self.projection, *self.parameters, y, saved, *self.sizes)
         triton_forward.scan_kernel[self.grid](*arguments, SAVE=checkpoints is not None, **self.tiles)
@@ -93,7 +93,9 @@ class _Scan:
     def backward(self, dy: Tensor, checkpoints: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of x, projection, dt_weight, dt_bias, A_log and D_skip; all but the first in fp32."""
         shape = (self.batch, self.length, self.channels)
-        dx = torch.empty(shape, dtype=self.x.dtype, device=dy.device)
+        # The share of one direction may exceed the range of float16 where the sum does not.
+        half = self.x.dtype == torch.float16
+        dx = torch.empty(shape, dtype=torch.float32 if half else self.x.dtype, device=dy.device)
         dprojection = dy.new_empty(self.grid[0], *self.projection.shape)
         dparameters = dy.new_empty(self.batch, 2, self.channels, self.rank + 3)
         arguments = (dy, self.x, self.projection, *self.parameters, checkpoints, dx, dprojection, dparameters)
@@ -103,7 +105,7 @@ class _Scan:
         ddt_weight, ddt_bias, dA_log, dD = dparameters.sum(0).split([self.rank, 1, 1, 1], dim=-1)
         dD_skip = dD[:1].expand_as(dD)  # both directions pass x on alike
         flat = (dA_log.flatten(0, 1), dD_skip.flatten())
-        return (dx, dprojection.sum(0), ddt_weight, ddt_bias.squeeze(-1), *flat)
+        return (dx.to(self.x.dtype), dprojection.sum(0), ddt_weight, ddt_bias.squeeze(-1), *flat)
 
 
 def _norm_tiles(channels: int) -> dict[str, int]:
@@ -127,13 +129,14 @@ def gated_scan(
     """Scan, normalise, gate: (B, L, D); NotImplemented for a scan that the kernels are not made for."""
     if not _covers(x, dt_weight, A_log, reverse):
         return NotImplemented
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    y = total if x.dtype == torch.float32 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     gate, num_rows, channels = _rows(z), x.shape[0] * x.shape[1], x.shape[2]
     tiles = _norm_tiles(channels)
     with _on_device(x):
-        _Scan(_MAX_BLOCK_L, x, projection, dt_weight, dt_bias, A_log, D_skip).forward(y)
+        _Scan(_MAX_BLOCK_L, x, projection, dt_weight, dt_bias, A_log, D_skip).forward(total)
         triton_forward.norm_gate_kernel[(triton.cdiv(num_rows, tiles["BLOCK_ROWS"]),)](
-            y, gate, norm_weight.float(), norm_bias.float(), num_rows, channels, gate.stride(0), eps, **tiles
+            total, gate, norm_weight.float(), norm_bias.float(), y, num_rows, channels, gate.stride(0), eps, **tiles
         )
     return y
 

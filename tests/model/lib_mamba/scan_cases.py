@@ -100,7 +100,7 @@ def relative_errors(actual, expected, names=NAMES):
 def assert_accurate(actual, expected, dtype, backend=""):
     tolerance, gradient_tolerance = TOLERANCES[dtype]
     if backend not in ("reference", "cpu"):
-        tolerance *= 2  # the sum of the directions may go through memory in the type of x before it is normalised
+        tolerance *= 2 if dtype == torch.float32 else 1.2  # special functions are approximate
     errors = relative_errors(actual, expected)
     limits = dict.fromkeys(NAMES, gradient_tolerance) | {"y": tolerance}
     assert {name: error for name, error in errors.items() if not error <= limits[name]} == {}

@@ -9,7 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_as_cpp import FEW, H200_SHARED, MANY, SMALL_SHARED
-from scan_cases import arguments, assert_accurate, exact, exact_of_case, output_and_gradients, relative_errors
+from scan_cases import (
+    TOLERANCES,
+    arguments,
+    assert_accurate,
+    exact,
+    exact_of_case,
+    gated_scan_loop,
+    output_and_gradients,
+    relative_errors,
+    scan_loop,
+)
 
 from model.lib_mamba import gated_scan
 
@@ -101,6 +111,77 @@ def test_the_states_that_the_forward_pass_keeps(length, chunk, dtype, cuda_as_cp
     exact_ones = exact_states(tensors, chunk)
     assert states.shape == exact_ones.shape
     assert (states - exact_ones).abs().max() < (1e-5 if dtype == torch.float32 else 1e-3) * exact_ones.abs().max()
+
+
+# Every scan of the released networks: channels, length, rank.
+RELEASED = [
+    *((224, 144, 7), (384, 36, 12), (448, 9, 14), (288, 144, 9), (512, 36, 16), (544, 9, 17), (320, 196, 10)),
+    *((544, 49, 17), (544, 16, 17), (320, 256, 10), (512, 64, 16), (512, 144, 16), (544, 36, 17), (512, 256, 16)),
+    *((544, 64, 17), (320, 576, 10), (320, 1024, 10)),
+]
+
+
+def inputs_of_a_released_network(channels, length, rank, **options):
+    tensors = arguments(length, channels=channels, rank=rank, **options)
+    tensors[3] = tensors[3] / rank**0.5
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", RELEASED, ids=str)
+def test_every_scan_of_the_released_networks(shape, dtype, cuda_as_cpp):
+    """In clusters that take several images each, or one; the last of them is compared."""
+    length = shape[1]
+    batch = 1 if length > 200 else 3
+    tensors = inputs_of_a_released_network(*shape, batch=batch, dtype=dtype)
+    last = [tensor[-1:] if index < 3 else tensor for index, tensor in enumerate(tensors)]
+    exact_y = gated_scan_loop(*(tensor.double() for tensor in last))
+    exact_ones = exact_states(last, {36: 12, 9: 9, 196: 14, 49: 13}.get(length, 16)) if length > 64 else None
+    found = []
+    for order in ORDERS:
+        cuda_as_cpp.set_order(order)
+        cuda_as_cpp.set_device(FEW if order == 0 else MANY, H200_SHARED)
+        found.append(torch.ops.mobilemamba.gated_scan_with_states(*tensors, 1e-5, [0, 1]))
+        assert all(torch.equal(one, other) for one, other in zip(found[0], found[-1], strict=True))
+    y, states = found[0]
+    assert (y[-1:] - exact_y).abs().max() < 1.2 * TOLERANCES[dtype][0] * exact_y.abs().max()
+    if exact_ones is not None:
+        assert (states[-1:] - exact_ones).abs().max() < 2e-3 * exact_ones.abs().max()
+
+
+@pytest.mark.parametrize("shape", RELEASED, ids=str)
+def test_x_z_and_the_result_are_moved_once(shape, cuda_as_cpp):
+    """Three values a channel and position: the least that a gated scan can move."""
+    tensors = inputs_of_a_released_network(*shape, batch=1, dtype=torch.bfloat16)
+    cuda_as_cpp.take_traffic()
+    cuda_as_cpp.gated_scan(*tensors, 1e-5, [0, 1])
+    assert sum(cuda_as_cpp.take_traffic()) <= 1.1 * 3 * tensors[0].numel() * tensors[0].element_size()
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "shared", "most_blocks"),
+    [(132, SMALL_SHARED, 16), (132, 99 * 1024, 8), (108, 163 * 1024, 1), (84, 99 * 1024, 1), (132, H200_SHARED, 8)],
+    ids=["little memory", "sm_120", "sm_80", "sm_89", "no large clusters"],
+)
+@pytest.mark.parametrize("shape", [(320, 256, 10), (544, 49, 17), (384, 36, 12)], ids=str)
+def test_devices_without_clusters_or_memory(shape, multiprocessors, shared, most_blocks, cuda_as_cpp):
+    tensors = inputs_of_a_released_network(*shape, batch=1, dtype=torch.float16)
+    cuda_as_cpp.set_device(multiprocessors, shared, most_blocks)
+    y = cuda_as_cpp.gated_scan(*tensors, 1e-5, [0, 1])
+    exact_y = gated_scan_loop(*(tensor.double() for tensor in tensors))
+    assert (y - exact_y).abs().max() < 1.2 * TOLERANCES[torch.float16][0] * exact_y.abs().max()
+
+
+def test_decays_near_one_do_not_drift(cuda_as_cpp):
+    """Every step's error to the same side, as a GPU's approximations may err."""
+    tensors = [torch.ones_like(tensor) for tensor in arguments(4000, batch=1, channels=32)]
+    tensors[5] = torch.linspace(-10, -8, 64)[:, None]
+    _, states = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    exact_ones = exact_states(tensors, 16)
+    torch.testing.assert_close(states.double(), exact_ones, rtol=1e-5, atol=0)
+    y, _, *scan = tensors[:7]
+    exact_y = scan_loop(*(tensor.double() for tensor in (y, *scan)))
+    torch.testing.assert_close(cuda_as_cpp.selective_scan(y, *scan, [0, 1]).double(), exact_y, rtol=1e-5, atol=0)
 
 
 def test_short_sequences_and_other_scans_keep_no_states(cuda_as_cpp):

@@ -14,6 +14,7 @@ from scan_cases import (
     gated_scan_loop,
     output_and_gradients,
     relative_errors,
+    scan_loop,
 )
 
 from model.lib_mamba import SS2D, gated_scan, use_backend
@@ -130,6 +131,18 @@ def test_long_memory(backend):
     expected = gated_scan_loop(*(tensor.double().cpu() for tensor in tensors))
     tolerance = 1e-3 if backend.device.type == "cuda" else 2e-5
     assert (y - expected).abs().max() < tolerance * y.abs().max()
+
+
+@pytest.mark.parametrize("channels", [pytest.param(40, marks=INTERPRETED), 384])
+def test_sums_beyond_float16(channels, backend):
+    """The sum of the directions may exceed the range of x's type: normalised, it is small again."""
+    tensors = arguments(36, batch=1, channels=channels, rank=channels // 32, dtype=torch.float16, device=backend.device)
+    tensors[0] *= 200
+    tensors[2].unflatten(-1, (2, -1))[..., -2:] *= 15
+    assert scan_loop(tensors[0].float(), *tensors[2:7]).abs().max() > 2 * torch.finfo(torch.float16).max
+    actual, expected = output_and_gradients(gated_scan, tensors), exact(tensors)
+    assert_accurate(actual[:1], expected[:1], torch.float16, backend.name)
+    assert all(tensor.isfinite().all() for tensor in actual)
 
 
 @pytest.mark.parametrize("place", [pytest.param(0, marks=INTERPRETED), 1, 2], ids=NAMES[:3])

@@ -56,6 +56,9 @@ inline int min(int a, int b) {
 inline unsigned min(unsigned a, unsigned b) {
   return std::min(a, b);
 }
+inline int max(int a, int b) {
+  return std::max(a, b);
+}
 inline float rsqrtf(float value) {
   return 1.f / std::sqrt(value);
 }
@@ -107,8 +110,13 @@ const float* shared_memory_of(int rank);
 void cluster_arrive();
 void cluster_wait();
 
-// Bytes that load_word and store_word have moved.
-void count_traffic(int64_t loaded, int64_t stored);
+// 16 bytes, or zeros for a null pointer, that arrive when this thread waits for them.
+void copy_ahead(float4* to, const void* from);
+void wait_for_copies();
+
+// Note a word that load_word or store_word moves: lanes that name the same one in the same load share it.
+void count_load(const void* word);
+void count_store();
 
 // The tensor cores' product of a warp's fragments.
 void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]);

@@ -57,13 +57,24 @@ inline void load_fragment(float (&a)[4], const float* matrix, int row) {
     a[i] = matrix[(g + i % 2 * 8) * row + q + i / 2 * 4];
 }
 
+inline int warp_index() {
+  return threadIdx.x / 32;
+}
+
 inline uint32_t load_word(const void* from) {
-  cuda_on_cpu::count_traffic(sizeof(uint32_t), 0);
+  cuda_on_cpu::count_load(from);
   return *static_cast<const uint32_t*>(from);
 }
 inline void store_word(void* to, uint32_t word) {
-  cuda_on_cpu::count_traffic(0, sizeof word);
+  cuda_on_cpu::count_store();
   *static_cast<uint32_t*>(to) = word;
+}
+
+inline void copy_ahead(float4* to, const void* from, bool is_there) {
+  cuda_on_cpu::copy_ahead(to, is_there ? from : nullptr);
+}
+inline void wait_for_copies() {
+  cuda_on_cpu::wait_for_copies();
 }
 
 inline void cluster_arrive() {

@@ -15,6 +15,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -50,6 +51,7 @@ struct Exchange {
 
 struct Warp {
   Barrier barrier;
+  std::vector<std::set<const void*>> loads;  // of words, the n-th of each lane
   Exchange places[2][kLanes];
 };
 
@@ -71,9 +73,10 @@ struct Fiber {
   jmp_buf where;
   bool is_started = false, is_done = true;
   const Barrier* waits_for = nullptr;
-  int generation = 0, exchanges = 0;
+  int generation = 0, exchanges = 0, loads = 0;
   int thread = 0, cluster_generation = 0;
   Block* block = nullptr;
+  std::vector<std::pair<float4*, const void*>> copies;  // that have not arrived
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;  // of a cluster, block by block
@@ -177,10 +180,11 @@ void run_cluster(unsigned first, unsigned size, size_t floats, std::mt19937& ran
       Fiber& fiber = *fibers[rank * threads + thread];
       fiber.is_done = false;
       fiber.waits_for = nullptr;
-      fiber.exchanges = 0;
+      fiber.exchanges = fiber.loads = 0;
       fiber.cluster_generation = 0;
       fiber.thread = thread;
       fiber.block = &block;
+      fiber.copies.clear();
     }
   }
   for (bool has_run = true; has_run;) {
@@ -277,9 +281,33 @@ void cluster_wait() {
   yield();
 }
 
-void count_traffic(int64_t loaded, int64_t stored) {
-  bytes_loaded += loaded;
-  bytes_stored += stored;
+void copy_ahead(float4* to, const void* from) {
+  std::fill_n(reinterpret_cast<float*>(to), 4, kPoison);
+  running->copies.emplace_back(to, from);
+}
+
+void wait_for_copies() {
+  for (const auto& [to, from] : running->copies) {
+    *to = {};
+    if (!from)
+      continue;
+    *to = *static_cast<const float4*>(from);
+    for (int i = 0; i < 4; ++i)
+      count_load(static_cast<const uint32_t*>(from) + i);
+  }
+  running->copies.clear();
+}
+
+void count_load(const void* word) {
+  auto& loads = own_warp().loads;
+  const size_t own = running->loads++;
+  if (loads.size() <= own)
+    loads.resize(own + 1);
+  bytes_loaded += loads[own].insert(word).second ? sizeof(uint32_t) : 0;
+}
+
+void count_store() {
+  bytes_stored += sizeof(uint32_t);
 }
 
 void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {

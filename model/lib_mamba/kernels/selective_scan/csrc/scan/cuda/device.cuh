@@ -90,6 +90,11 @@ __device__ __forceinline__ void load_fragment(float (&a)[4], const float* matrix
     a[i] = __uint_as_float(bits[i]);
 }
 
+// The thread's warp, in a register that the warp shares.
+__device__ __forceinline__ int warp_index() {
+  return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+}
+
 // Global memory, four bytes at a time.
 __device__ __forceinline__ uint32_t load_word(const void* from) {
   return __ldg(static_cast<const uint32_t*>(from));
@@ -97,6 +102,18 @@ __device__ __forceinline__ uint32_t load_word(const void* from) {
 
 __device__ __forceinline__ void store_word(void* to, uint32_t word) {
   *static_cast<uint32_t*>(to) = word;
+}
+
+// 16 bytes from global to shared memory, or zeros where `is_there` is false; they have arrived after wait_for_copies,
+// and for other threads after a barrier that follows it.
+__device__ __forceinline__ void copy_ahead(float4* to, const void* from, bool is_there) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(is_there ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 __device__ __forceinline__ float* shared_memory() {

@@ -37,6 +37,7 @@ struct Width {
   static constexpr int kStageDirection = kBlocks * 128 + 2 * kMaxChunk;
   static constexpr int kStage = 2 * kStageDirection;
   static constexpr int kTile = kMaxChunk * kWideRow;
+  static constexpr int kParameters = kHasBiasRows ? 5 : 7;
 };
 
 // dt_weight and, where there is room, dt_bias, times log2(e), as fragments of the product; by the block.
@@ -87,40 +88,52 @@ __device__ __forceinline__ void clear_stage(float* stage, int thread, int thread
     }
 }
 
-// The projection of a chunk on its way from global memory into a stage, by the warps of `kD` channels.
+// The projection of a chunk on its way from global memory into a stage, by the warps of `kD` channels. Where its pairs
+// of values go stands in a table in shared memory, which spares registers.
 template <typename T, int kD, int kC>
 struct Projection {
   using W = Width<kD>;
   static constexpr int kThreads = W::kGroups * kLanes;
   static constexpr int kPairs = kC * W::kColumns;
   static constexpr int kItems = (kPairs + kThreads - 1) / kThreads;
+  static constexpr uint32_t kIsB = 0x8000;
   Pair<T> pairs[kItems];
+
+  // The places of both values of each pair, 16 bits each.
+  static __device__ __forceinline__ void put_places(uint32_t* places) {
+    const auto place = [](int position, int column) -> uint32_t {
+      const bool is_B = column == W::kRank || column == W::kColumns + W::kRank;
+      return stage_offset<kD>(position, column) | (is_B ? kIsB : 0u);
+    };
+    for (int item = threadIdx.x; item < kPairs; item += blockDim.x) {
+      const int position = item / W::kColumns, column = item % W::kColumns * 2;
+      places[item] = place(position, column) | place(position, column + 1) << 16;
+    }
+  }
 
   __device__ __forceinline__ void fetch(const T* from, int valid, int thread) {
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       const int item = thread + n * kThreads;
-      const bool is_full = (n + 1) * kThreads <= kPairs && valid == kC;
-      pairs[n] = is_full || item < valid * W::kColumns ? load_pair(from + 2 * item) : Pair<T>{0u};
+      pairs[n] = item < valid * W::kColumns ? load_pair(from + 2 * item) : Pair<T>{0u};
     }
   }
 
-  __device__ __forceinline__ void put(float* stage, int thread) const {
+  __device__ __forceinline__ void put(float* stage, const uint32_t* places, int thread) const {
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       const int item = thread + n * kThreads;
       if (item >= kPairs)
         return;
-      const int position = item / W::kColumns, column = item % W::kColumns * 2;
+      const uint32_t place = places[item];
       const float2 values = unpack(pairs[n]);
-      put_value(stage, position, column, values.x);
-      put_value(stage, position, column + 1, values.y);
+      put_value(stage, place & 0xffffu, values.x);
+      put_value(stage, place >> 16, values.y);
     }
   }
 
-  static __device__ __forceinline__ void put_value(float* stage, int position, int column, float value) {
-    const bool is_B = column == W::kRank || column == W::kColumns + W::kRank;
-    stage[stage_offset<kD>(position, column)] = is_B ? kLn2 * value : value;
+  static __device__ __forceinline__ void put_value(float* stage, uint32_t place, float value) {
+    stage[place & (kIsB - 1)] = place & kIsB ? kLn2 * value : value;
   }
 };
 
@@ -151,17 +164,9 @@ __device__ __forceinline__ void project_pairs(const float4* dt, const float4* we
   }
 }
 
-// log2(1 + 2^w) to a relative 6e-5 for any w: the logarithm over its argument as a polynomial, without a special
-// function.
-__device__ __forceinline__ float softplus2_short(float w) {
-  const float u = fast_exp2_down(w);
-  const float ratio =
-      fmaf(u, fmaf(u, fmaf(u, fmaf(u, 0.059651153f, -0.22711866f), 0.44189833f), -0.71698731f), 1.4426132f);
-  return fmaf(u, ratio, fmaxf(w, 0.f));
-}
-
 // Parameters of two channels, which a lane reads from shared memory when it needs them.
-enum PairParameter { kDecay0, kDecay1, kBias0, kBias1, kSkip, kNormWeight, kNormBias, kNumPairParameters };
+// The bias only if the product does not add it.
+enum PairParameter { kDecay0, kDecay1, kSkip, kNormWeight, kNormBias, kBias0, kBias1 };
 
 // Mean, and squared deviations from it, of each row of a tile (wide), over 64 channels or over the first 32; lanes 2p
 // and 2p + 1 receive those of position p.

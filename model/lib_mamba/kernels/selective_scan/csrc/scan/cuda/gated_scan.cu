@@ -14,6 +14,7 @@ namespace mobilemamba {
 namespace {
 
 constexpr int kNormThreads = 256;
+constexpr int kMostClusters = 65535;  // of a grid
 
 template <typename T>
 void run_norm(const Tensor& sum, const NormTensors& norm, Tensor& y) {
@@ -59,7 +60,7 @@ template <typename T>
 bool run_cluster(const ScanTensors& scan, const NormTensors& norm, Tensor& y, float* states) {
   const int64_t D = scan.channels, z_row = row_step(norm.z);
   const auto is_aligned = [](const Tensor& tensor) {
-    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % sizeof(uint32_t) == 0;
+    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % sizeof(float4) == 0;
   };
   if (scan.rank * 32 != D || row_step(scan.x) != D || (z_row != D && z_row != 2 * D) || !is_aligned(scan.x) ||
       !is_aligned(norm.z) || !is_aligned(scan.projection))
@@ -74,17 +75,17 @@ bool run_cluster(const ScanTensors& scan, const NormTensors& norm, Tensor& y, fl
     const int chunks = ceil_div<int>(scan.length, kC), slots = ClusterShape<kD>::kSlots;
     // Few chunks a slot need the least memory; clusters beyond the portable size may not find room.
     for (const unsigned largest : {has_clusters ? kPortableCluster : 1u, has_clusters ? 2 * kPortableCluster : 1u})
-      for (int count = 1; fits_shared(cluster_shared_floats<kD, kC>(count)); ++count) {
-        const ClusterPlan plan{ceil_div(chunks, slots * count), count};
+      for (int count = 1; fits_shared(ClusterLayout<kD, kC>::floats(count)); ++count) {
+        const ClusterPlan plan{ceil_div(chunks, slots * count), count, num_states(static_cast<int>(scan.length))};
         if (static_cast<unsigned>(plan.blocks) > largest)
           continue;
         Launch how{
-            dim3(plan.blocks), ClusterShape<kD>::kThreads, cluster_shared_floats<kD, kC>(count),
+            dim3(plan.blocks), ClusterShape<kD>::kThreads, ClusterLayout<kD, kC>::floats(count),
             static_cast<unsigned>(plan.blocks)};
         const int clusters = num_clusters(kernel, how);
         if (clusters == 0)
           break;
-        how.grid = dim3(plan.blocks * std::min<int64_t>(clusters, scan.batch));
+        how.grid.y = std::min({clusters, static_cast<int>(scan.batch), kMostClusters});
         launch(kernel, how, scan.inputs<T>(), norm.inputs<T>(), plan, y.mutable_data_ptr<T>(), states);
         return true;
       }
@@ -102,15 +103,13 @@ void run(const ScanTensors& scan, const NormTensors& norm, Tensor& y, float* sta
   with_rank(scan.rank, [&](auto blocks) {
     constexpr int NR = decltype(blocks)::value;
     if constexpr (sizeof(T) == sizeof(float) && 8 * NR <= kMaxFusedRank) {
-      if (is_fused<NR>(scan, false)) {
-        FusedOutputs<T> outputs{};
-        outputs.y = y.mutable_data_ptr<T>();
-        launch_fused<T, NR, false>(scan, norm, outputs);
+      if (is_fused<NR>(scan)) {
+        launch_fused<T, NR>(scan, norm, y);
         return;
       }
     }
     Tensor sum = empty_floats({scan.batch, scan.length, scan.channels}, scan.x);
-    run_split<T, NR>(scan, sum, nullptr);
+    run_split<T, NR>(scan, sum);
     run_norm<T>(sum, norm, y);
   });
   if (states)

@@ -14,35 +14,52 @@
 
 namespace mobilemamba {
 
-// How a kernel for D channels and chunks of C positions divides an image.
+// How a block for D channels is divided.
 template <int kD>
 struct ClusterShape {
   // Chunks of a block at a time: as many warps as there are registers for.
-  static constexpr int kSlots = Width<kD>::kGroups <= 4 ? 3 : Width<kD>::kGroups <= 6 ? 2 : 1;
+  static constexpr int kSlots = Width<kD>::kGroups <= 6 ? 2 : 1;
+  static constexpr int kWarps = kSlots * Width<kD>::kGroups;
   static constexpr int kSlotThreads = Width<kD>::kGroups * kLanes;
-  static constexpr int kThreads = kSlots * kSlotThreads;
+  static constexpr int kThreads = kWarps * kLanes;
 };
 
 struct ClusterPlan {
   int blocks;         // of a cluster
   int chunks_a_slot;  // one after the other
+  int states;         // kept for a direction
 };
 
+// Where the parts of a block's shared memory begin, in floats.
 template <int kD, int kC>
-__host__ __device__ constexpr int cluster_shared_floats(int chunks_a_slot) {
+struct ClusterLayout {
   using W = Width<kD>;
-  constexpr int kSlots = ClusterShape<kD>::kSlots;
-  const int warps = kSlots * W::kGroups;
-  return W::kWeights + kSlots * 2 * W::kStage + warps * (W::kTile + 3 * 2 * kMaxChunk) +
-         (2 * kSlots * chunks_a_slot + 2) * W::kGroups * 128 + kNumPairParameters * W::kGroups * 64 +
-         (chunks_a_slot - 1) * warps * kC * 128;
-}
+  using Shape = ClusterShape<kD>;
+  static constexpr int kPlaces = W::kWeights;
+  static constexpr int kParameters = kPlaces + (kC * W::kColumns + 3) / 4 * 4;    // [which][group][lane] of two
+  static constexpr int kStages = kParameters + W::kParameters * W::kGroups * 64;  // [slot]
+  static constexpr int kWarps = kStages + Shape::kSlots * W::kStage;              // [slot][group]
+  static constexpr int kMoments = kWarps + Shape::kWarps * (W::kTile + kC * kLanes);
+  static constexpr int kBlockMaps = kMoments + 2 * Shape::kWarps * kMaxChunk * 2;  // [direction][group][lane]
+  static constexpr int kMaps = kBlockMaps + 2 * W::kGroups * kLanes * 4;           // [direction][chunk][group][lane]
+  // In the part of a warp, after its tile: x.
+  static constexpr int kX = W::kTile, kWarp = kX + kC * kLanes;
+
+  __host__ __device__ static constexpr int parked(int chunks_a_slot) {
+    return kMaps + 2 * Shape::kSlots * chunks_a_slot * W::kGroups * kLanes * 4;
+  }
+  __host__ __device__ static constexpr int floats(int chunks_a_slot) {
+    return parked(chunks_a_slot) + (chunks_a_slot - 1) * Shape::kWarps * kC * kLanes * 4;
+  }
+};
 
 // kZRow: elements between the rows of z. kIsWhole: a chunk is a whole image.
 template <typename T, int kD, int kC, int kZRow, bool kIsWhole>
 struct ClusterWarp {
   using W = Width<kD>;
   using Shape = ClusterShape<kD>;
+  using Staged = Projection<T, kD, kC>;
+  using Layout = ClusterLayout<kD, kC>;
   static constexpr int kSlots = Shape::kSlots;
   static constexpr bool kMayEndEarly = kC == kPartialChunk;
 
@@ -52,31 +69,28 @@ struct ClusterWarp {
   T* const y;
   float* const states;
 
-  const int lane = lane_index(), group = threadIdx.x / kLanes % W::kGroups;
-  const int slot = kSlots == 1 ? 0 : threadIdx.x / Shape::kSlotThreads;
-  const int slot_thread = threadIdx.x - slot * Shape::kSlotThreads;
+  const int lane = lane_index(), warp = warp_index();
+  const int slot = warp / W::kGroups, group = warp % W::kGroups, slot_thread = group * kLanes + lane;
   const bool is_half = W::kHasHalf && group == W::kGroups - 1;
   const int column = 2 * (is_half ? lane % 16 : lane), channel = 64 * group + column;
-  const int rank = kIsWhole ? 0 : blockIdx.x % plan.blocks;
+  const int rank = blockIdx.x;
   const int block_chunks = kSlots * plan.chunks_a_slot;
 
-  float* const weights = shared_memory();
-  float* const stages = weights + W::kWeights + slot * 2 * W::kStage;
-  float* const tile = weights + W::kWeights + kSlots * 2 * W::kStage + (slot * W::kGroups + group) * W::kTile;
-  float2* const all_moments = reinterpret_cast<float2*>(
-      weights + W::kWeights + kSlots * 2 * W::kStage + kSlots * W::kGroups * W::kTile);  // [2][slot][group][16]
-  float2* const own_norm = all_moments + (2 * kSlots * W::kGroups + slot * W::kGroups + group) * kMaxChunk;
-  // Maps of two channels: decay, added, decay, added. [direction][chunk][group][lane]
-  float4* const maps = reinterpret_cast<float4*>(all_moments + 3 * kSlots * W::kGroups * kMaxChunk);
-  float4* const block_maps = maps + 2 * block_chunks * W::kGroups * kLanes;  // [direction][group][lane]
-  float2* const parameters = reinterpret_cast<float2*>(block_maps + 2 * W::kGroups * kLanes);  // [which][group][lane]
-  float4* const parked = reinterpret_cast<float4*>(parameters + kNumPairParameters * W::kGroups * kLanes);
+  float* const memory = shared_memory();
+  float* const stage = memory + Layout::kStages + slot * W::kStage;
+  float* const tile = memory + Layout::kWarps + warp * Layout::kWarp;
 
-  Projection<T, kD, kC> projection;
-  Pair<T> x[kC], z[kC];
+  Staged projection;
+  Pair<T> z[kC];
   float2 sum[kC];
   Pair<T> factors[2][kC];  // C times the decay since the chunk's start
-  int num_staged = 0, num_normed = 0;
+
+  __device__ __forceinline__ uint32_t* places() const { return reinterpret_cast<uint32_t*>(memory + Layout::kPlaces); }
+  __device__ __forceinline__ T* x() const { return reinterpret_cast<T*>(tile + Layout::kX); }
+  // What normalises a position, at the end of its row of the tile.
+  __device__ __forceinline__ float2& norm_of(int position) const {
+    return *reinterpret_cast<float2*>(tile + position * kWideRow + 64);
+  }
 
   // The n-th chunk of the slot: within the block, and within the image.
   __device__ __forceinline__ int chunk_in_block(int n) const { return slot * plan.chunks_a_slot + n; }
@@ -84,26 +98,47 @@ struct ClusterWarp {
     return kIsWhole ? 0 : rank * block_chunks + chunk_in_block(n);
   }
   __device__ __forceinline__ bool is_empty(int n) const { return !kIsWhole && chunk_of(n) * kC >= p.length; }
-  __device__ __forceinline__ int valid(int n) const { return kMayEndEarly ? min(kC, p.length - chunk_of(n) * kC) : kC; }
-  // The first row of a chunk; for an empty one, of another that can be read in its place.
-  __device__ __forceinline__ int64_t row_of(int64_t image, int n) const {
-    return image * p.length + (is_empty(n) ? 0 : chunk_of(n) * kC);
+  __device__ __forceinline__ int valid(int n) const {
+    return kMayEndEarly ? max(0, min(kC, p.length - chunk_of(n) * kC)) : is_empty(n) ? 0 : kC;
+  }
+  __device__ __forceinline__ int64_t row_of(int image, int n) const {
+    return static_cast<int64_t>(image) * p.length + chunk_of(n) * kC;
   }
 
   __device__ __forceinline__ void load(Pair<T> (&pairs)[kC], const T* from, int row, int count) const {
+    if (count == 0) {
+#pragma unroll
+      for (int i = 0; i < kC; ++i)
+        pairs[i] = {0u};
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kC; ++i)
       pairs[i] = !kMayEndEarly || i < count ? load_pair(from + i * row) : Pair<T>{0u};
   }
 
-  __device__ __forceinline__ void fetch(int64_t image, int n) {
+  // Start to load the inputs of the slot's n-th chunk: x to shared memory, 16 bytes a lane.
+  __device__ __forceinline__ void fetch(int image, int n) {
     const int64_t row = row_of(image, n);
-    projection.fetch(p.projection + row * 2 * W::kColumns, valid(n), slot_thread);
-    load(x, p.x + row * kD + channel, kD, valid(n));
+    const int count = valid(n);
+    projection.fetch(p.projection + row * 2 * W::kColumns, count, slot_thread);
+    const int first = lane / 8, part = lane % 8 * 8;
+    if (is_half && part >= 32)
+      return;
+    const T* const from = p.x + (row + first) * kD + 64 * group + part;
+    float4* const to = reinterpret_cast<float4*>(x() + first * 64 + part);
+#pragma unroll
+    for (int i = 0; i < kC; i += 4)
+      if (i + 4 <= kC || i + first < kC)
+        copy_ahead(to + i * 8, from + i * kD, kMayEndEarly ? i + first < count : count > 0);
   }
 
+  // Own channels of a direction's parameters.
+  __device__ __forceinline__ float2 pair_at(const float* values, int direction) const {
+    return make_float2(values[direction * kD + channel], values[direction * kD + channel + 1]);
+  }
   __device__ __forceinline__ float2& parameter(int which) const {
-    return parameters[(which * W::kGroups + group) * kLanes + lane];
+    return reinterpret_cast<float2*>(memory + Layout::kParameters)[(which * W::kGroups + group) * kLanes + lane];
   }
 
   // What a direction needs of them.
@@ -115,8 +150,8 @@ struct ClusterWarp {
   template <int kDirection>
   __device__ __forceinline__ void take(
       int i, float2 w, float B, float C, const Own& own, float2& state, float2& decay) {
-    const float2 raw = W::kHasBiasRows ? w : w + own.bias, own_x = unpack(x[i]);
-    const float2 s = make_float2(softplus2_short(raw.x), softplus2_short(raw.y));
+    const float2 raw = W::kHasBiasRows ? w : w + own.bias, own_x = unpack(as_pairs(x() + i * 64)[column / 2]);
+    const float2 s = make_float2(softplus2_of<T>(raw.x), softplus2_of<T>(raw.y));
     const float2 a = make_float2(decay_of(s.x, own.A.x), decay_of(s.y, own.A.y));
     state = make_float2(next_state(state.x, s.x, a.x, B, own_x.x), next_state(state.y, s.y, a.y, B, own_x.y));
     sum[i] = kDirection ? state * C : multiply_add(own.skip, own_x, multiply_add(state, C, sum[i]));
@@ -128,10 +163,10 @@ struct ClusterWarp {
 
   // Run a direction through the slot's n-th chunk.
   template <int kDirection>
-  __device__ __forceinline__ void scan(const float* stage, int n) {
+  __device__ __forceinline__ void scan(int n) {
     const float* const own_stage = stage + kDirection * W::kStageDirection;
     const float4* const fragments =
-        reinterpret_cast<const float4*>(weights) + (kDirection * W::kGroups + group) * 4 * W::kBlocks * kLanes;
+        reinterpret_cast<const float4*>(memory) + (kDirection * W::kGroups + group) * 4 * W::kBlocks * kLanes;
     __syncwarp();
     project_pairs<kD>(reinterpret_cast<const float4*>(own_stage), fragments, tile);
     __syncwarp();
@@ -157,25 +192,29 @@ struct ClusterWarp {
       }
     }
     if (!kIsWhole)
-      *map_of(kDirection, chunk_in_block(n)) =
-          is_empty(n) ? make_float4(1.f, 0.f, 1.f, 0.f) : make_float4(decay.x, state.x, decay.y, state.y);
+      *map_of(kDirection, chunk_in_block(n)) = make_float4(decay.x, state.x, decay.y, state.y);
   }
 
   __device__ __forceinline__ float4* map_of(int direction, int chunk) const {
-    return maps + ((direction * block_chunks + chunk) * W::kGroups + group) * kLanes + lane;
+    return reinterpret_cast<float4*>(memory + Layout::kMaps) +
+           ((direction * block_chunks + chunk) * W::kGroups + group) * kLanes + lane;
   }
 
   // Both directions through the slot's n-th chunk, whose inputs have been fetched.
   __device__ __forceinline__ void scan_chunk_alone(int n) {
-    float* const stage = stages + num_staged++ % 2 * W::kStage;
-    projection.put(stage, slot_thread);
+    if (n > 0)
+      __syncthreads();  // the stage has been read; between images all threads have met
+    projection.put(stage, places(), slot_thread);
+    wait_for_copies();
     __syncthreads();
-    scan<1>(stage, n);
-    scan<0>(stage, n);
+    scan<1>(n);
+    scan<0>(n);
+    __syncwarp();
   }
 
   __device__ __forceinline__ float4* parked_at(int n) const {
-    return parked + ((n * kSlots + slot) * W::kGroups + group) * kC * kLanes + lane;
+    return reinterpret_cast<float4*>(memory + Layout::parked(plan.chunks_a_slot)) +
+           ((n * kSlots + slot) * W::kGroups + group) * kC * kLanes + lane;
   }
   __device__ __forceinline__ void park(int n) const {
     float4* const to = parked_at(n);
@@ -195,13 +234,14 @@ struct ClusterWarp {
     }
   }
 
+  // A map of two channels: decay, added, decay, added.
   static __device__ __forceinline__ void apply(const float4& map, float2& value) {
     value.x = fmaf(map.x, value.x, map.y);
     value.y = fmaf(map.z, value.y, map.w);
   }
 
   __device__ __forceinline__ float4* block_map_of(int direction) const {
-    return block_maps + (direction * W::kGroups + group) * kLanes + lane;
+    return reinterpret_cast<float4*>(memory + Layout::kBlockMaps) + (direction * W::kGroups + group) * kLanes + lane;
   }
 
   // The map of all the block's chunks, one after the other in travel.
@@ -255,14 +295,14 @@ struct ClusterWarp {
 
   __device__ __forceinline__ bool is_own_channel() const { return !W::kHasHalf || !is_half || lane < 16; }
 
-  __device__ __forceinline__ void keep_state(int64_t image, int direction, int chunk, const float2& state) const {
-    const int64_t place = (image * 2 + direction) * num_states(p.length) + chunk / kChunksAState;
+  __device__ __forceinline__ void keep_state(int image, int direction, int chunk, const float2& state) const {
+    const int64_t place = (static_cast<int64_t>(image) * 2 + direction) * plan.states + chunk / kChunksAState;
     if (is_own_channel())
       *reinterpret_cast<float2*>(states + place * kD + channel) = state;
   }
 
   // Add what the entering states contribute.
-  __device__ __forceinline__ void correct(int64_t image, int n) {
+  __device__ __forceinline__ void correct(int image, int n) {
     const float2 first = state_before(0, n), second = state_before(1, n);
     if (states && !is_empty(n)) {
       const int chunk = chunk_of(n);
@@ -279,15 +319,16 @@ struct ClusterWarp {
     }
   }
 
-  // 1 / deviation and -mean / deviation over all channels, for each position, to own_norm.
-  __device__ __forceinline__ void find_norm() {
+  // 1 / deviation and -mean / deviation over all channels, for each position, to norm_of.
+  __device__ __forceinline__ void find_norm(int n) {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kC; ++i)
       *reinterpret_cast<float2*>(tile + i * kWideRow + column) = sum[i];
     __syncwarp();
     const float2 own = pair_moments(tile, is_half);
-    float2* const moments = all_moments + (num_normed++ % 2 * kSlots + slot) * W::kGroups * kMaxChunk;
+    float2* const moments =
+        reinterpret_cast<float2*>(memory + Layout::kMoments) + (n % 2 * kSlots + slot) * W::kGroups * kMaxChunk;
     if (lane % 2 == 0)
       moments[group * kMaxChunk + lane / 2] = own;
     __syncthreads();
@@ -304,7 +345,7 @@ struct ClusterWarp {
     }
     const float rstd = rsqrtf(squares * (1.f / kD) + norm.eps);
     if (lane < kMaxChunk)
-      own_norm[lane] = make_float2(rstd, -mean * rstd);
+      norm_of(lane) = make_float2(rstd, -mean * rstd);
     __syncwarp();
   }
   // A group's part of the channels.
@@ -313,12 +354,12 @@ struct ClusterWarp {
   }
 
   __device__ __forceinline__ Pair<T> gated(int i, float2 weight, float2 bias) const {
-    const float2 factor = own_norm[i], gate = unpack(z[i]);
+    const float2 factor = norm_of(i), gate = unpack(z[i]);
     const float2 normed = make_float2(fmaf(sum[i].x, factor.x, factor.y), fmaf(sum[i].y, factor.x, factor.y));
     return pack<T>(multiply_add(normed, weight, bias) * make_float2(silu<T>(gate.x), silu<T>(gate.y)));
   }
 
-  __device__ __forceinline__ void store(int64_t image, int n) const {
+  __device__ __forceinline__ void store(int image, int n) const {
     T* const to = y + row_of(image, n) * kD + channel;
     if (is_empty(n))
       return;
@@ -331,21 +372,19 @@ struct ClusterWarp {
     }
   }
 
-  __device__ __forceinline__ void load_gate(int64_t image, int n) {
+  __device__ __forceinline__ void load_gate(int image, int n) {
     load(z, norm.z + row_of(image, n) * kZRow + channel, kZRow, valid(n));
   }
 
   __device__ __forceinline__ void start() {
-    put_weight_fragments<kD>(p.dt_weight, p.dt_bias, weights);
-    for (int i = 0; i < 2; ++i)
-      clear_stage<kD>(stages + i * W::kStage, slot_thread, Shape::kSlotThreads);
-    const auto pair_at = [&](const float* values, int direction) {
-      return make_float2(values[direction * kD + channel], values[direction * kD + channel + 1]);
-    };
+    put_weight_fragments<kD>(p.dt_weight, p.dt_bias, memory);
+    Staged::put_places(places());
+    clear_stage<kD>(stage, slot_thread, Shape::kSlotThreads);
     for (int direction = 0; direction < 2 && slot == 0; ++direction) {
       const float2 A_log = pair_at(p.A_log, direction);
       parameter(kDecay0 + direction) = make_float2(-expf(A_log.x), -expf(A_log.y));
-      parameter(kBias0 + direction) = pair_at(p.dt_bias, direction) * kLog2e;
+      if (!W::kHasBiasRows)
+        parameter(kBias0 + direction) = pair_at(p.dt_bias, direction) * kLog2e;
     }
     if (slot == 0) {
       parameter(kSkip) = pair_at(p.D_skip, 0) + pair_at(p.D_skip, 1);
@@ -358,31 +397,32 @@ struct ClusterWarp {
   __device__ __forceinline__ void run() {
     start();
     const int chunks = kIsWhole ? 1 : plan.chunks_a_slot;
-    const int clusters = kIsWhole ? gridDim.x : gridDim.x / plan.blocks;
-    const int64_t first = kIsWhole ? blockIdx.x : blockIdx.x / plan.blocks;
+    const int first = blockIdx.y, clusters = gridDim.y;
     fetch(first, 0);
-    for (int64_t image = first; image < p.batch; image += clusters) {
-      for (int n = 0; n < chunks; ++n) {
+    for (int image = first; image < p.batch; image += clusters) {
+      // Loops that run at least once: what they write need not be kept from before.
+      int n = 0;
+      while (true) {
         scan_chunk_alone(n);
-        if (n + 1 < chunks) {
-          fetch(image, n + 1);
-          park(n);
-        }
+        if (n + 1 == chunks)
+          break;
+        fetch(image, n + 1);
+        park(n++);
       }
-      load_gate(image, chunks - 1);
+      if (image + clusters < p.batch)
+        fetch(image + clusters, 0);
+      load_gate(image, n);
       if (!kIsWhole)
         exchange(image == first);
-      for (int n = chunks - 1; n >= 0; --n) {
-        if (n + 1 < chunks) {
-          load_gate(image, n);
-          take_back(n);
-        }
+      while (true) {
         if (!kIsWhole)
           correct(image, n);
-        find_norm();
-        if (n == 0 && image + clusters < p.batch)
-          fetch(image + clusters, 0);
+        find_norm(n);
         store(image, n);
+        if (n == 0)
+          break;
+        load_gate(image, --n);
+        take_back(n);
       }
     }
     if (!kIsWhole && plan.blocks > 1)
@@ -390,7 +430,7 @@ struct ClusterWarp {
   }
 };
 
-// Grid: whole clusters of plan.blocks, as many as there is room for, or as there are images.
+// Grid (plan.blocks, clusters): a row is a cluster; as many as there is room for, or as there are images.
 template <typename T, int kD, int kC, int kZRow, bool kIsWhole>
 __global__ void __launch_bounds__(ClusterShape<kD>::kThreads, 1)
     cluster_kernel(const ScanInputs<T> p, const NormInputs<T> norm, const ClusterPlan plan, T* y, float* states) {

@@ -5,23 +5,9 @@
 // gates.
 #pragma once
 
-#include <type_traits>
-
 #include "scan/cuda/inputs.cuh"
 
 namespace mobilemamba {
-
-// The outputs of the fused kernel: y going forward; the rest, and checkpoints, going backward (up to the scan itself).
-template <typename T>
-struct FusedOutputs {
-  T* y;  // (B, L, D)
-  const T* grad;
-  int grad_row;
-  T* dz;         // (B, L, D)
-  float* dsum;   // (B, L, D), gradient of the sum of the directions
-  float* dnorm;  // (B, 2, D)
-  float* checkpoints;
-};
 
 // Two blocks share a multiprocessor up to kSharingThreads; from kRoomyThreads on, with fewer registers than they would
 // take otherwise.
@@ -30,8 +16,8 @@ constexpr int kSharingThreads = 448;
 constexpr int kRoomyThreads = 320;
 
 template <int NR>
-__host__ __device__ constexpr int fused_shared_floats(int warps, bool is_backward) {
-  return 2 * kChunk * rank_row(NR) + warps * ((is_backward ? 2 : 1) * kTile + 3 * 2 * kChunk);
+__host__ __device__ constexpr int fused_shared_floats(int warps) {
+  return 2 * kChunk * rank_row(NR) + warps * (kTile + 2 * 2 * kChunk);
 }
 
 // Mean and 1 / deviation over all channels for position p, in lanes p and p + 16.
@@ -54,31 +40,16 @@ __device__ __forceinline__ float2 combine_moments(const float2* moments, int war
   return make_float2(mean, rsqrtf(squares / channels + eps));
 }
 
-// Sum of pairs over the warps for position p, in lanes p and p + 16.
-__device__ __forceinline__ float2 combine_sums(const float2* sums, int warps) {
-  const int p = lane_index() % kChunk;
-  float2 total = make_float2(0.f, 0.f);
-  for (int w = lane_index() / kChunk; w < warps; w += 2) {
-    const float2 own = sums[w * kChunk + p];
-    total.x += own.x;
-    total.y += own.y;
-  }
-  total.x += __shfl_xor_sync(kWarp, total.x, kChunk);
-  total.y += __shfl_xor_sync(kWarp, total.y, kChunk);
-  return total;
-}
-
 // A warp of the block: 32 channels of the image, through both sweeps.
-template <typename T, int NR, bool kBackward>
+template <typename T, int NR>
 struct FusedWarp {
   static constexpr bool kExact = sizeof(T) == sizeof(float);
   static constexpr int kStage = kChunk * rank_row(NR);
   static constexpr int kItems = kChunk * (8 * NR + 2);
-  using Sum = std::conditional_t<kBackward, float, T>;
 
   const ScanInputs<T>& p;
   const NormInputs<T>& norm;
-  const FusedOutputs<T>& out;
+  T* const result;  // (B, L, D)
   const int64_t image = blockIdx.x;
   const int channel = threadIdx.x;
   const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes, lane = lane_index();
@@ -86,17 +57,15 @@ struct FusedWarp {
 
   float* const stages = shared_memory();  // two, so that one fills while the other is read
   float* const tile = stages + 2 * kStage + warp * kTile;
-  float* const other_tile = tile + warps * kTile;  // going backward
-  float2* const moments = reinterpret_cast<float2*>(stages + 2 * kStage + (kBackward ? 2 : 1) * warps * kTile);
-  float2* const sums = moments + warps * kChunk;
-  float2* const own_norm = sums + warps * kChunk + warp * kChunk;
+  float2* const moments = reinterpret_cast<float2*>(stages + 2 * kStage + warps * kTile);
+  float2* const own_norm = moments + warps * kChunk + warp * kChunk;
 
   RegisterWeights<NR> weights;
   Channel parameters;
   float state;
   T x[kChunk];
   float next_item;
-  float norm_weight, norm_bias, dnorm_weight, dnorm_bias;
+  float norm_weight, norm_bias;
 
   // Step k of 2 * chunks: first direction 1 from the last chunk to the first, then direction 0 back again.
   __device__ __forceinline__ int chunk_of(int k) const { return k < p.chunks() ? p.chunks() - 1 - k : k - p.chunks(); }
@@ -107,13 +76,8 @@ struct FusedWarp {
   __device__ __forceinline__ int64_t at(int chunk, int row) const {
     return (image * p.length + chunk * kChunk) * row + channel;
   }
-  // Direction 1 waits where the result goes: going forward in T, which rounds once more, as much as the result.
-  __device__ __forceinline__ Sum* sum_at(int chunk) const {
-    if constexpr (kBackward)
-      return out.dsum + at(chunk, p.channels);
-    else
-      return out.y + at(chunk, p.channels);
-  }
+  // Direction 1 waits here, rounded once more, as much as the result.
+  __device__ __forceinline__ T* result_at(int chunk) const { return result + at(chunk, p.channels); }
 
   __device__ __forceinline__ void start_direction(int direction) {
     const float* own_weight = p.dt_weight + static_cast<int64_t>(direction) * p.channels * p.rank;
@@ -146,8 +110,6 @@ struct FusedWarp {
   // Step k: emit as scan_chunk does, and load the next step's inputs ahead.
   template <int kDirection, typename Emit>
   __device__ __forceinline__ void step(int k, Emit&& emit) {
-    if (kBackward && exists)
-      out.checkpoints[p.checkpoint(image, kDirection, chunk_of(k), channel)] = state;
     __syncthreads();
     if (!is_last(k))
       fetch_stage(k + 1);
@@ -179,8 +141,8 @@ struct FusedWarp {
   }
 
   // From the sum, in the tile, to y.
-  __device__ __forceinline__ void gate_forward(int chunk, const T (&gate)[kChunk]) {
-    RowWriter<T> y(out.y + at(chunk, p.channels), p.channels, valid(chunk));
+  __device__ __forceinline__ void open_gate(int chunk, const T (&gate)[kChunk]) {
+    RowWriter<T> y(result_at(chunk), p.channels, valid(chunk));
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const float opening = static_cast<float>(gate[i]);
@@ -188,86 +150,41 @@ struct FusedWarp {
     }
   }
 
-  // From the sum, in the tile, to its gradient, and dz.
-  __device__ __forceinline__ void gate_backward(int chunk, const T (&gate)[kChunk]) {
-    const int own_valid = valid(chunk);
-    const int64_t own = at(chunk, p.channels);
-    T grad[kChunk];
-    load_rows(out.grad + at(chunk, out.grad_row), out.grad_row, own_valid, grad);
-    RowWriter<T> dz(out.dz + own, p.channels, own_valid);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const float own_normed = normed(i);
-      const GateGradient gradient = gate_gradient(
-          static_cast<float>(grad[i]), static_cast<float>(gate[i]), fmaf(own_normed, norm_weight, norm_bias));
-      dnorm_weight = fmaf(gradient.normed, own_normed, dnorm_weight);
-      dnorm_bias += gradient.normed;
-      tile[i * kTileRow + lane] = gradient.normed * norm_weight;
-      other_tile[i * kTileRow + lane] = own_normed;
-      dz.put(i, gradient.gate);
-    }
-    __syncwarp();
-    const float2 own_sums = row_products(tile, other_tile);
-    if (lane % 2 == 0)
-      sums[warp * kChunk + lane / 2] = own_sums;
-    __syncthreads();
-    // Every warp has read the moments: the means may take the place of this warp's.
-    float2* const means = moments + warp * kChunk;
-    const float2 total = combine_sums(sums, warps);
-    if (lane < kChunk)
-      means[lane] = make_float2(total.x / p.channels, total.y / p.channels);
-    __syncwarp();
-    RowWriter<float> dsum(out.dsum + own, p.channels, own_valid);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const int here = i * kTileRow + lane;
-      dsum.put(i, (tile[here] - means[i].x - other_tile[here] * means[i].y) * own_norm[i].y);
-    }
-  }
-
   __device__ __forceinline__ void run() {
     const int chunks = p.chunks();
     norm_weight = exists ? norm.weight[channel] : 0.f;
     norm_bias = exists ? norm.bias[channel] : 0.f;
-    dnorm_weight = dnorm_bias = 0.f;
     start_direction(1);
     fetch_stage(0);
     fetch_x(0);
     put_stage(0);
     for (int k = 0; k < chunks; ++k) {
-      RowWriter<Sum, true> sum(sum_at(chunk_of(k)), p.channels, valid(chunk_of(k)));
+      RowWriter<T, true> sum(result_at(chunk_of(k)), p.channels, valid(chunk_of(k)));
       step<1>(k, [&](int i, float, float y) { sum.put(i, y); });
     }
     start_direction(0);
     const float skip = p.skip(channel);
     for (int k = chunks; k < 2 * chunks; ++k) {
       const int chunk = chunk_of(k);
-      Sum before[kChunk];
-      load_rows(sum_at(chunk), p.channels, valid(chunk), before);
+      T before[kChunk];
+      load_rows(result_at(chunk), p.channels, valid(chunk), before);
       step<0>(k, [&](int i, float own_x, float y) {
         tile[i * kTileRow + lane] = fmaf(skip, own_x, y + static_cast<float>(before[i]));
       });
       T gate[kChunk];
       load_rows(norm.z + at(chunk, norm.z_row), norm.z_row, valid(chunk), gate);
       normalize();
-      if constexpr (kBackward)
-        gate_backward(chunk, gate);
-      else
-        gate_forward(chunk, gate);
+      open_gate(chunk, gate);
       __syncwarp();
-    }
-    if (kBackward && exists) {
-      out.dnorm[image * 2 * p.channels + channel] = dnorm_weight;
-      out.dnorm[(image * 2 + 1) * p.channels + channel] = dnorm_bias;
     }
   }
 };
 
 // Grid (B), a warp for every 32 channels.
-template <typename T, int NR, bool kBackward, int kThreads>
+template <typename T, int NR, int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreads == kSharingThreads ? 2 : 1)
-    fused_kernel(const ScanInputs<T> p, const NormInputs<T> norm, const FusedOutputs<T> out) {
-  FusedWarp<T, NR, kBackward> warp{p, norm, out};
+    fused_kernel(const ScanInputs<T> p, const NormInputs<T> norm, T* result) {
+  FusedWarp<T, NR> warp{p, norm, result};
   warp.run();
 }
 

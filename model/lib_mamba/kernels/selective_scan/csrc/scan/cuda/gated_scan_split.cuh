@@ -103,14 +103,14 @@ struct SplitWarp {
 #pragma unroll 4
       for (int i = 0; i < kChunk; ++i) {
         const float s = softplus2<kExact>(tile[i * kTileRow + lane_index()] + parameters.bias);
-        own.decay *= decay_of(s, parameters.A);
+        own.decay = decayed<kExact>(own.decay, s, parameters.A);
       }
     }
     passages[(kDirection * place.segments + place.segment) * kLanes + lane_index()] = own;
   }
 
   template <int kDirection>
-  __device__ __forceinline__ void scan(float* sum, float* checkpoints) {
+  __device__ __forceinline__ void scan(float* sum) {
     start_direction(kDirection);
     float state = entering(passages + kDirection * place.segments * kLanes, place, kDirection);
     const float skip = kDirection ? 0.f : p.skip(place.channel);
@@ -118,8 +118,6 @@ struct SplitWarp {
       const int chunk = chunk_of<kDirection>(n);
       const int own_valid = valid(chunk);
       float* const to = sum + at(chunk, p.channels);
-      if (checkpoints && exists)
-        checkpoints[p.checkpoint(place.image, kDirection, chunk, place.channel)] = state;
       float before[kChunk] = {};
       if (kDirection == 0)
         load_rows(to, p.channels, own_valid, before);
@@ -130,18 +128,17 @@ struct SplitWarp {
   }
 };
 
-// The sum of both directions (B, L, D); grid (B, blocks of channels). Checkpoints only if there is a place for them.
+// The sum of both directions (B, L, D); grid (B, blocks of channels).
 template <typename T, int NR>
-__global__ void __launch_bounds__(kSplitThreads, 1)
-    split_kernel(const ScanInputs<T> p, int segments, float* sum, float* checkpoints) {
+__global__ void __launch_bounds__(kSplitThreads, 1) split_kernel(const ScanInputs<T> p, int segments, float* sum) {
   SplitWarp<T, NR> warp{p, Place(segments, p.chunks())};
   if (segments > 1) {
     warp.template find_passage<1>();
     warp.template find_passage<0>();
     __syncthreads();
   }
-  warp.template scan<1>(sum, checkpoints);
-  warp.template scan<0>(sum, checkpoints);
+  warp.template scan<1>(sum);
+  warp.template scan<0>(sum);
 }
 
 }  // namespace mobilemamba

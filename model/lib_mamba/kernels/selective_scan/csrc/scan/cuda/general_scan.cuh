@@ -147,7 +147,7 @@ struct GeneralThread {
       float y = skip * x[i];
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        state[n] = next_state(state[n], s[i], decay_of(s[i], A[n]), B(i, n), x[i]);
+        state[n] = advanced<true>(state[n], s[i], A[n], B(i, n), x[i]);
         y = fmaf(C(i, n), state[n], y);
       }
       if (out.y && exists && i < valid(chunk)) {
@@ -201,7 +201,7 @@ struct GeneralThread {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         before[i][n] = state[n];
-        state[n] = next_state(state[n], s[i], decay_of(s[i], A[n]), B(i, n), x[i]);
+        state[n] = advanced<true>(state[n], s[i], A[n], B(i, n), x[i]);
         put_sum(i, N + n, dy[i] * state[n]);
       }
     }

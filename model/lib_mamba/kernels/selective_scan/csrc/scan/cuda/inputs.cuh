@@ -26,10 +26,6 @@ struct ScanInputs {
   __device__ float skip(int channel) const {
     return channel < channels ? D_skip[channel] + D_skip[channels + channel] : 0.f;
   }
-  // Where the state that enters a chunk is kept, for the backward pass: (B, 2, chunks, D).
-  __device__ int64_t checkpoint(int64_t image, int direction, int chunk, int channel) const {
-    return ((image * 2 + direction) * chunks() + chunk) * channels + channel;
-  }
 };
 
 // dt_weight * log2(e) of one direction and `count` channels to shared memory as SharedWeights takes it, by the block.

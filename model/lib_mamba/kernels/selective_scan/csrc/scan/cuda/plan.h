@@ -14,10 +14,10 @@ constexpr int kMaxFusedLength = 64;  // up to here one block is enough for an im
 
 // One block an image: where there are images enough to fill the GPU, or little to do in each.
 template <int NR>
-bool is_fused(const ScanTensors& scan, bool is_backward) {
+bool is_fused(const ScanTensors& scan) {
   const bool is_enough = 2 * scan.batch >= num_multiprocessors() || scan.length <= kMaxFusedLength;
   return is_enough && scan.groups() * kLanes <= kFusedThreads && scan.rank <= kMaxFusedRank &&
-         fits_shared(fused_shared_floats<NR>(scan.groups(), is_backward));
+         fits_shared(fused_shared_floats<NR>(scan.groups()));
 }
 
 // How the work of a kernel is divided into blocks of channels and segments of positions.
@@ -43,27 +43,27 @@ struct Plan {
   int threads() const { return groups * segments * kLanes; }
 };
 
-// The sum of both directions, and if asked for, the checkpoints that the backward pass starts from.
+// The sum of both directions.
 template <typename T, int NR>
-void run_split(const ScanTensors& scan, Tensor& sum, float* checkpoints) {
+void run_split(const ScanTensors& scan, Tensor& sum) {
   const auto shared_floats = [](int groups, int segments) { return split_shared_floats<NR>(groups, segments); };
   const Plan plan(scan, 8, kSplitThreads / kLanes, shared_floats);
   launch(
       split_kernel<T, NR>, dim3(scan.batch, plan.blocks), plan.threads(), shared_floats(plan.groups, plan.segments),
-      scan.inputs<T>(), plan.segments, sum.mutable_data_ptr<float>(), checkpoints);
+      scan.inputs<T>(), plan.segments, sum.mutable_data_ptr<float>());
 }
 
-template <typename T, int NR, bool kBackward>
-void launch_fused(const ScanTensors& scan, const NormTensors& norm, const FusedOutputs<T>& outputs) {
+template <typename T, int NR>
+void launch_fused(const ScanTensors& scan, const NormTensors& norm, Tensor& y) {
   const int threads = scan.groups() * kLanes;
-  auto kernel = fused_kernel<T, NR, kBackward, kFusedThreads>;
+  auto kernel = fused_kernel<T, NR, kFusedThreads>;
   if constexpr (sizeof(T) < sizeof(float)) {
     if (threads > kRoomyThreads && threads <= kSharingThreads)
-      kernel = fused_kernel<T, NR, kBackward, kSharingThreads>;
+      kernel = fused_kernel<T, NR, kSharingThreads>;
   }
   launch(
-      kernel, dim3(scan.batch), threads, fused_shared_floats<NR>(scan.groups(), kBackward), scan.inputs<T>(),
-      norm.inputs<T>(), outputs);
+      kernel, dim3(scan.batch), threads, fused_shared_floats<NR>(scan.groups()), scan.inputs<T>(), norm.inputs<T>(),
+      y.mutable_data_ptr<T>());
 }
 
 }  // namespace mobilemamba

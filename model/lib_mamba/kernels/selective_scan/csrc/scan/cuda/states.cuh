@@ -28,7 +28,7 @@ __global__ void states_kernel(const ScanInputs<T> p, float* states) {
       raw = fmaf(p.dt_weight[row * p.rank + r], static_cast<float>(own[r]), raw);
     const float s = softplus2<kExact>(kLog2e * raw);
     const float x = static_cast<float>(p.x[(image * p.length + position) * p.x_row + channel]);
-    state = next_state(state, s, decay_of(s, A), kLn2 * static_cast<float>(own[p.rank]), x);
+    state = advanced<kExact>(state, s, A, kLn2 * static_cast<float>(own[p.rank]), x);
   }
 }
 

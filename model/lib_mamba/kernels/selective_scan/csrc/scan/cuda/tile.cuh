@@ -139,7 +139,7 @@ __device__ __forceinline__ void scan_chunk(
     const float own_x = static_cast<float>(x[i]);
     const float s = softplus2<kExact>(tile[i * kTileRow + lane_index()] + channel.bias);
     const float2 BC = *reinterpret_cast<const float2*>(stage + i * rank_row(NR) + 8 * NR);
-    state = next_state(state, s, decay_of(s, channel.A), BC.x, own_x);
+    state = advanced<kExact>(state, s, channel.A, BC.x, own_x);
     emit(i, own_x, BC.y * state);
   }
 }
@@ -154,22 +154,6 @@ __device__ __forceinline__ float row_sum(const float* tile) {
     sum += (part.x + part.y) + (part.z + part.w);
   }
   return sum + __shfl_xor_sync(kWarp, sum, 1);
-}
-
-// Sums of one tile's values and of their products with another's, to the same lanes.
-__device__ __forceinline__ float2 row_products(const float* tile, const float* other) {
-  const int start = lane_index() / 2 * kTileRow + lane_index() % 2 * 16;
-  float2 sums = make_float2(0.f, 0.f);
-#pragma unroll
-  for (int i = 0; i < 16; i += 4) {
-    const float4 a = *reinterpret_cast<const float4*>(tile + start + i);
-    const float4 b = *reinterpret_cast<const float4*>(other + start + i);
-    sums.x += (a.x + a.y) + (a.z + a.w);
-    sums.y += fmaf(a.x, b.x, a.y * b.y) + fmaf(a.z, b.z, a.w * b.w);
-  }
-  sums.x += __shfl_xor_sync(kWarp, sums.x, 1);
-  sums.y += __shfl_xor_sync(kWarp, sums.y, 1);
-  return sums;
 }
 
 // Mean and sum of squared deviations over the first `columns` lanes, to the same lanes. Deviations are taken from one

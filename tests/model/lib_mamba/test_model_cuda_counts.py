@@ -1,0 +1,163 @@
+"""What nvcc makes of the forward kernels: instructions of a warp, registers, spills. Needs no GPU.
+
+`python tests/model/lib_mamba/test_model_cuda_counts.py` prints the table of csrc/scan/README.md. nvdisasm comes with
+the CUDA toolkit, or from PyPI as nvidia-cuda-nvdisasm.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).resolve().parents[3]
+CSRC = ROOT / "model" / "lib_mamba" / "kernels" / "selective_scan" / "csrc"
+FLAGS = ["-std=c++17", "-O3", "--use_fast_math", "-cubin", "-Xptxas", "-v"]
+LANES = 32
+
+
+class Case(NamedTuple):
+    """A kernel of the forward pass: width, positions of a chunk, whether that is an image; blocks of its cluster."""
+
+    channels: int
+    chunk: int
+    is_whole: bool
+    blocks: int
+
+
+CASES = [
+    *(Case(224, 16, False, 5), Case(288, 16, False, 5), Case(320, 14, False, 7), Case(320, 16, False, 8)),
+    *(Case(384, 12, False, 2), Case(448, 9, True, 1), Case(512, 12, False, 3), Case(512, 16, False, 4)),
+    *(Case(544, 9, True, 1), Case(544, 12, False, 3), Case(544, 13, False, 4), Case(544, 16, False, 4)),
+    Case(544, 16, True, 1),
+]
+
+# One chunk a slot, no states to keep, and the sizes known: what remains is the loop over the images.
+COUNTED = """
+#include "scan/cuda/gated_scan_cluster.cuh"
+namespace mobilemamba {{
+template <typename T, int kD, int kC, bool kIsWhole, int kBlocks>
+__global__ void __launch_bounds__(ClusterShape<kD>::kThreads, 1)
+    counted(ScanInputs<T> p, NormInputs<T> norm, T* y) {{
+  const ClusterPlan plan{{kBlocks, 1, 0}};
+  ClusterWarp<T, kD, kC, kD, kIsWhole> warp{{p, norm, plan, y, nullptr}};
+  warp.run();
+}}
+using T = c10::{type};
+template __global__ void counted<T, {channels}, {chunk}, {is_whole}, {blocks}>(ScanInputs<T>, NormInputs<T>, T*);
+}}  // namespace mobilemamba
+"""
+COMPLETE = """
+#include "scan/cuda/gated_scan_cluster.cuh"
+namespace mobilemamba {{
+using T = c10::{type};
+template __global__ void cluster_kernel<T, {channels}, {chunk}, 2 * {channels}, {is_whole}>(
+    const ScanInputs<T>, const NormInputs<T>, const ClusterPlan, T*, float*);
+}}  // namespace mobilemamba
+"""
+
+
+@cache
+def disassembler():
+    """Return the path of nvdisasm, of the toolkit or of the PyPI package; None if there is neither."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    packaged = [str(path) for root in roots for path in Path(root).glob("*/bin/nvdisasm")]
+    return shutil.which("nvdisasm") or next(iter(packaged), None)
+
+
+def compile_source(text, folder, architecture):
+    """Compile a kernel; return the file of its machine code, and what ptxas says."""
+    source, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
+    source.write_text(text)
+    includes = [f"-I{path}" for path in (CSRC, *include_paths())]
+    done = subprocess.run(
+        ["nvcc", *FLAGS, f"-arch=sm_{architecture}", *includes, source, "-o", cubin],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return cubin, done.stderr
+
+
+def resources(case, architecture, dtype="BFloat16"):
+    """Return the registers of a thread and the bytes that it spills, for a kernel as it is in the library."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = COMPLETE.format(type=dtype, **{**case._asdict(), "is_whole": str(case.is_whole).lower()})
+        _, report = compile_source(text, folder, architecture)
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+    return int(re.search(r"Used (\d+) registers", report)[1]), spilled
+
+
+def loop_over_images(case, dtype="BFloat16"):
+    """Return the mnemonics of the kernel's longest loop, on sm_90."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = COUNTED.format(type=dtype, **{**case._asdict(), "is_whole": str(case.is_whole).lower()})
+        cubin, _ = compile_source(text, folder, 90)
+        listing = subprocess.run(
+            [disassembler(), "-c", "-plr", cubin], capture_output=True, text=True, check=True
+        ).stdout
+    instructions = re.findall(
+        r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", listing, re.MULTILINE
+    )
+    labels, place = {}, 0
+    for line in listing.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line):
+            labels[label[1]] = place
+        elif re.match(r"^\s*/\*[0-9a-f]{4,}\*/", line):
+            place += 1
+    loops = []
+    for index, (_, mnemonic, operands) in enumerate(instructions):
+        target = re.search(r"\.L_x_\d+", operands)
+        if mnemonic.startswith("BRA") and target and labels.get(target[0], index + 1) < index:
+            loops.append((labels[target[0]], index + 1))
+    start, end = max(loops, key=lambda loop: loop[1] - loop[0])
+    return [mnemonic.split(".")[0] for _, mnemonic, _ in instructions[start:end]]
+
+
+def instructions_an_element(case, dtype="BFloat16"):
+    """Return the instructions of a warp for 32 values of a channel and position, every branch counted once."""
+    warps = -(-case.channels // 64)
+    return len(loop_over_images(case, dtype)) * LANES * warps / (case.channels * case.chunk)
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not found"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["BFloat16", "Half"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.channels}-{case.chunk}")
+def test_kernels_hold_their_values_in_registers(case, dtype):
+    """But for a few that the loop over the images does not change."""
+    assert resources(case, 90, dtype)[1] <= 64
+
+
+@pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not found")
+@pytest.mark.parametrize(("case", "most"), [(Case(448, 9, True, 1), 60), (Case(320, 16, False, 8), 70)], ids=str)
+def test_instructions_of_a_warp(case, most):
+    assert instructions_an_element(case) <= most
+
+
+def main():
+    """Print the registers of every kernel for the architectures at hand, and its instructions on sm_90."""
+    architectures = (80, 89, 90, 120)
+    print("| D | C | " + " | ".join(f"sm_{architecture}" for architecture in architectures) + " | instructions |")
+    for case in CASES:
+        registers = [resources(case, architecture) for architecture in architectures]
+        shown = " | ".join(f"{used}" + (f" ({spilled} B spilled)" if spilled else "") for used, spilled in registers)
+        print(f"| {case.channels} | {case.chunk} | {shown} | {instructions_an_element(case):.1f} |")
+
+
+if __name__ == "__main__":
+    main()
