@@ -26,8 +26,14 @@ TOLERANCES = {
     torch.bfloat16: Tolerance(8e-3, 1.6e-2),
     torch.float16: Tolerance(1.4e-3, 4e-3),
 }
-# Positions, state components, type: the ways in which kernels differ. Few, as Triton compiles kernels for each.
-_CASES = ((20, 1, torch.bfloat16), (80, 1, torch.float32), (20, 2, torch.float32))
+# Type and sizes: the ways in which kernels differ, the last one a scan of a released network, which has kernels of its
+# own. Few, as Triton compiles kernels for each.
+_CASES: tuple[tuple[torch.dtype, dict[str, int]], ...] = (
+    (torch.bfloat16, {"length": 20}),
+    (torch.float32, {"length": 80}),
+    (torch.float32, {"length": 20, "num_states": 2}),
+    (torch.bfloat16, {"length": 256, "channels": 320, "rank": 10}),
+)
 # An unknown device may round a little more than those that the table is for; a wrong kernel is off by far more.
 _SLACK = 2
 _EPS, _REVERSE = 1e-5, [0, 1]
@@ -79,9 +85,9 @@ def problem_of(backend: Any, device: torch.device) -> str:
     Returns:
         What is wrong: that a function raises, or how far its results are off. Empty if all is well.
     """
-    for length, num_states, dtype in _CASES:
-        tensors = synthetic_inputs(dtype, device, length=length, num_states=num_states)
-        where = f"{str(dtype).removeprefix('torch.')}, {length} positions"
+    for dtype, sizes in _CASES:
+        tensors = synthetic_inputs(dtype, device, **sizes)
+        where = f"{str(dtype).removeprefix('torch.')}, {sizes['length']} positions"
         for name, arguments in _calls(tensors):
             try:
                 error = _error_of(backend, name, arguments)

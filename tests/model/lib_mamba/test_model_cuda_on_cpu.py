@@ -276,3 +276,12 @@ def test_gradients_of_sums_beyond_float16(cuda_as_cpp):
     actual, expected = output_and_gradients(gated_scan, tensors), exact(tensors)
     errors = relative_errors(actual, expected)
     assert {name: error for name, error in errors.items() if not error <= 4e-3} == {}
+
+
+def test_gradients_through_decays_near_one(cuda_as_cpp):
+    """Memories as long as the sequence, which blocks hand on to each other: nothing drifts."""
+    tensors = arguments(1000, batch=1, channels=32)
+    tensors[0] += 1
+    tensors[2][..., 3:5] = tensors[2][..., 3:5].abs()
+    tensors[5] = torch.linspace(-9, -6, 64)[:, None]
+    assert_accurate(output_and_gradients(gated_scan, tensors), exact(tensors), torch.float32, "cuda")

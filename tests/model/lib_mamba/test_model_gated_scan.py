@@ -139,9 +139,10 @@ def test_sums_beyond_float16(channels, backend):
     tensors = arguments(36, batch=1, channels=channels, rank=channels // 32, dtype=torch.float16, device=backend.device)
     tensors[0] *= 200
     tensors[2].unflatten(-1, (2, -1))[..., -2:] *= 15
-    assert scan_loop(tensors[0].float(), *tensors[2:7]).abs().max() > 2 * torch.finfo(torch.float16).max
+    sums = scan_loop(*(tensor.double() for tensor in (tensors[0], *tensors[2:7])))
+    assert sums.abs().max() > 2 * torch.finfo(torch.float16).max
     actual, expected = output_and_gradients(gated_scan, tensors), exact(tensors)
-    assert_accurate(actual[:1], expected[:1], torch.float16, backend.name)
+    assert (actual[0].cpu() - expected[0]).abs().max() < 1.2 * TOLERANCES[torch.float16][0] * expected[0].abs().max()
     assert all(tensor.isfinite().all() for tensor in actual)
 
 
