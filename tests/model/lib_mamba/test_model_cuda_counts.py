@@ -139,7 +139,7 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", ["BFloat16", "Half"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.channels}-{case.chunk}")
 def test_kernels_hold_their_values_in_registers(case, dtype):
-    """But for a few that the loop over the images does not change."""
+    """But for some bytes at most."""
     assert resources(case, 90, dtype)[1] <= 64
 
 
