@@ -32,7 +32,7 @@ SIGNS_OF_LOSS = (
 # NCCL kills a process at its time-out, without a word of ours: it is to be later than the alarm.
 NCCL_GRACE_SECONDS = 120
 # NCCL's flight recorder: the last collectives, in which ranks that left each other can be told apart.
-NCCL_VARIABLES = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+NCCL_VARIABLES = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 T = TypeVar("T")
 

@@ -103,7 +103,7 @@ def _pack_again(layer: _Packed, _incompatible_keys: object = None) -> None:
 def _type_under_autocast(x: Tensor) -> torch.dtype | None:
     """Return the 16-bit type of autocast where it is on."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
     dtype = torch.get_autocast_dtype(device)
     return dtype if dtype in _NAMES else None

@@ -102,12 +102,16 @@ def test_a_frozen_run_resumes_bit_for_bit_and_not_with_other_parts(tune):
     stopped = tune("model.freeze=stem,blocks1", "trainer.save_per_iter=1")
     step, calls = stopped.stepper, iter(range(9))
 
-    def failing(batches):
-        if next(calls) == 4:
-            raise ValueError("stopped")
-        return step(batches)
+    class Failing:
+        def __call__(self, batches):
+            if next(calls) == 4:
+                raise ValueError("stopped")
+            return step(batches)
 
-    stopped.stepper = failing
+        def __getattr__(self, name):
+            return getattr(step, name)
+
+    stopped.stepper = Failing()
     with pytest.raises(RuntimeError, match="stopped"):
         train(stopped)
     resume = f"trainer.resume_dir={stopped.folder}"

@@ -129,15 +129,16 @@ import os, sys
 import run, trainer.train
 from util.cli import interruptible
 
-check = trainer.train._check_step
+count = trainer.train._count_step
 
-def dying(run, result):
-    check(run, result)
+def dying(run, step):
+    stop = count(run, step)
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if first and os.environ["RANK"] == "1" and run.state.iteration == 5:
         os._exit(9)
+    return stop
 
-trainer.train._check_step = dying
+trainer.train._count_step = dying
 sys.exit(interruptible(run.main))
 """
 

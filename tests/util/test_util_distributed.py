@@ -79,6 +79,6 @@ def test_nccl_gives_up_after_the_alarm_and_keeps_its_record(monkeypatch):
         with process.waiting():
             pass
     assert {name: os.environ[name] for name in NCCL_VARIABLES} == {
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     }

@@ -125,6 +125,7 @@ def _inductor_without_gpu() -> Iterator[list[str]]:
     """Let inductor write code for a GPU that is not there, instead of loading it; yield the list for it."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.graph import GraphLowering
+    from torch.utils import _triton
 
     written: list[str] = []
     h100 = SimpleNamespace(
@@ -172,7 +173,9 @@ def _inductor_without_gpu() -> Iterator[list[str]]:
         patch.setattr("torch.utils._triton.triton_hash_with_backend", lambda: "")
         patch.setattr(GraphLowering, "compile_to_module", keep)
         patch.setattr(GraphLowering, "_compile_to_module", keep)
+        _triton.has_triton.cache_clear()  # what it said without a GPU, and afterwards with one
         yield written
+    _triton.has_triton.cache_clear()
 
 
 def _calls(code: str) -> Counter[str]:
