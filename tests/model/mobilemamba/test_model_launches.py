@@ -188,11 +188,8 @@ def test_a_compiled_network_on_a_gpu_is_compiled_once_for_training(as_on_gpu):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("inductor")
-@pytest.mark.parametrize("as_gpu", [False, True], ids=["cpu", "gpu-way"])
-def test_inductor_trains_the_whole_network_as_one_graph(as_gpu, request):
-    if as_gpu:
-        request.getfixturevalue("as_on_gpu")
+@pytest.mark.usefixtures("inductor", "as_on_gpu")
+def test_inductor_trains_the_whole_network_as_one_graph():
     torch.manual_seed(0)
     network = lively(create_model("MobileMamba_T2", num_classes=3, depth=(1, 0, 0))).double().train()
     plain = copy.deepcopy(network)
