@@ -102,5 +102,5 @@ format: setup-dev ## Format every file
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 clean: ## Remove the environment and caches; runs/ and data/ stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
