@@ -13,6 +13,7 @@ from trainer_cases import assert_same, epoch_records
 from data import Batch
 from trainer.checkpoint import load_training_checkpoint
 from trainer.precision import Precision
+from trainer.stop import WATCHED
 from trainer.train import train
 from util.errors import RunError
 
@@ -226,11 +227,12 @@ def test_unreadable_training_images_are_counted_once_and_capped(build, caplog):
 
 def test_the_first_signal_decides(build):
     run = build()
+    handlers = [signal.getsignal(number) for number in WATCHED]
     with run.watch as watch:
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
         assert watch.agreed(watch.flags()) == signal.SIGUSR1
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [signal.getsignal(number) for number in WATCHED] == handlers
 
 
 def test_a_closed_terminal_stops_the_run_unless_it_was_told_to_go_on(build):
