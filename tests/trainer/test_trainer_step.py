@@ -63,7 +63,10 @@ def test_a_step_that_is_not_finite_changes_nothing(build, value):
 
 @pytest.mark.parametrize(
     "clipping",
-    [("loss.clip_grad=none",), *((f"loss.clip_mode={mode}", "loss.clip_grad=0.01") for mode in ("norm", "value", "agc"))],
+    [
+        ("loss.clip_grad=none",),
+        *((f"loss.clip_mode={mode}", "loss.clip_grad=0.01") for mode in ("norm", "value", "agc")),
+    ],
     ids=["none", "norm", "value", "agc"],
 )
 def test_a_finite_loss_with_a_gradient_that_is_not(build, clipping):
