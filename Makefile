@@ -67,12 +67,12 @@ test-all: setup-dev downstream lint ## Run the checks and every test, the slow o
 fuzz: setup-dev ## Try 2,000 damaged inputs of every kind, where the test suite tries 100
 	HYPOTHESIS_PROFILE=fuzz $(PYTEST) $(wildcard tests/*/test_*_fuzz.py)
 
-# Names or patterns, such as "trainer.stop*"; all of them take days.
+# Names or patterns, such as "trainer.stop*"; all 6,000 of them take hours.
 MUTANTS ?=
 
 mutants: setup-dev ## Change the trainer, data and checkpoint code bit by bit, and see which changes no test notices
 	OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run $(MUTANTS)
-	$(VENV)/bin/mutmut results
+	$(VENV)/bin/mutmut results | grep -v ': not checked$$' || true
 
 SOAK ?= runs/soak-$(shell date +%Y%m%d-%H%M%S)
 
@@ -102,5 +102,5 @@ format: setup-dev ## Format every file
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 clean: ## Remove the environment and caches; runs/ and data/ stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

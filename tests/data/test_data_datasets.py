@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 
 import numpy as np
@@ -55,6 +56,14 @@ def test_list_with_spaces_tabs_and_windows_lines(two_classes, prefix):
     assert all(dataset.path(index).is_file() for index in range(3))
 
 
+def test_list_with_a_name_that_is_not_utf_8(two_classes, encoded, pixels):
+    name = os.fsdecode(b"caf\xe9.png")
+    (two_classes / "train" / "ant" / name).write_bytes(encoded(pixels(0)))
+    (two_classes / "train.txt").write_bytes(b"train/ant/caf\xe9.png 0\n")
+    dataset = DefaultCLS(two_classes, split="train")
+    assert [path.name for path in (dataset.path(0), *dataset.path(0).parent.glob("caf*"))] == [name, name]
+
+
 def test_flat_validation_images_with_a_list(make_folders, encoded, pixels):
     root = make_folders({"train": {"ant": 2, "bee": 2}})
     (root / "val").mkdir()
@@ -70,6 +79,17 @@ def test_list_whose_numbers_contradict_the_class_folders(two_classes):
     (two_classes / "val.txt").write_text("val/ant/image 17.png 1\n")
     with pytest.raises(ValueError, match=r"val\.txt.*ant.*class index 1.*make it 0"):
         DefaultCLS(two_classes, split="val")
+
+
+@pytest.mark.parametrize("has_train_folders", [True, False])
+def test_class_folders_number_a_list_only_where_training_reads_them(make_folders, has_train_folders):
+    root = make_folders({"val": {"ant": 1, "bee": 1}})
+    if has_train_folders:
+        make_folders({"train": {"ant": 1, "bee": 1}}, root)
+        (root / "train.txt").write_text("train/bee/image 1.png 0\ntrain/ant/image 0.png 1\n")
+    (root / "val.txt").write_text("val/bee/image 1.png 0\nval/ant/image 0.png 1\n")
+    dataset = DefaultCLS(root, split="val")
+    assert (dataset.class_names, dataset.has_all_classes) == (["bee", "ant"], False)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,6 @@ def test_float_from_0_to_1(load):
         ((RAMP * 4095).astype("<u2"), 16, 1, "values from 0 to 4095, where 65535 is white: all but black"),
         ((RAMP * 255).astype("<u2"), 16, 1, "values from 0 to 255, where 65535 is white: all but black"),
     ],
-    ids=str,
 )
 def test_values_without_a_rule_are_refused_by_name(load, values, bits, sample_format, message):
     data = tiff(values.tobytes(), 64, 16, bits=bits, sample_format=sample_format)

@@ -160,8 +160,15 @@ def test_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("saved_before", "told"),
+    [(False, "nothing was saved there before"), (True, "the one saved before is intact")],
+)
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_before: bool, told: str) -> None:
     path = tmp_path / "net.pth"
+    if saved_before:
+        save_atomically({"epoch": 1}, path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     opened = Path.open
 
     def open_full(self: Path, mode: str):
@@ -169,10 +176,11 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return opened(Path("/dev/full"), "wb")
 
     monkeypatch.setattr(Path, "open", open_full)
-    with pytest.raises(OSError, match=r"No space left on device.*nothing was saved there before") as caught:
+    with pytest.raises(OSError, match=rf"No space left on device.*{told}") as caught:
         save_atomically({"weights": torch.zeros(9)}, path)
+    monkeypatch.undo()
     assert caught.value.errno == errno.ENOSPC
-    assert list(tmp_path.iterdir()) == []
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -293,6 +301,9 @@ def test_resume_from_only_weights(tmp_path: Path) -> None:
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no latest_ckpt\.pth to resume from: start a new run"):
         CheckpointStore(tmp_path).latest()
+    weights = CheckpointStore(tmp_path).save_best_net({}, epoch=1)
+    with pytest.raises(FileNotFoundError, match=rf": start a new run, from its weights with .*path={weights}$"):
+        CheckpointStore(tmp_path).latest()
 
 
 def test_same_run_resumes() -> None:
@@ -324,6 +335,28 @@ def test_other_scale_is_refused_or_asked_for(name: str, now: int, caplog: pytest
 def test_other_data_or_network_is_refused(change: dict[str, str], cause: str, rescale: bool) -> None:
     with pytest.raises(ValueError, match=cause):
         check_resumable(META, {**META, **change}, rescale=rescale, path="x.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("test_fingerprint", "another validation set (24 training and 15 validation images, this run has 24 .* 15 .*)"),
+        ("contents", "images with other contents under the same names (24 .* 15 .*)"),
+    ],
+)
+def test_other_validation_set_or_contents_are_refused_or_accepted(
+    name: str, cause: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    current = {**META, "num_train": 24, "num_test": 15, "test_fingerprint": "t", "contents": "c"}
+    saved = {**current, name: "other"}
+    told = "x.pth was trained (on|with) " + cause.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=f"{told}: .*trainer.resume_data=True"):
+        check_resumable(saved, current, rescale=False, path="x.pth")
+    assert check_resumable(saved, current, rescale=False, path="x.pth", other_data=True) == ()
+    assert re.search(told, caplog.text)
+    caplog.clear()
+    assert check_resumable(META, current, rescale=False, path="x.pth") == ()  # checkpoints of before lack these facts
+    assert not caplog.text
 
 
 def test_checkpoint_without_the_facts_is_refused() -> None:

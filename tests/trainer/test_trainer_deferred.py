@@ -121,6 +121,19 @@ def test_a_stopped_run_resumes_bit_for_bit(build_deferred):
     assert_same(actual["rng"][0]["meters"]["epoch"], expected["rng"][0]["meters"]["epoch"])
 
 
+def test_a_loss_that_is_not_finite_is_not_blamed_on_the_scale(build_deferred):
+    run = build_deferred()
+    precision = Precision(CPU, torch.float16)
+    precision.autocast = run.precision.autocast
+    run.stepper.precision = precision
+    spoil(run, loss={1})
+    scale = precision.scaler.get_scale()
+    result = run.stepper(run.loaders.train.iterate(0))
+    run.stepper.settle(result)
+    assert (result.is_skipped, result.is_bad, result.cause) == (True, True, "the loss is not finite")
+    assert precision.scaler.get_scale() == scale
+
+
 GRADIENTS = {"finite": 1.0, "overflow": float("inf"), "norm-overflow": 3e38, "nan": float("nan")}
 
 

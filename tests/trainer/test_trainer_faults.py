@@ -21,7 +21,6 @@ from configs.overrides import get_entry
 from model import create_model
 from trainer.checkpoint import CheckpointStore, load_training_checkpoint
 from trainer.run_folder import RunLock
-from trainer.stop import SignalWatch
 from trainer.train import is_save_due, train
 from util.errors import RunError
 from util.logging import setup_console
@@ -343,11 +342,3 @@ def test_a_second_ctrl_c_ends_a_read_that_hangs(class_folders, tmp_path, workers
     errors = run.communicate(timeout=180)[1]  # the workers hold this pipe open, too
     told = "; there is no checkpoint yet" if mode == "train" else ""
     assert (run.returncode, errors) == (130, f"ended at once by a second Ctrl-C{told}\n")
-
-
-def test_torchrun_repeats_the_terminals_interrupt(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with SignalWatch() as watch:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert watch.received == signal.SIGINT

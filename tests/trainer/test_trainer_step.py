@@ -13,6 +13,7 @@ from trainer_cases import assert_same, epoch_records
 from data import Batch
 from trainer.checkpoint import load_training_checkpoint
 from trainer.precision import Precision
+from trainer.stop import WATCHED
 from trainer.train import train
 from util.errors import RunError
 
@@ -60,19 +61,27 @@ def test_a_step_that_is_not_finite_changes_nothing(build, value):
     assert all(value.isfinite().all() for value in run.network.state_dict().values())
 
 
-def test_a_finite_loss_with_a_gradient_that_is_not(build):
-    run = build()
+@pytest.mark.parametrize(
+    "clipping",
+    [
+        ("loss.clip_grad=none",),
+        *((f"loss.clip_mode={mode}", "loss.clip_grad=0.01") for mode in ("norm", "value", "agc")),
+    ],
+    ids=["none", "norm", "value", "agc"],
+)
+def test_a_finite_loss_with_a_gradient_that_is_not(build, clipping):
+    run = build(*clipping)
     compute_loss = run.stepper.compute_loss
 
     def spoiling(images, targets):
         loss, terms = compute_loss(images, targets)
-        if run.state.iteration == 1:
-            loss = loss + torch.sqrt((loss - loss.detach()).abs())  # 0, with an infinite slope
-        return loss, terms
+        return loss + torch.sqrt((loss - loss.detach()).abs()), terms  # of 0, with an infinite slope
 
     run.stepper.compute_loss = spoiling
-    assert train(run) == 0
-    assert run.state.skipped_steps == 1
+    before = snapshot(run)
+    result = run.stepper(run.loaders.train.iterate(0))
+    assert (result.is_skipped, result.is_bad, result.cause) == (True, True, "the loss is finite, its gradient is not")
+    assert_same(snapshot(run), before)
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(build):
@@ -88,6 +97,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(build):
 
 def test_micro_batches_add_up_to_the_large_batch(build):
     """On a network without BatchNorm, whose statistics are the batch's."""
+    losses: list[torch.Tensor] = []
 
     def gradients(*more: str) -> list[torch.Tensor]:
         run = build(*PLAIN_NETWORK, "loss.clip_grad=none", "trainer.scaler=none", *more)
@@ -98,7 +108,11 @@ def test_micro_batches_add_up_to_the_large_batch(build):
         run.stepper.parameters = list(linear.parameters())
         run.stepper.average = None
         run.optimizer.step = lambda: taken.extend(parameter.grad.clone() for parameter in linear.parameters())
-        run.stepper(iter(run.loaders.train.iterate(0)))
+        result = run.stepper(iter(run.loaders.train.iterate(0)))
+        assert result.num_images == 8
+        assert 0 < result.seconds["data_t"] < result.seconds["batch_t"]
+        assert result.seconds["optim_t"] == pytest.approx(result.seconds["batch_t"] - result.seconds["data_t"])
+        losses.append(result.terms["CE"])
         return taken
 
     whole = gradients("trainer.accumulation_steps=1")
@@ -106,6 +120,7 @@ def test_micro_batches_add_up_to_the_large_batch(build):
     assert len(whole) == 2
     for left, right in zip(whole, parts, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize(("mode", "clip"), [("norm", 0.01), ("value", 0.001), ("agc", 0.01)])
@@ -215,11 +230,12 @@ def test_unreadable_training_images_are_counted_once_and_capped(build, caplog):
 
 def test_the_first_signal_decides(build):
     run = build()
+    handlers = [signal.getsignal(number) for number in WATCHED]
     with run.watch as watch:
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
         assert watch.agreed(watch.flags()) == signal.SIGUSR1
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [signal.getsignal(number) for number in WATCHED] == handlers
 
 
 def test_a_closed_terminal_stops_the_run_unless_it_was_told_to_go_on(build):
