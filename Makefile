@@ -5,6 +5,7 @@ PY := $(VENV)/bin/python
 # Tests run in processes of one thread each, a file of tests at a time; where they wait, they do not spin.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist loadfile
+PY_SOURCES := run.py hubconf.py benchmarks configs data downstream loss model optim trainer util weights
 CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 .DEFAULT_GOAL := help
@@ -79,10 +80,8 @@ SOAK ?= runs/soak-$(shell date +%Y%m%d-%H%M%S)
 soak: setup ## Disturb a run of two processes for 20 minutes, and compare it with one that was left alone
 	PYTHONPATH=. $(PY) tests/trainer/soak.py $(SOAK)
 
-SOURCES = run.py hubconf.py setup.py benchmarks configs data downstream loss model optim trainer util weights
-
 audit: setup-dev ## Look for dangerous code, and for known vulnerabilities of what is installed
-	$(PY) -m bandit -q -c pyproject.toml -r $(SOURCES)
+	$(PY) -m bandit -q -c pyproject.toml -r setup.py $(PY_SOURCES)
 	$(PY) .ci/audit.py
 
 test-kernels: setup-dev kernels ## Run the network's tests on the compiled kernels
@@ -94,7 +93,7 @@ lint: setup-dev ## Check style, types and repeated blocks
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(PY) -m mypy
-	$(PY) -m pylint --score=n run.py hubconf.py benchmarks configs data downstream loss model optim trainer util weights
+	$(PY) -m pylint --score=n $(PY_SOURCES)
 
 format: setup-dev ## Format every file
 	$(PY) -m ruff check --fix .

@@ -97,7 +97,7 @@ class SS2D(nn.Module):
             norm.weight,
             norm.bias,
             eps=norm.eps,
-            reverse=tuple(directions.values()),
+            reverse=self.reverse,
         )
         return y.view(x.shape)
 

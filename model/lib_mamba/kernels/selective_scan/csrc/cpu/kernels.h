@@ -197,6 +197,7 @@ struct WaveletGradient {
       float* work)                                                                                                     \
   KERNEL(int64_t, wavelet_work_size, int64_t height, int64_t width, int64_t side)                                      \
   /* layers/norm_kernels.h */                                                                                          \
+  KERNEL(void, means, const Matrix& x, int64_t rows, int64_t channels, float* mean)                                    \
   KERNEL(void, moments, const Matrix& x, int64_t rows, int64_t channels, float* mean, float* squares)                  \
   KERNEL(                                                                                                              \
       void, normalize, const Normalization&, const Matrix& x, const Matrix& residual, const Matrix& out, int64_t rows) \

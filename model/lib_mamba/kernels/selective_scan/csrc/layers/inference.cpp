@@ -178,8 +178,8 @@ Tensor means(const Tensor& x) {
   const int64_t C = map.size(1), pixels = map.size(2) * map.size(3);
   const Kernels& kernel = kernels();
   float* mean = out.mutable_data_ptr<float>();
-  share_with_scratch(map.size(0), C, [&](int64_t image, float* squares) {
-    kernel.moments(matrix_of(map).from(image * pixels), pixels, C, mean + image * C, squares);
+  share(map.size(0), kForwards, [&](int64_t image) {
+    kernel.means(matrix_of(map).from(image * pixels), pixels, C, mean + image * C);
   });
   return out;
 }

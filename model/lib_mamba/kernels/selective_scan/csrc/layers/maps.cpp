@@ -38,6 +38,14 @@ Tensor traced_map(const Tensor& x, c10::SymInt channels, c10::SymInt height, c10
   return at::empty_symint({x.sym_size(0), channels, height, width}, x.options(), at::MemoryFormat::ChannelsLast);
 }
 
+Tensor sequence_of(const Tensor& map) {
+  return map.permute({0, 2, 3, 1}).flatten(1, 2);
+}
+
+Tensor map_like(const Tensor& sequence, const Tensor& map) {
+  return sequence.reshape({map.size(0), map.size(2), map.size(3), sequence.size(-1)}).permute({0, 3, 1, 2});
+}
+
 Map map_of(const Tensor& x) {
   return {
       x.size(2),

@@ -27,6 +27,10 @@ at::Tensor new_like(const at::Tensor& map);
 // A new map as a tracer sees it: type and device of x, no values.
 at::Tensor traced_map(const at::Tensor& x, c10::SymInt channels, c10::SymInt height, c10::SymInt width);
 
+// Pixels as a sequence (B, H * W, C), and a sequence as a map of the size of another: views of channels-last maps.
+at::Tensor sequence_of(const at::Tensor& map);
+at::Tensor map_like(const at::Tensor& sequence, const at::Tensor& map);
+
 Map map_of(const at::Tensor& x);
 
 // A map of `as_rows`: pixels by channels.

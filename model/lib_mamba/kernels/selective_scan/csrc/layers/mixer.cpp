@@ -45,10 +45,6 @@ enum Parameter {
   kNumParameters,
 };
 
-Tensor sequence_of(const Tensor& map) {
-  return map.permute({0, 2, 3, 1}).flatten(1, 2);
-}
-
 void relu_into(const Tensor& x, const Tensor& out) {
   const Tensor map = as_rows(x);
   const Matrix from = matrix_of(map), to = matrix_of(out);
@@ -75,8 +71,7 @@ Tensor mixer(const Tensor& x, at::TensorList p, at::IntArrayRef split, at::IntAr
   const Tensor y_scan = gated_scan(
       sequence_of(x_scan), sequence_of(z), sequence_of(projection), p[kDtWeight], p[kDtBias], p[kALog], p[kDSkip],
       p[kNormWeight], p[kNormBias], norm_eps, reverse);
-  const Tensor y_map = y_scan.view({map.size(0), map.size(2), map.size(3), inner}).permute({0, 3, 1, 2});
-  const Tensor base = packed_pointwise(y_map, p[kOutWeight], p[kOutBias], {}, kNone);
+  const Tensor base = packed_pointwise(map_like(y_scan, map), p[kOutWeight], p[kOutBias], {}, kNone);
   wavelet_into(x_global, p[kBandWeight], base, kRelu, joined.narrow(1, 0, global));
 
   if (local)

@@ -16,17 +16,9 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// Pixels as rows (B * H * W, C), as a sequence (B, H * W, C), and back: views of channels-last maps.
+// Pixels as rows (B * H * W, C): a view of a channels-last map.
 Tensor rows_of(const Tensor& map) {
   return map.permute({0, 2, 3, 1}).flatten(0, 2);
-}
-
-Tensor sequence_of(const Tensor& map) {
-  return map.permute({0, 2, 3, 1}).flatten(1, 2);
-}
-
-Tensor map_like(const Tensor& sequence, const Tensor& map) {
-  return sequence.reshape({map.size(0), map.size(2), map.size(3), -1}).permute({0, 3, 1, 2});
 }
 
 // The packed weight of the bands times their scale. The transpose of the branch has its places in the opposite order.

@@ -26,10 +26,9 @@ static void clear(float* values, int64_t count) {
     values[i] = 0.f;
 }
 
-// Means of the channels over some rows, and the sums of the squared distances from them.
-static void moments(const Matrix& x, int64_t rows, int64_t channels, float* mean, float* squares) {
+// Means of the channels over some rows.
+static void means(const Matrix& x, int64_t rows, int64_t channels, float* mean) {
   clear(mean, channels);
-  clear(squares, channels);
   for_each_group(rows, [&](int64_t row, auto group) {
     for_each_channel(channels, [&](int64_t c, auto is_part) {
       const int64_t count = channels - c;
@@ -43,6 +42,12 @@ static void moments(const Matrix& x, int64_t rows, int64_t channels, float* mean
   });
   for (int64_t c = 0; c < channels; ++c)
     mean[c] /= rows;
+}
+
+// Means of the channels over some rows, and the sums of the squared distances from them.
+static void moments(const Matrix& x, int64_t rows, int64_t channels, float* mean, float* squares) {
+  means(x, rows, channels, mean);
+  clear(squares, channels);
   for_each_group(rows, [&](int64_t row, auto group) {
     for_each_channel(channels, [&](int64_t c, auto is_part) {
       const int64_t count = channels - c;
