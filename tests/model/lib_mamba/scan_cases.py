@@ -100,7 +100,9 @@ def relative_errors(actual, expected, names=NAMES):
 def assert_accurate(actual, expected, dtype, backend=""):
     tolerance, gradient_tolerance = TOLERANCES[dtype]
     if backend not in ("reference", "cpu"):
-        tolerance *= 2 if dtype == torch.float32 else 1.2  # special functions are approximate
+        # Special functions are approximate, and Triton's interpreter cuts to bfloat16 where a GPU rounds.
+        is_cut = backend == "triton" and not actual[0].is_cuda
+        tolerance *= 2 if dtype == torch.float32 or is_cut else 1.2
     errors = relative_errors(actual, expected)
     limits = dict.fromkeys(NAMES, gradient_tolerance) | {"y": tolerance}
     assert {name: error for name, error in errors.items() if not error <= limits[name]} == {}
