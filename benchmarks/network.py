@@ -54,12 +54,12 @@ QUICK_NETWORKS = (
 )
 # Whom a user would take instead; every variant is compared with its own literal network besides.
 RIVALS = {
-    "MobileMamba_T2": ("efficientvit_m5", "mobilenetv4_conv_small"),
-    "MobileMamba_T4": ("shvit_s3", "efficientvim_m2"),
-    "MobileMamba_S6": ("shvit_s3", "efficientvim_m4"),
-    "MobileMamba_B1": ("mobilenetv4_conv_medium", "shvit_s4", "repvit_m1_0"),
-    "MobileMamba_B2": ("levit_256",),
-    "MobileMamba_B4": ("edgenext_base",),
+    "MobileMamba_T2": ("efficientvit_m5", "cpubone_t0", "mobilenetv4_conv_small"),
+    "MobileMamba_T4": ("shvit_s3", "cpubone_s0", "efficientvim_m2"),
+    "MobileMamba_S6": ("shvit_s3", "cpubone_b0_bfrobust", "efficientvim_m4", "iformer_s"),
+    "MobileMamba_B1": ("mobilenetv4_conv_medium", "shvit_s4", "repvit_m1_0", "lowformer_b1", "iformer_m"),
+    "MobileMamba_B2": ("levit_256", "repvit_m1_5", "fastvit_sa12"),
+    "MobileMamba_B4": ("edgenext_base", "cpubone_b3"),
 }
 
 

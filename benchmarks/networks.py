@@ -29,10 +29,25 @@ PEERS = (
     "mobilenetv4_conv_small",
     "mobilenetv4_conv_medium",
     "repvit_m1_0",
+    "repvit_m1_5",
     "levit_256",
     "efficientvim_m2",
     "efficientvim_m4",
     "edgenext_base",
+    "fastvit_sa12",
+    "starnet_s4",
+    "mambaout_femto",
+    "cpubone_nano",
+    "cpubone_t0",
+    "cpubone_s0",
+    "cpubone_b0_bfrobust",
+    "cpubone_b1_bfrobust",
+    "cpubone_b3",
+    "lowformer_b0",
+    "lowformer_b1",
+    "iformer_t",
+    "iformer_s",
+    "iformer_m",
 )
 _SUFFIX = " (literal)"
 
@@ -105,13 +120,26 @@ def settle(network: nn.Module) -> nn.Module:
 
 
 def fold_peer(network: nn.Module) -> nn.Module:
-    """Return a copy with every batch norm folded: by timm's own means, and what these leave by torch.fx."""
+    """Return a copy with its batch norms folded: by timm's own means, and what these leave by torch.fx.
+
+    A batch norm stays where no convolution stands right before it.
+    """
     folded = reparameterize_model(network)
     if _num_batch_norms(folded):
         _split_activations(folded)
-        folded = optimization.fuse(folded)
-    assert not _num_batch_norms(folded)
+        folded = _fold_by_tracing(folded)
     return folded
+
+
+def _fold_by_tracing(network: nn.Module) -> nn.Module:
+    """Fold a network as a whole, or, where its forward cannot be traced, each of its parts."""
+    try:
+        return optimization.fuse(network)
+    except torch.fx.proxy.TraceError:
+        for name, child in network.named_children():
+            if _num_batch_norms(child):
+                setattr(network, name, _fold_by_tracing(child))
+        return network
 
 
 def _num_batch_norms(network: nn.Module) -> int:
