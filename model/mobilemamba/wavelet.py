@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..layers import is_on_gpu
@@ -65,7 +64,6 @@ class ChannelScale(nn.Module):
         return self.weight * x
 
 
-@register_notrace_module  # as torch.fx cannot follow what depends on sizes
 class WTEMamba(nn.Module):
     """Scaled SS2D plus a depthwise convolution of the four Haar bands: (B, C, H, W) -> (B, C, H, W).
 
