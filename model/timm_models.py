@@ -127,7 +127,10 @@ def _create(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=_filter,
-        feature_cfg={"out_indices": tuple(range(6)) if kwargs.get("stem_features") else (1, 2, 3), "feature_cls": "getter"},
+        feature_cfg={
+            "out_indices": tuple(range(6)) if kwargs.get("stem_features") else (1, 2, 3),
+            "feature_cls": "getter",
+        },
         cache_dir=cache_dir,
         **{**VARIANTS[variant], **kwargs},
     )

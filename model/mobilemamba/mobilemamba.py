@@ -19,6 +19,7 @@ from ..recompute import recompute
 from .blocks import Block, downsample, patch_embed
 from .folded_layers import average, is_folded, type_under_autocast
 from .fuse import fuse
+from .wavelet import WTEMamba
 
 __all__ = ["POOLINGS", "VARIANTS", "MobileMamba", "check_images"]
 
@@ -170,6 +171,18 @@ class MobileMamba(nn.Module):
         if self.training and is_on_gpu(x):
             count_batch(self._norms)
         return x
+
+    def init_non_persistent_buffers(self) -> None:
+        """Settle down after transformers has loaded weights, which it does past `load_state_dict`.
+
+        It makes every parameter trainable, the Haar filters too, and maps the file: there tensors lie at any address,
+        where libraries add up in another order and slower. (timm and transformers call the method by this name.)
+        """
+        for parameter in self.parameters():
+            parameter.data = parameter.data.clone()
+        for module in self.modules():
+            if isinstance(module, WTEMamba):
+                module.settle_filters()
 
     def get_classifier(self) -> nn.Module:
         """Return the head; with distillation the pair of heads."""

@@ -97,6 +97,12 @@ class WTEMamba(nn.Module):
         self.has_haar_filters = True
         self.register_load_state_dict_post_hook(_look_at_filters)
 
+    def settle_filters(self) -> None:
+        """Fix the filters again, and note whether they are Haar's: for loaders that go past `load_state_dict`."""
+        self.wt_filter.requires_grad_(False)
+        self.iwt_filter.requires_grad_(False)
+        _look_at_filters(self, None)
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_scale(self.global_atten(x))
         bands = self._to_bands(x)
