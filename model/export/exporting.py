@@ -84,7 +84,9 @@ def export(
     if request is None:
         request = default_request(inner, **wishes)
     logger.info("%s: the network in portable form", path.name)
-    deployed = Deployed(portable(inner, chosen.FORM, request.largest), request).eval()
+    deployed = Deployed(
+        portable(inner, chosen.FORM, request.largest, is_exact=not request.dynamic_size), request
+    ).eval()
     logger.info("%s: writing %s", path.name, format)
     with torch.no_grad():
         chosen.write(deployed, request, path)

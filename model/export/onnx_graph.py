@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from .deployed import Deployed, center_crop
 from .portable import crop_like
 from .request import ExportRequest
-from .scan import shift
+from .scan import any_recurrence, shift
 
 __all__ = ["build_model"]
 
@@ -36,8 +36,9 @@ def build_model(network: Deployed, request: ExportRequest) -> onnx.ModelProto:
         network: With what stands before and behind it; in float32.
         request: What is wanted.
     """
-    traced = fx.Tracer().trace(network)
-    graph = _Graph(network, request.input_name)
+    traced = fx.GraphModule(network, fx.Tracer().trace(network)).graph
+    traced.eliminate_dead_code()
+    graph = _Graph(network, request)
     outputs = graph.add_all(traced)
     names = request.output_names
     for name, output in zip(names, outputs, strict=True):
@@ -65,9 +66,9 @@ def _input_type(request: ExportRequest) -> tuple[list[int | str], int]:
 class _Graph:
     """Nodes and constants of a graph, made from a traced network's operations."""
 
-    def __init__(self, network: nn.Module, input_name: str) -> None:
+    def __init__(self, network: nn.Module, request: ExportRequest) -> None:
         self.network = network
-        self.input_name = input_name
+        self.input_name = request.input_name
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.names: dict[fx.Node, Any] = {}  # what each operation became: a name, or several
@@ -135,7 +136,9 @@ def _conv(graph: _Graph, name: str, conv: Any, x: str) -> str:
 
 
 def _linear(graph: _Graph, name: str, linear: Any, x: str) -> str:
-    return graph.add("Gemm", [x, *_parameters(graph, name, linear)], transB=1)
+    matrix = graph.constant(linear.weight.t())
+    y = graph.add("MatMul", [x, matrix])
+    return y if linear.bias is None else graph.add("Add", [y, graph.weight(f"{name}.bias")])
 
 
 def _layer_norm(graph: _Graph, name: str, norm: Any, x: str) -> str:
@@ -165,6 +168,12 @@ def _binary(op: str) -> Callable[..., str]:
     return lambda graph, x, y: graph.add(op, [graph.operand(x), graph.operand(y)])
 
 
+def _softplus(graph: _Graph, x: str, **_: Any) -> str:
+    """Add max(x, 0) - log(sigmoid(|x|)): ONNX Runtime computes these many numbers at once, its Softplus one by one."""
+    rest = graph.add("Log", [graph.add("Sigmoid", [graph.add("Abs", [x])])])
+    return graph.add("Sub", [graph.add("Relu", [x]), rest])
+
+
 def _reduce(op: str) -> Callable[..., str]:
     def add(graph: _Graph, x: str, dims: Sequence[int], *, keepdim: bool = False) -> str:
         return graph.add(op, [x, graph.constant(list(dims))], keepdims=int(keepdim))
@@ -172,11 +181,11 @@ def _reduce(op: str) -> Callable[..., str]:
     return add
 
 
-def _concatenate(graph: _Graph, maps: Sequence[str], *, dim: int) -> str:
-    return graph.add("Concat", list(maps), axis=dim)
+def _concatenate(graph: _Graph, maps: Sequence[str], dim: int) -> str:
+    return maps[0] if len(maps) == 1 else graph.add("Concat", list(maps), axis=dim)
 
 
-def _split(graph: _Graph, x: str, sizes: Sequence[int], *, dim: int) -> list[str]:
+def _split(graph: _Graph, x: str, sizes: Sequence[int], dim: int) -> list[str]:
     if len(sizes) == 1:
         return [x]
     names = [f"split_{len(graph.nodes)}_{index}" for index in range(len(sizes))]
@@ -200,23 +209,78 @@ def _flip(graph: _Graph, x: str, *dims: int) -> str:
 
 
 def _shift(graph: _Graph, x: str, steps: int, dim: int, *, is_reverse: bool = False, value: float = 0.0) -> str:
-    pads = graph.constant([0, steps] if is_reverse else [steps, 0])
-    padded = graph.add("Pad", [x, pads, graph.constant(value, np.float32), graph.constant([dim])])
-    start, end = (steps, _ALL.max) if is_reverse else (0, -steps)
-    return _slice(graph, padded, [start], [end], [dim])
+    pads = [-steps, steps] if is_reverse else [steps, -steps]  # a negative one cuts off
+    return graph.add("Pad", [x, graph.constant(pads), graph.constant(value, np.float32), graph.constant([dim])])
+
+
+def _any_recurrence(graph: _Graph, decay: str, inputs: str, sides: tuple[int, int], *, is_reverse: bool = False) -> str:
+    """Loop over the columns of all rows, then over the rows' ends: a loop ends with the map, whatever its size."""
+    shape = graph.add("Shape", [decay])
+    state, row_decays, states, decays = _loop(graph, decay, inputs, shape, 2, is_reverse=is_reverse)
+    row_shape = graph.add("Shape", [row_decays])
+    before = _loop(graph, row_decays, state, row_shape, 1, is_reverse=is_reverse, gives_states_before=True)[2]
+    before = graph.add("Unsqueeze", [before, graph.constant([2])])
+    return graph.add("Add", [states, graph.add("Mul", [decays, before])])
+
+
+def _loop(
+    graph: _Graph,
+    decay: str,
+    inputs: str,
+    shape: str,
+    axis: int,
+    *,
+    is_reverse: bool,
+    gives_states_before: bool = False,
+) -> list[str]:
+    """Add a loop along an axis; return the last state and product of decays, and those at every position."""
+    kept = [dim for dim in range(4 if axis == 2 else 3) if dim != axis]
+    sides = graph.add("Gather", [shape, graph.constant(kept)])
+    start = graph.add("ConstantOfShape", [sides])
+    one = graph.add("ConstantOfShape", [sides], value=numpy_helper.from_array(np.ones(1, np.float32)))
+    outputs = [f"loop_{len(graph.nodes)}_{index}" for index in range(4)]
+    way = [int(is_reverse)] * 2
+    node = helper.make_node(
+        "Scan",
+        [start, one, decay, inputs],
+        outputs,
+        name=outputs[0],
+        body=_loop_body(gives_states_before),
+        num_scan_inputs=2,
+        scan_input_axes=[axis] * 2,
+        scan_output_axes=[axis] * 2,
+        scan_input_directions=way,
+        scan_output_directions=way,
+    )
+    graph.nodes.append(node)
+    return outputs
+
+
+def _loop_body(gives_states_before: bool) -> onnx.GraphProto:
+    """Return a step of ``state = decay * state + input``, with the product of decays."""
+    nodes = [
+        helper.make_node("Mul", ["decay", "state"], ["kept"]),
+        helper.make_node("Add", ["kept", "input"], ["next_state"]),
+        helper.make_node("Mul", ["decay", "product"], ["next_product"]),
+        helper.make_node("Identity", ["state" if gives_states_before else "next_state"], ["state_here"]),
+        helper.make_node("Identity", ["next_product"], ["product_here"]),
+    ]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, _FLOAT, None) for name in names]
+        for names in (
+            ("state", "product", "decay", "input"),
+            ("next_state", "next_product", "state_here", "product_here"),
+        )
+    )
+    return helper.make_graph(nodes, "step", inputs, outputs)
 
 
 def _crop_like(graph: _Graph, x: str, like: str) -> str:
     return _slice(graph, x, [0, 0], graph.add("Shape", [like], start=2), [2, 3])
 
 
-def _item(graph: _Graph, values: Any, index: Any) -> Any:
-    if isinstance(index, int):
-        return values[index]
-    # Of maps, ranges of columns are taken: the last dimension.
-    taken = index[-1]
-    start = 0 if taken.start is None else taken.start
-    return _slice(graph, values, [start], [_ALL.max if taken.stop is None else taken.stop], [3])
+def _item(graph: _Graph, values: Sequence[str], index: int) -> str:
+    return values[index]
 
 
 def _center_crop(graph: _Graph, x: str, size: tuple[int, int], crop_pct: float) -> str:
@@ -250,8 +314,9 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.cat: _concatenate,
     F.relu: _unary("Relu"),
     F.silu: _silu,
-    F.softplus: _unary("Softplus"),
+    F.softplus: _softplus,
     F.interpolate: _interpolate,
+    any_recurrence: _any_recurrence,
     shift: _shift,
     crop_like: _crop_like,
     center_crop: _center_crop,

@@ -73,31 +73,32 @@ class Portable(nn.Module):
 
 
 @torch.no_grad()
-def portable(network: MobileMamba, form: Form, largest: tuple[int, int]) -> Portable:
+def portable(network: MobileMamba, form: Form, size: tuple[int, int], *, is_exact: bool = True) -> Portable:
     """Return a network in portable form; the given one stays as it is.
 
     Args:
         network: Folded or not, in any mode, on a CPU.
         form: What the runtime takes best.
-        largest: Height and width of the largest images, in pixels.
+        size: Height and width of the images, or of the largest, in pixels.
+        is_exact: Whether all images are of that size.
     """
     network = copy.deepcopy(network).eval().fuse()
     stages = []
     for info in network.feature_info:
-        sides = (math.ceil(side / info["reduction"]) for side in largest)
         # Within a stage, downsampling comes before the scans.
-        height, width = ((side - 1).bit_length() for side in sides)
-        stages.append(_Translator(form, (height, width)).translate(getattr(network, info["module"])))
+        height, width = (math.ceil(side / info["reduction"]) for side in size)
+        translator = _Translator(form, sides=(height, width), is_exact=is_exact)
+        stages.append(translator.translate(getattr(network, info["module"])))
     head = _linear(network.head) if isinstance(network.head, nn.Linear) else nn.Identity()
     return Portable(stages, network.global_pool, head).eval().requires_grad_(False)
 
 
 class _Translator:
-    """Folded layers to portable ones, of a stage whose scans need some ``levels``; see `raster_recurrence`."""
+    """Folded layers to portable ones, of a stage with maps of some size; see `DirectionalScan`."""
 
-    def __init__(self, form: Form, levels: tuple[int, int]) -> None:
+    def __init__(self, form: Form, **maps: Any) -> None:
         self.form = form
-        self.levels = levels
+        self.maps = maps
 
     def translate(self, module: Any) -> nn.Module:
         kinds: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
@@ -123,7 +124,7 @@ class _Translator:
         global_op = nn.Identity()
         if mixer.split[0]:
             wavelet = mixer.global_op
-            scan = _SS2D(wavelet.global_atten, self.form, self.levels)
+            scan = _SS2D(wavelet.global_atten, self.form, **self.maps)
             global_op = _Wavelet(scan, wavelet)
         return _Mixer(mixer.split, global_op, self.translate(mixer.local_op), _pointwise(mixer.proj))
 
@@ -220,28 +221,28 @@ class _SqueezeExcite(nn.Module):
 class _SS2D(nn.Module):
     """Gated selective scan: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, scan: Any, form: Form, levels: tuple[int, int]) -> None:
+    def __init__(self, scan: Any, form: Form, **maps: Any) -> None:
         super().__init__()
         weights, biases = scan.in_proj.weight.chunk(2), scan.in_proj.bias.chunk(2)
         self.in_x, self.in_z = (
             _conv(weight[..., None, None], bias) for weight, bias in zip(weights, biases, strict=True)
         )
         self.conv = _depthwise(scan.conv2d)
-        self.scans = nn.ModuleList(scan_directions(scan, is_joined=form.is_joined, levels=levels))
+        self.scans = nn.ModuleList(scan_directions(scan, is_joined=form.is_joined, **maps))
         skip = scan.Ds.view(len(scan.dt_projs_weight), -1).sum(0)
-        self.register_buffer("skip", skip.view(1, -1, 1, 1))
+        self.register_buffer("skip", skip)
         self.norm = nn.LayerNorm(len(skip), eps=scan.out_norm.eps)
         self.norm.weight, self.norm.bias = scan.out_norm.weight, scan.out_norm.bias
         self.out_proj = _pointwise(scan.out_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = F.silu(self.in_z(x))
-        x = self.conv(self.in_x(x))
+        gate = F.silu(self.in_z(x)).permute(0, 2, 3, 1)
+        x = self.conv(self.in_x(x)).permute(0, 2, 3, 1)
         y = x * self.skip
         for scan in self.scans:
             y = y + scan(x)
-        y = self.norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.out_proj(y * gate)
+        y = self.norm(y) * gate
+        return self.out_proj(y.permute(0, 3, 1, 2))
 
 
 @torch.fx.wrap
