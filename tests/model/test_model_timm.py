@@ -12,10 +12,10 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_data_config
-from benchmarks.networks import settle
 from timm.models import FeatureInfo, group_parameters
 from torch import nn
 
+from benchmarks.networks import settle
 from model import create_model, timm_models
 from model.mobilemamba import VARIANTS
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.networks import settle
 from PIL import Image
 
+from benchmarks.networks import settle
 from model import create_model, from_pretrained, save_pretrained
 
 transformers = pytest.importorskip("transformers")
