@@ -386,7 +386,7 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> None:
         raise ValueError(f"input must be {expected}, got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(
-            f"input must be {weight.dtype} and normalised, got {x.dtype}: for pixels of 0 to 255, (x / 255 - mean) / std"
+            f"input must be {weight.dtype} and normalised, got {x.dtype}: of pixels, give (x / 255 - mean) / std"
         )
     if x.dtype != weight.dtype and type_under_autocast(x) is None:
         raise TypeError(
