@@ -342,13 +342,13 @@ def save_result(
         path: From `result_path`.
         benchmark: Name of the module.
         machine: From `describe_machine`.
-        arguments: Of the command line; the folder is left out.
+        arguments: Of the command line; folders are left out.
         **figures: What was measured, as JSON.
 
     Returns:
         The file's path.
     """
-    settings = {key: value for key, value in vars(arguments).items() if key != "out"}
+    settings = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
     content = {"benchmark": benchmark, "machine": machine, "settings": settings, **figures}
     path = path.with_name(path.name + ".json")
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -51,7 +51,8 @@ def draw(result: Mapping[str, Any], path: Path) -> Path:
     Returns:
         The picture's path.
     """
-    draw_into = {"network": _network, "scan": _scan, "train_step": _train_step}[result["benchmark"]]
+    drawers = {"network": _network, "runtimes": _runtimes, "scan": _scan, "train_step": _train_step}
+    draw_into = drawers[result["benchmark"]]
     with mpl.rc_context(_STYLE):
         figure = Figure(layout="constrained")
         draw_into(figure, result)
@@ -149,6 +150,34 @@ def _accuracy_panel(
     axes.set_ylabel("ImageNet-1K top-1, % (published)")
     axes.legend(fontsize=size, framealpha=1)
     place_labels(axes, labels, size=size)
+
+
+def _runtimes(figure: Figure, result: Mapping[str, Any]) -> None:
+    """Images/s of each network, a bar for each runtime and precision, a panel for each batch."""
+    rows = result["cases"]
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    ways = list(dict.fromkeys((row["runtime"], row["precision"]) for row in rows))
+    figure.set_size_inches(max(6.0, 1.6 * len(networks)), 3.2 * len(batches))
+    colors = mpl.colormaps["tab10"]
+    for axes, batch in zip(figure.subplots(len(batches), 1, squeeze=False)[:, 0], batches, strict=True):
+        rates = {
+            (row["network"], row["runtime"], row["precision"]): row["images_per_s"]
+            for row in rows
+            if row["batch"] == batch
+        }
+        for place, way in enumerate(ways):
+            own = [rates.get((name, *way)) for name in networks]
+            here = [(index, rate) for index, rate in enumerate(own) if rate is not None]
+            positions = [index + 0.8 * place / len(ways) for index, _ in here]
+            bars = axes.bar(positions, [rate for _, rate in here], 0.76 / len(ways), color=colors(place))
+            bars.set_label(", ".join(way))
+            axes.bar_label(bars, fmt="%.3g", fontsize=5)
+        names = [name.removeprefix("MobileMamba_") for name in networks]
+        axes.set_xticks([index + 0.4 * (len(ways) - 1) / len(ways) for index in range(len(names))], names, fontsize=7)
+        axes.set_ylabel("images/s")
+        axes.set_title(f"batch {batch}")
+        axes.legend(fontsize=6)
 
 
 def _scan(figure: Figure, result: Mapping[str, Any]) -> None:

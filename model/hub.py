@@ -1,12 +1,14 @@
 """Networks as folders of two files, ``config.json`` and ``model.safetensors``: the form of timm and Hugging Face's hub.
 
-Such a folder is read by `from_pretrained`, by ``timm.create_model("local-dir:<folder>", pretrained=True)`` and, once
-uploaded (``hf upload <user>/<name> <folder>``), from the hub by both.
+Such a folder is read by `from_pretrained`, by ``timm.create_model("local-dir:<folder>", pretrained=True)``, by
+transformers (``AutoModelForImageClassification.from_pretrained("<folder>")``) and, once uploaded
+(``hf upload <user>/<name> <folder>``), from the hub by all three.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,15 @@ SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict"
 TRAINING = ("drop_path", "drop_rate")  # matters of a run, not of the network
 
 
-def save_pretrained(network: MobileMamba, folder: str | Path, *, overwrite: bool = False) -> Path:
+def save_pretrained(
+    network: MobileMamba, folder: str | Path, *, classes: Sequence[str] = (), overwrite: bool = False
+) -> Path:
     """Save a network: its weights, and what builds it again.
 
     Args:
         network: Built by `create_model` or timm, not folded.
         folder: Where to; made if need be.
+        classes: Names of the classes, which transformers predicts by.
         overwrite: Replace what an earlier save left there.
 
     Returns:
@@ -38,10 +43,15 @@ def save_pretrained(network: MobileMamba, folder: str | Path, *, overwrite: bool
 
     Raises:
         FileExistsError: If the folder holds a network and ``overwrite`` is not set.
-        ValueError: If the network is folded, or it is not known what builds it.
+        ValueError: If the network is folded, or it is not known what builds it, or there are not as many names as
+            classes.
     """
     folder = Path(folder)
     config = _config(network)
+    if classes:
+        if len(classes) != network.num_classes:
+            raise ValueError(f"{len(classes)} names for {network.num_classes} classes: give one for each, or none")
+        config["label_names"] = list(classes)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, WEIGHTS):
         if (folder / name).exists() and not overwrite:
@@ -62,7 +72,8 @@ def _config(network: MobileMamba) -> dict[str, Any]:
     if is_folded(network):
         raise ValueError("a folded network cannot be loaded again: save it before fuse()")
     arguments = {name: value for name, value in network.model_args.items() if name not in TRAINING}
-    current = {"num_classes": network.num_classes, "in_chans": network.in_chans, "global_pool": network.global_pool}
+    arguments.pop("num_classes", None)  # it stands above: transformers passes both on
+    current = {"in_chans": network.in_chans, "global_pool": network.global_pool}
     input_size = (network.in_chans, *noted["input_size"][1:])
     return {
         "architecture": noted["architecture"],

@@ -10,15 +10,17 @@ from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 __all__ = ["FFN", "Activation", "BatchNorm2d", "BatchNormLinear", "ConvBN", "Residual", "count_batch", "is_on_gpu"]
 
 
 def is_on_gpu(tensor: Tensor) -> bool:
-    """Return whether a tensor is on a GPU, where launches count and some layouts and operators are the better ones."""
-    return tensor.is_cuda
+    """Return whether a tensor is on a GPU, where launches count and some layouts and operators are the better ones.
+
+    torch.fx has something else in place of tensors, which is nowhere.
+    """
+    return isinstance(tensor, Tensor) and tensor.is_cuda
 
 
 class Activation(IntEnum):
@@ -35,7 +37,6 @@ class Activation(IntEnum):
         return F.silu(x, inplace=True) if self is Activation.SILU else x
 
 
-@register_notrace_module  # as torch.fx would trace PyTorch's own checks, which depend on sizes
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation whose batches a network counts on a GPU, for all of its layers at once: see `count_batch`.
 
@@ -44,6 +45,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     is_counted: bool = False
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Check nothing: the network has checked its images, and torch.fx cannot follow what depends on sizes."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and self.is_counted and is_on_gpu(x)) or self.momentum is None:

@@ -109,11 +109,15 @@ def _create(
 ) -> nn.Module:
     """Build a variant as timm does. Released weights come by way of the zoo, others from where the cfg says."""
     name = variant.lower()
+    if kwargs.pop("output_stride", 32) != 32:
+        raise ValueError(f"{name} cannot dilate its convolutions to another output_stride: leave it out")
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(name, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
     is_elsewhere = cfg.file or cfg.hf_hub_id or cfg.state_dict
     if pretrained and not is_elsewhere and cfg.url in _RELEASED:
         overlay["file"] = str(fetch(_RELEASED[cfg.url]))
+    if kwargs.get("features_only"):
+        kwargs.setdefault("stem_features", True)  # level i at stride 2^(i + 1), as timm's convolutional networks have
     if drop_path_rate is not None:
         kwargs["drop_path"] = drop_path_rate
     network = build_model_with_cfg(
@@ -123,7 +127,10 @@ def _create(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=_filter,
-        feature_cfg={"out_indices": (1, 2, 3), "feature_cls": "getter"},
+        feature_cfg={
+            "out_indices": tuple(range(6)) if kwargs.get("stem_features") else (1, 2, 3),
+            "feature_cls": "getter",
+        },
         cache_dir=cache_dir,
         **{**VARIANTS[variant], **kwargs},
     )

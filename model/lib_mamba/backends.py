@@ -160,7 +160,22 @@ def choose(device_type: str) -> Choice:
     return _choose(device_type, forced if forced and serves(forced, device_type) else None)
 
 
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """Keep what is done within out of a trace of torch.jit, which stops at operators that it has no node for."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
 @functools.cache
+@_untraced()
 def _choose(device_type: str, forced: str | None) -> Choice:
     if forced:
         problem = _problem(forced, device_type)

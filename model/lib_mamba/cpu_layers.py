@@ -24,8 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 def serve(x: Tensor) -> Any | None:
-    """Return the namespace of the operators of a folded network if they are to run on ``x``, else None."""
-    if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_exporting():
+    """Return the namespace of the operators of a folded network if they are to run on ``x``, else None.
+
+    torch.fx, which has something else in place of tensors, follows PyTorch's.
+    """
+    if (
+        not isinstance(x, Tensor)
+        or x.device.type != "cpu"
+        or (torch.is_grad_enabled() and x.requires_grad)
+        or torch.compiler.is_exporting()
+    ):
         return None
     if not _is_chosen() or not _is_for_float32(x):
         return None

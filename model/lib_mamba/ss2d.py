@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +19,10 @@ from .gated_scan import gated_scan
 from .selective_scan import selective_scan
 
 __all__ = ["SCANS", "SS2D"]
+
+# torch.fx cannot follow their checks of sizes: it keeps the call.
+torch.fx.wrap("gated_scan")
+torch.fx.wrap("selective_scan")
 
 # Per kind of scan: the orders in which the pixels are visited, and in each order the directions (is_reverse) with
 # their places in the parameters. "cross" has the order of directions that is customary for four-way scans.
@@ -50,7 +55,7 @@ class SS2D(nn.Module):
         self.scan = scan
         inner = int(ssm_ratio * channels)
         rank = math.ceil(channels / 16)
-        num_directions = sum(len(directions) for _, directions in SCANS[scan])
+        num_directions = self.num_directions
         self.in_proj = ConvBN(channels, 2 * inner)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
         self.act = nn.SiLU()
@@ -64,6 +69,11 @@ class SS2D(nn.Module):
         self.Ds = nn.Parameter(torch.ones(num_directions * inner))
         self.out_norm = nn.LayerNorm(inner, eps=1e-5)
         self.out_proj = ConvBN(inner, channels)
+
+    @property
+    def num_directions(self) -> int:
+        """K."""
+        return sum(len(directions) for _, directions in SCANS[self.scan])
 
     @property
     def reverse(self) -> tuple[bool, ...]:
@@ -123,12 +133,11 @@ class SS2D(nn.Module):
     def _weights(self, directions: dict[int, bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return x_proj's weight and the scan's dt_weight, dt_bias, A_log, D_skip of some of the directions."""
         parameters = (self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds)
-        if len(directions) == len(self.x_proj_weight):
+        if len(directions) == self.num_directions:
             return parameters
         places = list(directions)
         return tuple(self._take(parameter, places) for parameter in parameters)  # type: ignore[return-value]
 
     def _take(self, parameter: Tensor, directions: list[int]) -> Tensor:
         """Pick directions out of a parameter whose first dimension is K or K * D."""
-        num_directions = len(self.x_proj_weight)
-        return parameter.unflatten(0, (num_directions, -1))[directions].flatten(0, 1)
+        return parameter.unflatten(0, (self.num_directions, -1))[directions].flatten(0, 1)

@@ -103,6 +103,17 @@ class Stem(steps.StepGroup, nn.Sequential):
             return y
         return super().forward(x)
 
+    def forward_intermediates(self, x: Tensor) -> list[Tensor]:
+        """Return the map after each convolution and its ReLU, at strides 2, 4, 8 and 16."""
+        maps = []
+        for layer in self:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                maps[-1] = x
+            else:
+                maps.append(x)
+        return maps
+
 
 def patch_embed(in_channels: int, channels: int) -> Stem:
     """Return the stem: four 3 x 3 convolutions of stride 2, (B, C_in, H, W) -> (B, C, ceil(H/16), ceil(W/16))."""

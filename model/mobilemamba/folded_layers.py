@@ -32,6 +32,7 @@ __all__ = [
     "FoldedWTEMamba",
     "average",
     "is_folded",
+    "type_under_autocast",
 ]
 
 
@@ -71,7 +72,7 @@ class _Packed(nn.Module):
     def read(self, name: str, x: Tensor) -> Tensor:
         """Return a weight in the type in which ``x`` is computed: under autocast a copy that is made once."""
         weight = getattr(self, name)
-        dtype = _type_under_autocast(x)
+        dtype = type_under_autocast(x)
         if dtype is None or weight.dtype != torch.float32:
             return weight
         copy_name = f"{name}{_CAST}{_NAMES[dtype]}"
@@ -100,8 +101,10 @@ def _pack_again(layer: _Packed, _incompatible_keys: object = None) -> None:
     layer.pack()
 
 
-def _type_under_autocast(x: Tensor) -> torch.dtype | None:
+def type_under_autocast(x: Tensor) -> torch.dtype | None:
     """Return the 16-bit type of autocast where it is on."""
+    if not isinstance(x, Tensor):  # what torch.fx has in its place
+        return None
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
@@ -118,12 +121,16 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation = A
     """Multiply the pixels of a map with a matrix (C', C), then activate: (B, C, H, W) -> (B, C', H, W)."""
     batch, _, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # a view of a slice of channels, too
-    is_plain = (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_exporting()
-    if activation is Activation.RELU and is_on_gpu(x) and not is_plain:
+    if activation is Activation.RELU and is_on_gpu(x) and not _is_plain(x):
         y = torch._addmm_activation(bias, rows.to(weight.dtype), weight.t())  # its ReLU costs no pass of its own
     else:
         y = activation.apply(F.linear(rows, weight, bias))
     return y.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Return whether only operators with a gradient, or known outside of PyTorch, will do."""
+    return (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_exporting()
 
 
 class FoldedPointwise(_Packed):
@@ -158,9 +165,10 @@ class FoldedPointwise(_Packed):
         if cpu_layers.serve(x) is not None:
             first, second = self(x).chunk(2, dim=1)
             return first, second
-        weights, biases = self.read("weight", x).chunk(2), self.read("bias", x).chunk(2)
-        first, second = (_product(x, *half, self.activation) for half in zip(weights, biases, strict=True))
-        return first, second
+        first_weight, second_weight = self.read("weight", x).chunk(2)
+        first_bias, second_bias = self.read("bias", x).chunk(2)
+        first = _product(x, first_weight, first_bias, self.activation)
+        return first, _product(x, second_weight, second_bias, self.activation)
 
 
 class FoldedDepthwise(_Packed):
@@ -177,7 +185,7 @@ class FoldedDepthwise(_Packed):
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.stride, self.padding = conv.stride[0], conv.padding[0]
+        self.stride, self.padding, self.groups = conv.stride[0], conv.padding[0], conv.groups
         self.weight = _frozen(conv.weight)
         self.bias = None if conv.bias is None else _frozen(conv.bias)
         self.scale = None if affine is None else _frozen(affine.weight.flatten())
@@ -202,7 +210,7 @@ class FoldedDepthwise(_Packed):
         # A library would copy a slice of channels anyway; torch.compile writes the copy with what comes before.
         x = x.contiguous(memory_format=torch.channels_last)
         bias = None if self.bias is None else self.read("bias", x)
-        y = F.conv2d(x, self.read("weight", x), bias, self.stride, self.padding, groups=len(self.weight))
+        y = F.conv2d(x, self.read("weight", x), bias, self.stride, self.padding, groups=self.groups)
         y = self.activation.apply(y)
         if self.scale is None:
             return y
@@ -245,12 +253,15 @@ class FoldedConvs(_Packed):
 
     Args:
         convs: With square kernels alike, and bias.
+        activation: Applied to the last one's result.
     """
 
-    def __init__(self, convs: Sequence[nn.Conv2d]) -> None:
+    def __init__(self, convs: Sequence[nn.Conv2d], activation: Activation = Activation.NONE) -> None:
         super().__init__()
+        self.activations = [*[Activation.RELU] * (len(convs) - 1), activation]
         first = convs[0]
         self.shape = (first.kernel_size[0], first.stride[0], first.padding[0])
+        self.channels = [conv.out_channels for conv in convs]
         self.weights = nn.ParameterList(_frozen(conv.weight) for conv in convs)
         self.biases = nn.ParameterList(_frozen(conv.bias) for conv in convs)
         self.pack()
@@ -278,13 +289,27 @@ class FoldedConvs(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
-            return kernels.convs(x, self.panels, list(self.biases), *self.shape)
+            return self.activations[-1].apply(kernels.convs(x, self.panels, list(self.biases), *self.shape))
+        for index in range(len(self.weights)):
+            x = self._convolve(x, index)
+        return x
+
+    def forward_intermediates(self, x: Tensor) -> list[Tensor]:
+        """Return the map after each convolution and its activation, without the zeros added to its channels."""
+        maps = []
+        for index, channels in enumerate(self.channels):
+            x = self._convolve(x, index)
+            maps.append(x[:, :channels])
+        return maps
+
+    def _convolve(self, x: Tensor, index: int) -> Tensor:
+        activation = self.activations[index]
+        if (kernels := cpu_layers.serve(x)) is not None:
+            return activation.apply(kernels.convs(x, [self.panels[index]], [self.biases[index]], *self.shape))
         x = x.contiguous(memory_format=torch.channels_last)
         _, stride, padding = self.shape
-        for index in range(len(self.weights)):
-            weight, bias = self.read(f"weight{index}", x), self.read(f"bias{index}", x)
-            x = F.conv2d(F.relu(x, inplace=True) if index else x, weight, bias, stride, padding)
-        return x
+        weight, bias = self.read(f"weight{index}", x), self.read(f"bias{index}", x)
+        return activation.apply(F.conv2d(x, weight, bias, stride, padding))
 
 
 class FoldedSqueezeExcite(nn.Module):
@@ -408,7 +433,7 @@ class FoldedWTEMamba(_Packed):
 
     def _convolve(self, bands: Tensor) -> Tensor:
         weight = self.read("bands_weight", bands)
-        return F.conv2d(bands, weight, padding="same", groups=len(weight))
+        return F.conv2d(bands, weight, padding="same", groups=self.bands.groups)
 
 
 def _look_at_filters(wavelet: FoldedWTEMamba, _incompatible_keys: object) -> None:
@@ -511,5 +536,5 @@ class FoldedLinear(_Packed, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
             y = kernels.pointwise(x[..., None, None], self.panels, self.bias, None, int(Activation.NONE)).flatten(1)
-            return y.to(_type_under_autocast(x) or y.dtype)
+            return y.to(type_under_autocast(x) or y.dtype)
         return F.linear(x, self.read("weight", x), self.read("bias", x))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import FFN, Activation, BatchNormLinear, ConvBN, Residual
-from .blocks import Block, PatchMerging
+from .blocks import Block, PatchMerging, Stem
 from .folded_layers import (
     FoldedBlock,
     FoldedConvs,
@@ -75,9 +75,9 @@ def _layer(conv: nn.Conv2d, activation: Activation = Activation.NONE) -> nn.Modu
 
 def _sequential(modules: nn.Sequential) -> nn.Module:
     """Fold the stem as a whole; elsewhere single convolutions, and a depthwise one with the feed-forward after it."""
-    convs = [module for module in modules if isinstance(module, nn.Conv2d)]
-    if len(convs) > 1:
-        return FoldedConvs(convs).eval()
+    if isinstance(modules, Stem):
+        convs = [module for module in modules if isinstance(module, nn.Conv2d)]
+        return FoldedConvs(convs, Activation.RELU if isinstance(modules[-1], nn.ReLU) else Activation.NONE).eval()
     layers: list[nn.Module] = []
     for module in modules:
         if isinstance(module, FoldedFFN) and layers and isinstance(layers[-1], FoldedDepthwise):

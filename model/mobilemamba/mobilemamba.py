@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
-from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from ..layers import BatchNorm2d, BatchNormLinear, count_batch, is_on_gpu
 from ..recompute import recompute
 from .blocks import Block, downsample, patch_embed
-from .folded_layers import average, is_folded
+from .folded_layers import average, is_folded, type_under_autocast
 from .fuse import fuse
+from .wavelet import WTEMamba
 
 __all__ = ["POOLINGS", "VARIANTS", "MobileMamba", "check_images"]
 
@@ -57,6 +58,8 @@ class MobileMamba(nn.Module):
         drop_path: Probability of leaving out the last block in training, rising to it linearly from 0.
         drop_rate: Probability with which a pooled feature is zeroed in training.
         distillation: A second head for a teacher's answers: both are returned in training, averaged in evaluation.
+        stem_features: Count the stem's maps at strides 2, 4 and 8 as features, in place of its last one: see
+            `forward_intermediates`.
 
     The methods and attributes other than `forward` and `fuse` are those of timm's networks.
 
@@ -70,6 +73,7 @@ class MobileMamba(nn.Module):
     Raises:
         ValueError: If ``global_pool`` is unknown or leaves no vector to classify; in `forward`, if the input is not
             (B, in_chans, H, W) with H and W of 32 or more.
+        TypeError: In `forward`, if the images are of another type than the weights.
     """
 
     patch_embed: nn.Sequential
@@ -102,6 +106,7 @@ class MobileMamba(nn.Module):
         drop_path: float = 0.0,
         drop_rate: float = 0.0,
         distillation: bool = False,
+        stem_features: bool = False,
     ) -> None:
         super().__init__()
         self.in_chans = in_chans
@@ -110,14 +115,12 @@ class MobileMamba(nn.Module):
         self.drop_rate = drop_rate
         self.default_cfg = self.pretrained_cfg = {}
         self.model_args = {}
+        stem = [(embed_dim[0] // 8, 2, 1), (embed_dim[0] // 4, 4, 3), (embed_dim[0] // 2, 8, 5)]
+        features = [(channels, stride, f"{STEM}.{layer}") for channels, stride, layer in stem]
+        features = features if stem_features else [(embed_dim[0], 16, STEM)]
+        features += zip(embed_dim, (16, 32, 64), ("blocks1", "blocks2", "blocks3"), strict=True)
         self.feature_info = [
-            {"num_chs": channels, "reduction": stride, "module": name}
-            for channels, stride, name in zip(
-                (embed_dim[0], *embed_dim),
-                (16, 16, 32, 64),
-                (STEM, "blocks1", "blocks2", "blocks3"),
-                strict=True,
-            )
+            {"num_chs": channels, "reduction": stride, "module": name} for channels, stride, name in features
         ]
         self.patch_embed = patch_embed(in_chans, embed_dim[0])
         num_blocks = sum(depth)
@@ -162,12 +165,24 @@ class MobileMamba(nn.Module):
 
     def _enter(self, x: Tensor) -> Tensor:
         """Check images (B, in_chans, H, W) and lay them out; count the batch, where the layers do not themselves."""
-        check_images(x, self.in_chans)
+        check_images(x, self.in_chans, next(self.patch_embed.parameters()))
         if not is_folded(self):  # the scan reads it without a copy; a folded stem takes any layout
             x = x.contiguous(memory_format=torch.channels_last)
-        if self.training and isinstance(x, Tensor) and is_on_gpu(x):  # torch.fx has something else in place of tensors
+        if self.training and is_on_gpu(x):
             count_batch(self._norms)
         return x
+
+    def init_non_persistent_buffers(self) -> None:
+        """Settle down after transformers has loaded weights, which it does past `load_state_dict`.
+
+        It makes every parameter trainable, the Haar filters too, and maps the file: there tensors lie at any address,
+        where libraries add up in another order and slower. (timm and transformers call the method by this name.)
+        """
+        for parameter in self.parameters():
+            parameter.data = parameter.data.clone()
+        for module in self.modules():
+            if isinstance(module, WTEMamba):
+                module.settle_filters()
 
     def get_classifier(self) -> nn.Module:
         """Return the head; with distillation the pair of heads."""
@@ -220,73 +235,90 @@ class MobileMamba(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the feature maps of stages, and unless ``intermediates_only`` the last one with them.
+        """Return feature maps, and unless ``intermediates_only`` the last stage's with them.
 
         Args:
             x: Images, (B, in_chans, H, W).
-            indices: Which of patch_embed, blocks1, blocks2, blocks3 (0 to 3, or from the end) to return; the last
-                ones if a number; all when None.
+            indices: Which entries of `feature_info` to return (counted from 0, or from the end); the last ones if a
+                number; all when None. They are patch_embed, blocks1, blocks2, blocks3 at strides 16, 16, 32, 64; with
+                ``stem_features`` three maps of the stem at strides 2, 4, 8 and these blocks.
             norm: There is no normalisation after a stage: changes nothing.
             stop_early: Do not compute what follows the last of them; implied by ``intermediates_only``.
             output_fmt: "NCHW", the only one.
             intermediates_only: Return only the list.
 
         Returns:
-            Feature maps (B, C, H / stride, W / stride), rounded up, strides 16, 16, 32, 64.
+            Feature maps (B, C, H / stride, W / stride), rounded up.
 
         Raises:
-            ValueError: If a stage is not there, or ``output_fmt`` is another.
+            ValueError: If a feature is not there, or ``output_fmt`` is another.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        wanted = self._stage_indices(indices)
+        names = [self.feature_info[index]["module"] for index in self._feature_indices(indices)]
         stages = self._stages()
+        if stop_early or intermediates_only:
+            stages = stages[: max(stages.index(_stage_of(name)) for name in names) + 1]
         x = self._enter(x)
-        features = []
-        for stage in stages[: max(wanted) + 1] if stop_early or intermediates_only else stages:
-            x = self._run(stage, x)
-            features.append(x)
-        taken = [features[index] for index in wanted]
+        maps = {}
+        for stage in stages:
+            if stage == STEM and any(name.startswith(f"{STEM}.") for name in names):
+                inner = self.patch_embed.forward_intermediates(x)
+                maps |= {f"{STEM}.{2 * index + 1}": x for index, x in enumerate(inner)}
+                x = inner[-1]
+            else:
+                x = self._run(stage, x)
+            maps[stage] = x
+        taken = [maps[name] for name in names]
         return taken if intermediates_only else (x, taken)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove, in place, what `forward_intermediates` does not need for some stages.
+        """Remove, in place, what `forward_intermediates` does not need for some features.
 
         Args:
-            indices: The stages, as for `forward_intermediates`.
+            indices: The features, as for `forward_intermediates`.
             prune_norm: There is no normalisation after a stage: changes nothing.
             prune_head: Remove the head even where all stages stay; it goes with the last stage anyway.
 
         Returns:
             The indices, counted from the start.
+
+        Raises:
+            ValueError: If a feature is not there, or a folded stem would have to be cut.
         """
-        wanted = self._stage_indices(indices)
+        wanted = self._feature_indices(indices)
         num_kept = max(wanted) + 1
-        for info in self.feature_info[num_kept:]:
-            delattr(self, info["module"])
+        stages = self._stages()
         is_cut = num_kept < len(self.feature_info)
+        last = self.feature_info[num_kept - 1]["module"]
+        if last.startswith(f"{STEM}."):
+            if is_folded(self):
+                raise ValueError("a folded stem is one layer, which cannot be cut: prune before fuse()")
+            del self.patch_embed[2 * num_kept :]
+        for stage in stages[stages.index(_stage_of(last)) + 1 :]:
+            delattr(self, stage)
         self.feature_info = self.feature_info[:num_kept]
         self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
         if prune_head or is_cut:
             self.reset_classifier(0, "")
         return wanted
 
-    def _stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Return indices of stages, counted from the start; a number means so many of the last."""
-        num_stages = len(self.feature_info)
+    def _feature_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Return indices of features, counted from the start; a number means so many of the last."""
+        num_features = len(self.feature_info)
         if indices is None:
-            return list(range(num_stages))
+            return list(range(num_features))
         asked = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
-        if not asked or not all(-num_stages <= index < num_stages for index in asked):
-            names = ", ".join(self._stages())
-            raise ValueError(f"indices must be of {num_stages} stages ({names}; or from the end), got {indices}")
-        return [index % num_stages for index in asked]
+        if not asked or not all(-num_features <= index < num_features for index in asked):
+            names = ", ".join(info["module"] for info in self.feature_info)
+            raise ValueError(f"indices must be of {num_features} features ({names}; or from the end), got {indices}")
+        return [index % num_features for index in asked]
 
     def _stages(self) -> list[str]:
         """Return the names of the stages that are there, in order."""
-        return [info["module"] for info in self.feature_info]
+        return list(dict.fromkeys(_stage_of(info["module"]) for info in self.feature_info))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last feature map: (B, in_chans, H, W) -> (B, C, H/64, W/64), rounded up."""
@@ -336,9 +368,28 @@ class MobileMamba(nn.Module):
         return self
 
 
-@register_notrace_function  # as torch.fx cannot follow what depends on sizes
-def check_images(x: Tensor, in_chans: int) -> None:
-    """Raise unless the input is (B, in_chans, H, W) and large enough."""
+def _stage_of(feature: str) -> str:
+    """Return the stage that a feature comes from: ``"patch_embed"`` for its layer ``"patch_embed.3"``."""
+    return feature.partition(".")[0]
+
+
+@torch.fx.wrap  # as torch.fx cannot follow what depends on sizes
+def check_images(x: Tensor, in_chans: int, weight: Tensor) -> None:
+    """Raise unless the input is (B, in_chans, H, W), large enough, and of the type of the weights.
+
+    Raises:
+        ValueError: If its shape is another.
+        TypeError: If its type is another, and autocast does not convert it.
+    """
     if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
         expected = f"(B, {in_chans}, H, W) with H and W of {MIN_SIZE} pixels or more"
         raise ValueError(f"input must be {expected}, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(
+            f"input must be {weight.dtype} and normalised, got {x.dtype}: of pixels, give (x / 255 - mean) / std"
+        )
+    if x.dtype != weight.dtype and type_under_autocast(x) is None:
+        raise TypeError(
+            f"input must be {weight.dtype} as the weights are, got {x.dtype}: convert it (x.to({weight.dtype})) or the "
+            f"network (network.to({x.dtype}))"
+        )

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..layers import is_on_gpu
@@ -65,7 +64,6 @@ class ChannelScale(nn.Module):
         return self.weight * x
 
 
-@register_notrace_module  # as torch.fx cannot follow what depends on sizes
 class WTEMamba(nn.Module):
     """Scaled SS2D plus a depthwise convolution of the four Haar bands: (B, C, H, W) -> (B, C, H, W).
 
@@ -98,6 +96,12 @@ class WTEMamba(nn.Module):
         self.wavelet_scale = nn.ModuleList([ChannelScale(bands, 0.1)])
         self.has_haar_filters = True
         self.register_load_state_dict_post_hook(_look_at_filters)
+
+    def settle_filters(self) -> None:
+        """Fix the filters again, and note whether they are Haar's: for loaders that go past `load_state_dict`."""
+        self.wt_filter.requires_grad_(False)
+        self.iwt_filter.requires_grad_(False)
+        _look_at_filters(self, None)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_scale(self.global_atten(x))

@@ -15,6 +15,7 @@ from timm.data import resolve_data_config
 from timm.models import FeatureInfo, group_parameters
 from torch import nn
 
+from benchmarks.networks import settle
 from model import create_model, timm_models
 from model.mobilemamba import VARIANTS
 
@@ -107,7 +108,7 @@ def test_every_trained_parameter_has_a_gradient(network):
 
 @pytest.mark.parametrize("kind", ["getter", "list", "dict", "hook", "fx"])
 def test_features_only(kind, network):
-    features_only = timm.create_model(SMALL, features_only=True, out_indices=(1, 3), feature_cls=kind).eval()
+    features_only = timm.create_model(SMALL, features_only=True, out_indices=(3, 5), feature_cls=kind).eval()
     weights = {name.removeprefix("model."): value for name, value in features_only.state_dict().items()}
     weights = {name.removeprefix("body.").removeprefix("graph_module."): value for name, value in weights.items()}
     network.load_state_dict(weights, strict=False)
@@ -122,10 +123,53 @@ def test_features_only(kind, network):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_features_by_default_are_the_three_stages():
-    network = timm.create_model(SMALL, features_only=True)
+def test_features_by_default_are_the_six_levels(network):
+    features_only = timm.create_model(SMALL, features_only=True).eval()
+    assert features_only.feature_info.reduction() == [2, 4, 8, 16, 32, 64]
+    assert not any("head" in name for name in features_only.state_dict())
+    network.load_state_dict(features_only.model.state_dict(), strict=False)
+    seen = []
+    for name in ("1", "3", "5"):
+        getattr(network.patch_embed, name).register_forward_hook(lambda _, inputs, output: seen.append(output.clone()))
+    images = torch.randn(1, 3, 70, 100)
+    with torch.no_grad():
+        maps = features_only(images)
+        expected = network.forward_intermediates(images, (1, 2, 3), intermediates_only=True)
+    assert features_only.feature_info.channels() == [x.shape[1] for x in maps] == [18, 36, 72, 144, 272, 368]
+    for actual, wanted in zip(maps, [*seen, *expected], strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_features_can_be_those_of_a_network_by_name():
+    network = timm.create_model(SMALL, features_only=True, stem_features=False)
     assert network.feature_info.reduction() == [16, 32, 64]
-    assert not any("head" in name for name in network.state_dict())
+    assert network.out_indices == [1, 2, 3]
+
+
+@pytest.mark.parametrize("level", range(6))
+def test_folded_levels_agree_wherever_the_network_is_cut(level):
+    torch.manual_seed(level)
+    network = settle(timm.create_model(SMALL, features_only=True, out_indices=(level, 0)))
+    images = torch.randn(2, 3, 70, 100)
+    with torch.no_grad():
+        expected = network(images)
+        network.model.fuse()
+        actual = network(images)
+        last = network.model.forward_features(images)
+    assert [x.shape[1] for x in actual] == network.feature_info.channels()
+    for x, y in zip([*actual, last], [*expected, expected[0]], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folded_stem_is_not_cut():
+    network = create_model(SMALL, stem_features=True).fuse()
+    with pytest.raises(ValueError, match="before fuse"):
+        network.prune_intermediate_layers([1])
+
+
+def test_another_output_stride_is_refused():
+    with pytest.raises(ValueError, match="output_stride: leave it out"):
+        timm.create_model(SMALL, features_only=True, output_stride=16)
 
 
 def test_intermediates_are_the_stages(network):
@@ -151,7 +195,7 @@ def test_intermediates_by_number_or_by_index(network, indices, expected):
 
 @pytest.mark.parametrize("indices", [0, 5, [4], [-5], []])
 def test_intermediates_that_are_not_there_are_refused(network, indices):
-    with pytest.raises(ValueError, match=r"4 stages \(patch_embed, blocks1, blocks2, blocks3"):
+    with pytest.raises(ValueError, match=r"4 features \(patch_embed, blocks1, blocks2, blocks3"):
         network.forward_intermediates(torch.randn(1, 3, 64, 64), indices)
 
 
@@ -171,7 +215,7 @@ def test_pruned_network_gives_the_stages_that_are_left(network):
     assert torch.equal(output, expected[-1])
     assert not any(name.startswith(("blocks3", "head")) for name in network.state_dict())
     assert network.num_features == network.head_hidden_size == 272
-    with pytest.raises(ValueError, match="3 stages"):
+    with pytest.raises(ValueError, match="3 features"):
         network.forward_intermediates(images, [3])
     network.reset_classifier(5, "avg")
     assert network(images).shape == (1, 5)
@@ -256,12 +300,6 @@ def test_nothing_is_fetched_for_weights_of_ones_own(released, tmp_path):
 def test_unknown_tag_is_refused():
     with pytest.raises(RuntimeError, match="in22k"):
         timm.create_model(f"{SMALL}.in22k", pretrained=True)
-
-
-def test_traced_network_agrees(network):
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(torch.jit.trace(network, images)(images), network(images))
 
 
 def test_distilled_network_has_two_classifiers():

@@ -1,0 +1,198 @@
+"""The selective scan as runtimes like it: on maps with their channels last, of which a column is one piece of memory.
+
+Each row is scanned by itself first, all rows at once, column by column; then the rows pass on the states at their ends.
+For maps of one size these steps are written out. For any size they are doublings: a pixel takes in its neighbour, then
+that neighbour's neighbours, 1, 2, 4, ... pixels away, enough times for the largest map; ONNX, which has an operator for
+loops, is given that instead (`onnx_graph`).
+
+B batch, D channels, H height, W width, K directions, N state, R rank of the time step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..lib_mamba import SCANS
+
+__all__ = ["DirectionalScan", "any_recurrence", "exact_recurrence", "scan_directions", "shift"]
+
+_HEIGHT, _WIDTH = 1, 2
+
+
+def exact_recurrence(decay: Tensor, inputs: Tensor, sides: tuple[int, int], *, is_reverse: bool = False) -> Tensor:
+    """Solve ``h_t = decay_t * h_{t-1} + inputs_t`` with ``h_{-1} = 0`` over pixels in raster order, step by step.
+
+    Args:
+        decay: (B, H, W, D).
+        inputs: (B, H, W, D).
+        sides: H and W.
+        is_reverse: Run from the last pixel to the first.
+
+    Returns:
+        Every state, (B, H, W, D).
+    """
+    height, width = sides
+    columns, decays = _steps(decay, inputs, _WIDTH, width, is_reverse=is_reverse)
+    states = torch.cat(columns, _WIDTH)
+    last = 0 if is_reverse else -1
+    rows, _ = _steps(decays[last], columns[last], _HEIGHT, height, is_reverse=is_reverse)
+    before = shift(torch.cat(rows, _HEIGHT), 1, _HEIGHT, is_reverse=is_reverse)
+    return states + torch.cat(decays, _WIDTH) * before
+
+
+def _steps(
+    decay: Tensor, inputs: Tensor, dim: int, side: int, *, is_reverse: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the state at each position along a dimension, and the product of the decays up to there."""
+    split_decay, split_inputs = decay.split([1] * side, dim), inputs.split([1] * side, dim)
+    decays, states = ([parts[index] for index in range(side)] for parts in (split_decay, split_inputs))
+    order = range(side)[:: -1 if is_reverse else 1]
+    for before, position in pairwise(order):
+        states[position] = states[position] + decays[position] * states[before]
+        decays[position] = decays[position] * decays[before]
+    return states, decays
+
+
+@torch.fx.wrap
+def any_recurrence(decay: Tensor, inputs: Tensor, sides: tuple[int, int], *, is_reverse: bool = False) -> Tensor:
+    """Do as `exact_recurrence`, on maps of any height and width up to ``sides``, by doublings."""
+    states, decay = _doublings(decay, inputs, _WIDTH, sides[1], is_reverse=is_reverse)
+    end = slice(None, 1) if is_reverse else slice(-1, None)
+    rows, _ = _doublings(decay[:, :, end], states[:, :, end], _HEIGHT, sides[0], is_reverse=is_reverse)
+    return states + decay * shift(rows, 1, _HEIGHT, is_reverse=is_reverse)
+
+
+def _doublings(decay: Tensor, states: Tensor, dim: int, side: int, *, is_reverse: bool) -> tuple[Tensor, Tensor]:
+    for level in range((side - 1).bit_length()):
+        states = states + decay * shift(states, 2**level, dim, is_reverse=is_reverse)
+        decay = decay * shift(decay, 2**level, dim, is_reverse=is_reverse, value=1.0)
+    return states, decay
+
+
+@torch.fx.wrap
+def shift(x: Tensor, steps: int, dim: int, *, is_reverse: bool = False, value: float = 0.0) -> Tensor:
+    """Move a map (B, H, W, D) down or to the right, or the other way, and put ``value`` where nothing came.
+
+    Args:
+        x: The map.
+        steps: How far, in pixels; this may exceed the side.
+        dim: 1 to move down, 2 to move to the right.
+        is_reverse: Move up, or to the left.
+        value: What comes in from outside.
+    """
+    pads = [0, 0, 0, 0, 0, 0]  # of the channels, left, right, top, bottom
+    pads[2 * (3 - dim) + is_reverse] = steps
+    padded = F.pad(x, pads, value=value)
+    kept = slice(steps, None) if is_reverse else slice(None, -steps)
+    return padded[:, :, kept] if dim == _WIDTH else padded[:, kept]
+
+
+class DirectionalScan(nn.Module):
+    """Some directions of a scan over pixels in one order, added up, without the skip term: (B, H, W, D) -> the same.
+
+    Several directions run as one map with K * D channels, for which those that run backwards are flipped. A direction
+    by itself is not flipped.
+
+    Args:
+        scan: The layer whose directions these are, folded.
+        directions: Their places in its parameters, and whether each runs backwards.
+        is_columns: Whether pixels are visited column by column.
+        sides: Height and width of the maps, or of the largest.
+        is_exact: Whether all maps are of that size.
+    """
+
+    def __init__(
+        self, scan: Any, directions: dict[int, bool], *, is_columns: bool, sides: tuple[int, int], is_exact: bool
+    ) -> None:
+        super().__init__()
+        places = list(directions)
+        self.reverse = tuple(directions.values())
+        self.is_columns = is_columns
+        self.sides = (sides[1], sides[0]) if is_columns else sides
+        self.is_exact = is_exact
+        num_all, channels, rank = scan.dt_projs_weight.shape
+        self.channels, self.num_states = channels, scan.A_logs.shape[1]
+        num = len(places)
+        weight = scan.x_proj_weight[places]  # (K, R + 2N, D)
+        # Time steps of all directions, then B and C of each direction and component of the state.
+        self.widths = (num * rank, *[1] * (2 * num * self.num_states))
+        blocks = [torch.block_diag(*weight[:, :rank]), torch.block_diag(*weight[:, rank:])]
+        self.project = _product(torch.cat(blocks), None)
+        self.time_step = _product(torch.block_diag(*scan.dt_projs_weight[places]), scan.dt_projs_bias[places].flatten())
+        rates = -scan.A_logs.double().exp().to(scan.A_logs.dtype)
+        rates = rates.view(num_all, channels, self.num_states)[places].flatten(0, 1)  # (K * D, N)
+        self.rates = nn.ParameterList(_frozen(rate) for rate in rates.t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_columns:
+            x = x.transpose(_HEIGHT, _WIDTH)
+        y = self._scan(x)
+        return y.transpose(_HEIGHT, _WIDTH) if self.is_columns else y
+
+    def _scan(self, x: Tensor) -> Tensor:
+        num, num_states = len(self.reverse), self.num_states
+        flips = [num > 1 and is_reverse for is_reverse in self.reverse]
+        sequences = [_flipped(x, is_flipped) for is_flipped in flips]
+        parts = self.project(_joined(sequences)).split(self.widths, dim=-1)
+        delta = F.softplus(self.time_step(parts[0]))
+        y = None
+        for n in range(num_states):
+            B = [parts[1 + 2 * num_states * k + n] for k in range(num)]
+            C = [parts[1 + 2 * num_states * k + num_states + n] for k in range(num)]
+            decay = torch.exp(delta * self.rates[n])
+            inputs = delta * _joined([sequence * B_k for sequence, B_k in zip(sequences, B, strict=True)])
+            is_reverse = num == 1 and self.reverse[0]
+            if self.is_exact:
+                states = exact_recurrence(decay, inputs, self.sides, is_reverse=is_reverse)
+            else:
+                states = any_recurrence(decay, inputs, self.sides, is_reverse=is_reverse)
+            own = states.split([self.channels] * num, dim=-1)
+            for k, is_flipped in enumerate(flips):
+                output = _flipped(own[k] * C[k], is_flipped)
+                y = output if y is None else y + output
+        assert y is not None
+        return y
+
+
+def scan_directions(scan: Any, *, is_joined: bool, **maps: Any) -> list[DirectionalScan]:
+    """Return what computes the directions of a folded scan: one layer for each order of pixels, or each direction.
+
+    Args:
+        scan: The layer.
+        is_joined: Whether directions share a layer.
+        **maps: ``sides`` and ``is_exact`` of `DirectionalScan`.
+    """
+    layers = []
+    for is_columns, directions in SCANS[scan.scan]:
+        groups: Sequence[dict[int, bool]] = [directions]
+        if not is_joined:
+            groups = [{place: is_reverse} for place, is_reverse in directions.items()]
+        layers += [DirectionalScan(scan, group, is_columns=is_columns, **maps) for group in groups]
+    return layers
+
+
+def _joined(maps: list[Tensor]) -> Tensor:
+    return torch.cat(maps, dim=-1) if len(maps) > 1 else maps[0]
+
+
+def _flipped(x: Tensor, is_flipped: bool) -> Tensor:
+    return x.flip(_HEIGHT, _WIDTH) if is_flipped else x
+
+
+def _product(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a product with the matrix (C', C)."""
+    product = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    product.weight = _frozen(weight)
+    if bias is not None:
+        product.bias = _frozen(bias)
+    return product
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone(), requires_grad=False)
