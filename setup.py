@@ -26,6 +26,7 @@ EXTRAS = {
         "regex",
     ],
     "export": ["onnx", "onnxscript", "onnxruntime"],
+    "benchmark": ["matplotlib", "onnx", "onnxscript", "onnxruntime", "openvino"],
     "dev": [
         *TRAIN,
         "gdown>=6",

@@ -16,9 +16,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import timm
 import torch
@@ -54,6 +54,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PRECISIONS = ("fp32", "amp", "bf16")
 _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
+DISTURBED = 0.1  # of all cores
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -82,9 +84,15 @@ QUICK = Plan(warmup=0.2, seconds=0.6, runs=9, turns=3)
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call of one case, one list a turn."""
+    """Seconds per call of one case, one list a turn.
+
+    Attributes:
+        turns: The samples of each turn.
+        foreign_load: The share of the machine's cores that other processes took during each turn, where it is known.
+    """
 
     turns: list[list[float]]
+    foreign_load: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -100,6 +108,16 @@ class Timing:
         return first, third
 
     @property
+    def mean_foreign_load(self) -> float | None:
+        """The mean of `foreign_load`; None where it is not known."""
+        return round(statistics.mean(self.foreign_load), 3) if self.foreign_load else None
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether others took more of the machine than what always runs beside a measurement."""
+        return (self.mean_foreign_load or 0.0) > DISTURBED
+
+    @property
     def _samples(self) -> list[float]:
         return [sample for turn in self.turns for sample in turn]
 
@@ -111,7 +129,8 @@ class Timing:
             "first_quartile_s": first,
             "third_quartile_s": third,
             "samples": len(self._samples),
-            "turn_medians_s": [statistics.median(turn) for turn in self.turns],
+            "foreign_load": self.mean_foreign_load,
+            "is_disturbed": self.is_disturbed,
         }
 
 
@@ -176,16 +195,44 @@ def measure(cases: Mapping[Key, Callable[[], Any]], plan: Plan, device: str) -> 
         device: "cpu" or "cuda".
     """
     repeats = {key: warm_up(run, plan, device) for key, run in cases.items()}
-    turns: dict[Key, list[list[float]]] = {key: [] for key in cases}
+    timings = {key: Timing([]) for key in cases}
     gc.collect()
     gc.disable()
     try:
         for _ in range(plan.turns):
             for key, run in cases.items():
-                turns[key].append(take_turn(run, plan, device, repeats=repeats[key]))
+                before = _cpu_seconds()
+                timings[key].turns.append(take_turn(run, plan, device, repeats=repeats[key]))
+                if before and (after := _cpu_seconds()):
+                    timings[key].foreign_load.append(_foreign_load(before, after))
     finally:
         gc.enable()
-    return {key: Timing(samples) for key, samples in turns.items()}
+    return timings
+
+
+class _CpuSeconds(NamedTuple):
+    """Seconds of all cores so far: of this process, of all processes, and in all."""
+
+    own: float
+    busy: float
+    total: float
+
+
+def _cpu_seconds() -> _CpuSeconds | None:
+    """Return the counters; None on systems other than Linux."""
+    path = Path("/proc/stat")
+    if not path.is_file():
+        return None
+    user, nice, system, idle, wait, *rest = (int(value) for value in path.read_text().split("\n", 1)[0].split()[1:9])
+    busy, ticks = user + nice + system + sum(rest), os.sysconf("SC_CLK_TCK")
+    return _CpuSeconds(time.process_time(), busy / ticks, (busy + idle + wait) / ticks)
+
+
+def _foreign_load(before: _CpuSeconds, after: _CpuSeconds) -> float:
+    """Return the share of all cores that other processes took between two looks at the counters, from 0 to 1."""
+    total = after.total - before.total
+    foreign = (after.busy - before.busy) - (after.own - before.own)
+    return min(1.0, max(0.0, foreign / total)) if total > 0 else 0.0
 
 
 def capture(run: Callable[[], Any], *, stream: torch.cuda.Stream | None = None) -> Callable[[], Any]:
@@ -351,5 +398,16 @@ def save_result(
     settings = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
     content = {"benchmark": benchmark, "machine": machine, "settings": settings, **figures}
     path = path.with_name(path.name + ".json")
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(_compact_json(content) + "\n")
     return path
+
+
+def _compact_json(content: Mapping[str, Any]) -> str:
+    """Return JSON with an entry of the content a line, and a row of a table a line."""
+    entries = []
+    for key, value in content.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+        entries.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(entries) + "\n}"

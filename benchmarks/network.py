@@ -1,9 +1,9 @@
 """Throughput and latency of the variants beside their peers and beside the literal network.
 
-    python -m benchmarks.network [--quick] [--batches 1 16] [--precisions fp32 amp] [--compile] [--cuda-graph]
+    python -m benchmarks.network [--quick] [--batches 1 16] [--precisions fp32 amp] [--modes eager onnxruntime ...]
 
 All cases of a batch size take turns in one process. Every network is measured in both memory layouts; the tables give
-each in its better one, eager and in its best mode.
+each in its better one, eager and in its best mode. Exported files have the layout that their runtime chooses.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.lib_mamba import choose, use_backend
 from util.memory import keep_freed_memory
 
 from .common import (
@@ -38,11 +42,15 @@ from .common import (
     table,
 )
 from .networks import NAMES, Candidate, build, literal_name
+from .runners import RUNTIMES, Preparation, versions
 
 __all__ = ["Case", "main", "run"]
 
 logger = logging.getLogger(__name__)
 
+# Eager PyTorch with our compiled kernels where they are installed, and without; and what else runs a network.
+MODES = ("eager", "plain", "compile", "onnxruntime", "openvino")
+EXPORTED = ("onnxruntime", "openvino")
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 QUICK_NETWORKS = (
     "MobileMamba_T2",
@@ -70,8 +78,8 @@ class Case:
     Attributes:
         network: One of `NAMES`.
         precision: One of `PRECISIONS`.
-        layout: One of `LAYOUTS`.
-        mode: "eager", "compile", "graph" (eager, replayed as a CUDA graph) or "compile+graph".
+        layout: One of `LAYOUTS`, or "own" in a runtime that chooses for itself.
+        mode: One of `MODES`; "graph" (eager, replayed as a CUDA graph) or "compile+graph".
     """
 
     network: str
@@ -137,6 +145,7 @@ class Measurement:
                     "mode": case.mode,
                     "eager_images_per_s": self.images_per_s(eager),
                     "eager_layout": eager.layout,
+                    "is_disturbed": self.timings[case].is_disturbed,
                 }
             )
         return rows
@@ -165,11 +174,13 @@ class Measurement:
 
 def _modes(candidate: Candidate, arguments: argparse.Namespace) -> list[str]:
     """Return the modes to measure; unrolling the literal network's loops for a compiler is nothing anyone would do."""
-    modes = ["eager"]
-    if arguments.compile and candidate.kind != "literal":
-        modes.append("compile")
+    if candidate.kind == "literal":
+        modes = ["eager"]
+    else:
+        modes = [mode for mode in arguments.modes if mode != "plain" or candidate.kind == "ours"]
     if arguments.cuda_graph:
-        modes += [mode.replace("eager", "graph").replace("compile", "compile+graph") for mode in tuple(modes)]
+        graphs = {"eager": "graph", "compile": "compile+graph"}
+        modes += [graphs[mode] for mode in modes if mode in graphs]
     return modes
 
 
@@ -178,13 +189,19 @@ def _cases(candidate: Candidate, arguments: argparse.Namespace) -> list[Case]:
     return [
         Case(candidate.name, precision, layout, mode)
         for precision in arguments.precisions
-        for layout in layouts
         for mode in _modes(candidate, arguments)
+        if mode not in EXPORTED or precision == "fp32"
+        for layout in (["own"] if mode in EXPORTED else layouts)
     ]
 
 
-def _prepare(case: Case, candidate: Candidate, batch: int, device: str) -> Callable[[], Tensor]:
-    """Return what runs the case once, weights and input in place."""
+def _prepare(
+    case: Case, candidate: Candidate, batch: int, arguments: argparse.Namespace, folder: Path
+) -> Callable[[], Any]:
+    """Return what runs the case once, weights and input in place; exported files go to the folder."""
+    device = arguments.device
+    if case.mode in EXPORTED:
+        return Preparation(candidate, batch, folder, arguments.threads).prepare(case.mode)[0]
     network = copy.deepcopy(candidate.network).to(device=device, memory_format=LAYOUTS[case.layout])
     image = torch.randn(batch, 3, candidate.size, candidate.size, device=device)
     if case.precision == "bf16":
@@ -193,7 +210,8 @@ def _prepare(case: Case, candidate: Candidate, batch: int, device: str) -> Calla
     run_network: Any = torch.compile(network, dynamic=False) if "compile" in case.mode else network
 
     def run() -> Tensor:
-        with torch.inference_mode(), precision_context(case.precision, device):
+        backend = use_backend("reference") if case.mode == "plain" else nullcontext()
+        with backend, torch.inference_mode(), precision_context(case.precision, device):
             return run_network(image)
 
     run()  # compiles; what fails, fails here
@@ -216,7 +234,7 @@ def _scan_share(run: Callable[[], Any], device: str) -> float | None:
 
 
 def measure_batch(
-    candidates: Sequence[Candidate], batch: int, arguments: argparse.Namespace, plan: Plan
+    candidates: Sequence[Candidate], batch: int, arguments: argparse.Namespace, plan: Plan, folder: Path
 ) -> tuple[Measurement, list[dict[str, Any]], list[dict[str, Any]]]:
     """Measure every case of one batch size in turns.
 
@@ -227,14 +245,14 @@ def measure_batch(
     # All variants share their code, and so the number of compiled versions that it may have: never fall back unseen.
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    runs: dict[Case, Callable[[], Tensor]] = {}
+    runs: dict[Case, Callable[[], Any]] = {}
     failures = []
     shares = []
     for candidate in candidates:
         for case in _cases(candidate, arguments):
             try:
-                runs[case] = _prepare(case, candidate, batch, arguments.device)
-            except RuntimeError as error:
+                runs[case] = _prepare(case, candidate, batch, arguments, folder)
+            except Exception as error:  # each runtime has errors of its own
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 logger.warning("%s, batch %d does not run: %s", case, batch, reason)
                 failures.append({**vars(case), "batch": batch, "reason": reason})
@@ -258,10 +276,11 @@ def _print(measurement: Measurement, shares: list[dict[str, Any]]) -> None:
             row["images_per_s"],
             f"{row['mode']}, {row['layout']}",
             row["latency_s"] * 1e3,
+            "disturbed" if row["is_disturbed"] else "",
         )
         for row in measurement.best_rows()
     ]
-    header = ("network", "px", "precision", "eager images/s", "layout", "best images/s", "mode", "ms a batch")
+    header = ("network", "px", "precision", "eager images/s", "layout", "best images/s", "mode", "ms a batch", "")
     print(table(rows, header))
     rows = [
         (row["network"], row["precision"], f"{row['over']}, {row['over_precision']}", row["eager"], row["best"])
@@ -291,18 +310,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = set_up(arguments)
     if arguments.keep_memory and not keep_freed_memory():
         raise RuntimeError("--keep-memory needs glibc, which alone can be told to: leave it out")
-    machine = describe_machine(arguments.device)
+    machine = describe_machine(arguments.device) | {"packages": versions()}
     print(summary_line(machine))
     candidates = [build(name) for name in arguments.networks]
     figures: dict[str, list] = {"best": [], "ratios": [], "scan_share": [], "cases": [], "failures": []}
-    for batch in arguments.batches:
-        measurement, failures, shares = measure_batch(candidates, batch, arguments, plan)
-        _print(measurement, shares)
-        figures["best"] += measurement.best_rows()
-        figures["ratios"] += measurement.ratios()
-        figures["scan_share"] += shares
-        figures["cases"] += measurement.rows()
-        figures["failures"] += failures
+    with tempfile.TemporaryDirectory() as folder:
+        for batch in arguments.batches:
+            measurement, failures, shares = measure_batch(candidates, batch, arguments, plan, Path(folder))
+            _print(measurement, shares)
+            figures["best"] += measurement.best_rows()
+            figures["ratios"] += measurement.ratios()
+            figures["scan_share"] += shares
+            figures["cases"] += measurement.rows()
+            figures["failures"] += failures
     path = result_path(arguments, "network", machine)
     saved = save_result(path, "network", machine, arguments, plan=vars(plan), **figures)
     from .plots import draw  # needs matplotlib, which measuring does not
@@ -310,6 +330,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     result = {"benchmark": "network", "machine": machine, **figures}
     print(f"\n{saved}\n{draw(result, path)}")
     return result
+
+
+def _default_modes(arguments: argparse.Namespace) -> list[str]:
+    if arguments.quick or arguments.device != "cpu":
+        return ["eager"]
+    installed = versions()
+    missing = [mode for mode in EXPORTED if not all(package in installed for package in RUNTIMES[mode])]
+    for mode in missing:
+        logger.warning("%s is not measured: it needs %s (the extra [benchmark])", mode, ", ".join(RUNTIMES[mode]))
+    if choose(arguments.device).name == "reference":
+        missing.append("plain")  # is what eager is
+    return [mode for mode in MODES if mode not in missing]
 
 
 def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
@@ -323,13 +355,18 @@ def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--precisions", nargs="+", choices=PRECISIONS, help="amp: bfloat16 autocast (default: fp32 amp)"
     )
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, help="eager, and in a full run on a CPU all that are installed"
+    )
     parser.add_argument("--cuda-graph", action="store_true", help="measure CUDA graphs too")
     parser.add_argument("--keep-memory", action="store_true", help="keep freed memory in the process, as training does")
     arguments = parser.parse_args(command_line)
     if arguments.cuda_graph and arguments.device != "cuda":
         parser.error("--cuda-graph needs --device cuda")
     arguments.networks = arguments.networks or list(QUICK_NETWORKS if arguments.quick else NAMES)
+    if arguments.device != "cpu" and arguments.modes and set(arguments.modes) & set(EXPORTED):
+        parser.error(f"{', '.join(EXPORTED)} are measured on a CPU: leave them out of --modes")
+    arguments.modes = list(dict.fromkeys(["eager", *(arguments.modes or _default_modes(arguments))]))
     arguments.batches = arguments.batches or ([1, 16] if arguments.device == "cpu" else [1, 16, 256])
     arguments.precisions = arguments.precisions or (["fp32"] if arguments.quick else ["fp32", "amp"])
     return arguments

@@ -106,7 +106,7 @@ def _threads(count: int) -> str:
 
 
 def _network(figure: Figure, result: Mapping[str, Any]) -> None:
-    """One panel per batch and precision: top-1 against the best throughput of each network."""
+    """One panel per batch and precision: top-1 against the throughput of each network at its best, or its latency."""
     panels = list(dict.fromkeys((row["batch"], row["precision"]) for row in result["best"]))
     batches = list(dict.fromkeys(batch for batch, _ in panels))
     precisions = list(dict.fromkeys(precision for _, precision in panels))
@@ -123,8 +123,9 @@ def _network(figure: Figure, result: Mapping[str, Any]) -> None:
 def _accuracy_panel(
     axes: Axes, rows: Sequence[Mapping[str, Any]], accuracy: Mapping[str, Any], *, size: float = 6
 ) -> None:
-    """Published accuracy against measured speed; ``size`` is that of the labels, in points."""
-    speed = {row["network"]: row["images_per_s"] for row in rows}
+    """Published accuracy against measured speed: latency for one image; ``size`` is that of the labels, in points."""
+    is_latency = rows[0]["batch"] == 1
+    speed = {row["network"]: 1e3 * row["latency_s"] if is_latency else row["images_per_s"] for row in rows}
     ours = [row["network"] for row in rows if row["kind"] == "ours"]
     for group, label, style in (
         ("longer", "MobileMamba†, 1000 epochs with teacher", "--"),
@@ -146,7 +147,7 @@ def _accuracy_panel(
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("images/s (measured)")
+    axes.set_xlabel("ms for one image (measured)" if is_latency else "images/s (measured)")
     axes.set_ylabel("ImageNet-1K top-1, % (published)")
     axes.legend(fontsize=size, framealpha=1)
     place_labels(axes, labels, size=size)

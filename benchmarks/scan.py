@@ -28,7 +28,6 @@ from model.lib_mamba import SS2D, backends, gated_scan, reference, use_backend
 
 from .common import (
     Plan,
-    Timing,
     add_arguments,
     describe_machine,
     measure,
@@ -272,7 +271,8 @@ def measure_call(call: Call, direction: str, arguments: argparse.Namespace, plan
     with torch.inference_mode(is_forward):
         timings = measure(runs, plan, arguments.device)
     scale = FLOOR_TENSORS[direction] / FLOOR_TENSORS["forward"]
-    timings[FLOOR] = Timing([[scale * sample for sample in turn] for turn in timings[FLOOR].turns])
+    scaled = [[scale * sample for sample in turn] for turn in timings[FLOOR].turns]
+    timings[FLOOR] = replace(timings[FLOOR], turns=scaled)
     return [
         {
             **vars(call),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+
 import pytest
 
-from benchmarks.common import Plan, Timing, measure, speedup, table, take_turn
+from benchmarks.common import Plan, Timing, _CpuSeconds, _foreign_load, measure, save_result, speedup, table, take_turn
 
 
 def test_cases_take_turns():
@@ -37,8 +40,32 @@ def test_timing_summary():
     timing = Timing([[4.0, 2.0], [3.0]])
     assert timing.median == 3.0
     assert timing.quartiles == (2.5, 3.5)
-    assert timing.as_dict()["turn_medians_s"] == [3.0, 3.0]
+    assert not timing.is_disturbed
     assert Timing([[1.0]]).quartiles == (1.0, 1.0)
+
+
+def test_what_others_take_of_the_machine():
+    """Of 8 core-seconds 5 were busy, 4 of them ours."""
+    before, after = _CpuSeconds(own=1.0, busy=10.0, total=20.0), _CpuSeconds(own=5.0, busy=15.0, total=28.0)
+    assert _foreign_load(before, after) == pytest.approx(1 / 8)
+    assert _foreign_load(before, before) == 0.0
+    assert Timing([[1.0], [1.0]], [0.02, 0.3]).as_dict()["is_disturbed"]
+    assert not Timing([[1.0], [1.0]], [0.02, 0.1]).as_dict()["is_disturbed"]
+
+
+def test_a_result_file_has_a_row_a_line(tmp_path):
+    rows = [{"network": "a", "median_s": 0.5}, {"network": "b", "median_s": 0.25}]
+    arguments = argparse.Namespace(quick=True, out=tmp_path)
+    path = save_result(tmp_path / "network", "network", {"cpu": "x"}, arguments, cases=rows, failures=[])
+    text = path.read_text()
+    assert json.loads(text) == {
+        "benchmark": "network",
+        "machine": {"cpu": "x"},
+        "settings": {"quick": True},
+        "cases": rows,
+        "failures": [],
+    }
+    assert text.count("\n") == 9
 
 
 def test_table():

@@ -10,7 +10,7 @@ from benchmarks import busy, network, scan, train_step
 
 SHORT = ["--quick", "--device", "cpu", "--threads", "1", "--warmup", "0", "--seconds", "0", "--runs", "1"]
 MACHINE = {"cpu", "cores", "threads", "torch", "timm", "scan_backend", "revision", "load_average", "date"}
-TIMES = {"median_s", "first_quartile_s", "third_quartile_s", "samples", "turn_medians_s"}
+TIMES = {"median_s", "first_quartile_s", "third_quartile_s", "samples", "foreign_load", "is_disturbed"}
 
 
 @pytest.fixture
@@ -50,6 +50,32 @@ def test_network(run):
     }
     assert all(0 < row["share"] < 1 for row in result["scan_share"])
     assert result["failures"] == []
+
+
+@pytest.mark.slow
+def test_each_network_in_every_mode(run):
+    """One of ours and a peer; the table of the best has one row for each."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    names, modes = ["MobileMamba_T2", "mobilenetv4_conv_small"], ["plain", "onnxruntime", "openvino"]
+    result = run(network, "--batches", "1", "--precisions", "fp32", "amp", "--networks", *names, "--modes", *modes)
+    assert result["failures"] == []
+    exported = {
+        (case["network"], case["mode"], case["precision"]) for case in result["cases"] if case["layout"] == "own"
+    }
+    assert exported == {(name, mode, "fp32") for name in names for mode in modes[1:]}
+    plain = {case["network"] for case in result["cases"] if case["mode"] == "plain"}
+    assert plain == {"MobileMamba_T2"}
+    assert [row["network"] for row in result["best"] if row["precision"] == "fp32"] == names
+    assert set(result["machine"]["packages"]) >= {"onnxruntime", "openvino"}
+
+
+def test_a_mode_that_is_not_installed_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(network, "versions", lambda: {"onnx": "1", "onnxruntime": "1"})
+    arguments = network.parse(["--device", "cpu"])
+    assert set(arguments.modes) >= {"eager", "compile", "onnxruntime"}
+    assert "openvino" not in arguments.modes
+    assert "openvino is not measured: it needs onnx, onnxruntime, openvino" in caplog.text
 
 
 def test_a_network_that_fails_is_listed(run, monkeypatch):
