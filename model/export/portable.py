@@ -121,7 +121,7 @@ class _Translator:
         return _Block(_ffn(block.ffn0), self._mixer(block.mixer), _ffn(block.ffn1))
 
     def _mixer(self, mixer: Any) -> nn.Module:
-        global_op = nn.Identity()
+        global_op: nn.Module = nn.Identity()
         if mixer.split[0]:
             wavelet = mixer.global_op
             scan = _SS2D(wavelet.global_atten, self.form, **self.maps)
@@ -131,9 +131,10 @@ class _Translator:
 
 def _conv(weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0, groups: int = 1) -> nn.Conv2d:
     """Return a convolution with the weights (C', C / groups, k, k)."""
-    outputs, inputs, *kernel = weight.shape
+    outputs, inputs, *_ = weight.shape
+    side = weight.shape[-1]
     conv = nn.Conv2d(
-        inputs * groups, outputs, tuple(kernel), stride, padding, groups=groups, bias=bias is not None, device="meta"
+        inputs * groups, outputs, side, stride, padding, groups=groups, bias=bias is not None, device="meta"
     )
     conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
@@ -150,7 +151,7 @@ def _linear(linear: nn.Linear) -> nn.Linear:
 def _convs(layers: Any) -> nn.Module:
     _, stride, padding = layers.shape
     convs: list[nn.Module] = []
-    for weight, bias in zip(layers.weights, layers.biases, strict=True):
+    for weight, bias in zip(*layers.padded(), strict=True):  # runtimes cut maps into blocks of 8 or 16 channels
         convs += [nn.ReLU()] if convs else []
         convs.append(_conv(weight, bias, stride=stride, padding=padding))
     return nn.Sequential(*convs)
@@ -181,6 +182,9 @@ def _squeeze_excite(layer: Any) -> nn.Module:
 
 class _Affine(nn.Module):
     """Scale and shift every channel."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
@@ -220,6 +224,8 @@ class _SqueezeExcite(nn.Module):
 
 class _SS2D(nn.Module):
     """Gated selective scan: (B, C, H, W) -> (B, C, H, W)."""
+
+    skip: Tensor
 
     def __init__(self, scan: Any, form: Form, **maps: Any) -> None:
         super().__init__()
