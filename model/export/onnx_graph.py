@@ -31,16 +31,17 @@ _FLOAT, _UINT8 = TensorProto.FLOAT, TensorProto.UINT8
 _FIRST = np.iinfo(np.int64).min
 
 
-def build_model(network: nn.Module, request: ExportRequest) -> onnx.ModelProto:
+def build_model(network: nn.Module, request: ExportRequest, *, has_fast_softplus: bool = False) -> onnx.ModelProto:
     """Return the ONNX model of a network in portable form, with its metadata.
 
     Args:
         network: With what stands before and behind it; in float32.
         request: What is wanted.
+        has_fast_softplus: Whether the runtime computes softplus as fast as it does exp.
     """
     traced = fx.GraphModule(network, fx.Tracer().trace(network)).graph
     traced.eliminate_dead_code()
-    graph = _Graph(network, request)
+    graph = _Graph(network, request, has_fast_softplus=has_fast_softplus)
     outputs = graph.add_all(traced)
     names = request.output_names
     for name, output in zip(names, outputs, strict=True):
@@ -68,10 +69,11 @@ def _input_type(request: ExportRequest) -> tuple[list[int | str], int]:
 class _Graph:
     """Nodes and constants of a graph, made from a traced network's operations."""
 
-    def __init__(self, network: nn.Module, request: ExportRequest) -> None:
+    def __init__(self, network: nn.Module, request: ExportRequest, *, has_fast_softplus: bool) -> None:
         self.network = network
         self.input_name = request.input_name
         self.fp16 = request.fp16
+        self.has_fast_softplus = has_fast_softplus
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.names: dict[fx.Node, Any] = {}  # what each operation became: a name, or several
@@ -177,7 +179,9 @@ def _binary(op: str) -> Callable[..., str]:
 
 
 def _softplus(graph: _Graph, x: str, **_: Any) -> str:
-    """Add max(x, 0) - log(sigmoid(|x|)): ONNX Runtime computes these many numbers at once, its Softplus one by one."""
+    """Add max(x, 0) - log(sigmoid(|x|)), as ONNX Runtime computes many of these at once, but softplus one by one."""
+    if graph.has_fast_softplus:
+        return graph.add("Softplus", [x])
     rest = graph.add("Log", [graph.add("Sigmoid", [graph.add("Abs", [x])])])
     return graph.add("Sub", [graph.add("Relu", [x]), rest])
 

@@ -125,7 +125,7 @@ class _Translator:
         if mixer.split[0]:
             wavelet = mixer.global_op
             scan = _SS2D(wavelet.global_atten, self.form, **self.maps)
-            global_op = _Wavelet(scan, wavelet)
+            global_op = _Wavelet(scan, wavelet, **self.maps)
         return _Mixer(mixer.split, global_op, self.translate(mixer.local_op), _pointwise(mixer.proj))
 
 
@@ -260,9 +260,10 @@ def crop_like(x: Tensor, like: Tensor) -> Tensor:
 class _Wavelet(nn.Module):
     """Scan plus the convolution of the four bands of the wavelet transform: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, scan: nn.Module, wavelet: Any) -> None:
+    def __init__(self, scan: nn.Module, wavelet: Any, *, sides: tuple[int, int], is_exact: bool) -> None:
         super().__init__()
         self.scan = scan
+        self.has_odd_sides = not is_exact or any(side % 2 for side in sides)
         filters, weight = wavelet.wt_filter, wavelet.bands.weight
         channels = len(filters) // 4
         # 3 x 3 with zeros above and to the left, so that zeros on every side take the place of those at odd sides.
@@ -274,7 +275,7 @@ class _Wavelet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.scan(x)
         pixels = self.to_pixels(self.bands(self.to_bands(x)))
-        return y + crop_like(pixels, x)
+        return y + (crop_like(pixels, x) if self.has_odd_sides else pixels)
 
 
 class _Mixer(nn.Module):

@@ -118,13 +118,10 @@ class DirectionalScan(nn.Module):
         self.is_exact = is_exact
         num_all, channels, rank = scan.dt_projs_weight.shape
         self.channels, self.num_states = channels, scan.A_logs.shape[1]
-        num = len(places)
-        weight = scan.x_proj_weight[places]  # (K, R + 2N, D)
-        # Time steps of all directions, then B and C of each direction and component of the state.
-        self.widths = (num * rank, *[1] * (2 * num * self.num_states))
-        blocks = [torch.block_diag(*weight[:, :rank]), torch.block_diag(*weight[:, rank:])]
-        self.project = _product(torch.cat(blocks), None)
-        self.time_step = _product(torch.block_diag(*scan.dt_projs_weight[places]), scan.dt_projs_bias[places].flatten())
+        # Of each direction in turn: the time step's R numbers, then B and C of each component of the state.
+        self.widths = (rank, *[1] * (2 * self.num_states))
+        self.project = _product(scan.x_proj_weight[places].flatten(0, 1), None)
+        self.time_steps = nn.ModuleList(_product(scan.dt_projs_weight[k], scan.dt_projs_bias[k]) for k in places)
         rates = -scan.A_logs.double().exp().to(scan.A_logs.dtype)
         rates = rates.view(num_all, channels, self.num_states)[places].flatten(0, 1)  # (K * D, N)
         self.rates = nn.ParameterList(_frozen(rate) for rate in rates.t())
@@ -136,28 +133,29 @@ class DirectionalScan(nn.Module):
         return y.transpose(_HEIGHT, _WIDTH) if self.is_columns else y
 
     def _scan(self, x: Tensor) -> Tensor:
-        num, num_states = len(self.reverse), self.num_states
+        num = len(self.reverse)
         flips = [num > 1 and is_reverse for is_reverse in self.reverse]
         sequences = [_flipped(x, is_flipped) for is_flipped in flips]
-        parts = self.project(_joined(sequences)).split(self.widths, dim=-1)
-        delta = F.softplus(self.time_step(parts[0]))
+        projection = self.project(x).split([sum(self.widths)] * num, dim=-1)
+        # A flipped sequence has the flipped projection, which is the smaller one to flip.
+        parts = [_flipped(projection[k], is_flipped).split(self.widths, dim=-1) for k, is_flipped in enumerate(flips)]
+        delta = F.softplus(_joined([time_step(parts[k][0]) for k, time_step in enumerate(self.time_steps)]))
         y = None
-        for n in range(num_states):
-            B = [parts[1 + 2 * num_states * k + n] for k in range(num)]
-            C = [parts[1 + 2 * num_states * k + num_states + n] for k in range(num)]
-            decay = torch.exp(delta * self.rates[n])
-            inputs = delta * _joined([sequence * B_k for sequence, B_k in zip(sequences, B, strict=True)])
-            is_reverse = num == 1 and self.reverse[0]
-            if self.is_exact:
-                states = exact_recurrence(decay, inputs, self.sides, is_reverse=is_reverse)
-            else:
-                states = any_recurrence(decay, inputs, self.sides, is_reverse=is_reverse)
-            own = states.split([self.channels] * num, dim=-1)
+        for n, rate in enumerate(self.rates):
+            decay = torch.exp(delta * rate)
+            inputs = delta * _joined([sequence * parts[k][1 + n] for k, sequence in enumerate(sequences)])
+            states = self._recurrence(decay, inputs).split([self.channels] * num, dim=-1)
             for k, is_flipped in enumerate(flips):
-                output = _flipped(own[k] * C[k], is_flipped)
+                output = _flipped(states[k] * parts[k][1 + self.num_states + n], is_flipped)
                 y = output if y is None else y + output
         assert y is not None
         return y
+
+    def _recurrence(self, decay: Tensor, inputs: Tensor) -> Tensor:
+        is_reverse = len(self.reverse) == 1 and self.reverse[0]
+        if self.is_exact:
+            return exact_recurrence(decay, inputs, self.sides, is_reverse=is_reverse)
+        return any_recurrence(decay, inputs, self.sides, is_reverse=is_reverse)
 
 
 def scan_directions(scan: Any, *, is_joined: bool, **maps: Any) -> list[DirectionalScan]:
