@@ -25,8 +25,10 @@ EXTRAS = {
         "ftfy",
         "regex",
     ],
-    "export": ["onnx", "onnxscript", "onnxruntime"],
-    "benchmark": ["matplotlib", "onnx", "onnxscript", "onnxruntime", "openvino"],
+    "benchmark": ["matplotlib", "onnx", "onnxruntime", "openvino"],
+    "onnx": ["onnx", "onnxruntime"],
+    "openvino": ["onnx", "openvino"],
+    "export": ["onnx", "onnxruntime", "openvino"],
     "dev": [
         *TRAIN,
         "gdown>=6",
@@ -44,6 +46,9 @@ EXTRAS = {
         "pytest-xdist",
         "pillow-heif",
         "setuptools>=77,<82",
+        "onnx",
+        "onnxruntime",
+        "openvino",
     ],
 }
 
@@ -63,6 +68,7 @@ setup(
         "mobilemamba.lib_mamba.kernels": [f"selective_scan/{pattern}" for pattern in KERNELS],
         "mobilemamba.zoo": ["*.json"],
     },
-    install_requires=["torch>=2.6,<2.15", "timm>=1.0.31", "safetensors", "numpy", "filelock", "tqdm"],
+    install_requires=["torch>=2.6,<2.15", "timm>=1.0.31", "safetensors", "numpy", "pillow", "filelock", "tqdm"],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["mobilemamba-export = mobilemamba.export.__main__:main"]},
 )
