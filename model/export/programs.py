@@ -17,7 +17,6 @@ __all__ = ["METADATA_SUFFIX", "arrays", "refuse", "trace", "write_metadata"]
 
 METADATA_SUFFIX = ".json"  # beside files that have no room for it
 MAX_BATCH = 1024
-MIN_DYNAMIC_SIZE = 65  # `torch.export` takes a map of one pixel, which smaller images end as, for a constant
 _OPTIONS = {
     "dynamic batch": lambda request: request.batch is None,
     "batch above 1": lambda request: request.batch is not None and request.batch > 1,
@@ -45,31 +44,12 @@ def refuse(request: ExportRequest, name: str, lacking: Collection[str]) -> None:
 
 
 def trace(network: nn.Module, request: ExportRequest) -> ExportedProgram:
-    """Return the program of a network in portable form, for any batch and any size where they are asked for.
-
-    Raises:
-        ValueError: If any size is asked for, and the one that is checked is below the smallest.
-    """
-    if request.dynamic_size and min(request.size) < MIN_DYNAMIC_SIZE:
-        raise ValueError(
-            f"a program for any size takes {MIN_DYNAMIC_SIZE} pixels or more, and is checked at "
-            f"{request.size[0]}x{request.size[1]}: choose a larger --size, or leave --dynamic-size out"
-        )
-    batch, channels, *size = request.input_shape
-    if request.batch is None:
-        batch = 2  # one would be taken for a constant
-    dims: dict[int, Any] = {0: Dim("batch", max=MAX_BATCH)} if request.batch is None else {}
-    if request.dynamic_size:
-        size = list(request.largest)
-        for place, side, largest in zip((2, 3), ("height", "width"), size, strict=True):
-            dims[place] = Dim(side, min=MIN_DYNAMIC_SIZE, max=largest)
-    # The crops of odd maps compare sizes in ways that a program cannot promise for all of them, but can check.
-    return torch.export.export(
-        network,
-        (torch.zeros(batch, channels, *size),),
-        dynamic_shapes=(dims,) if dims else None,
-        prefer_deferred_runtime_asserts_over_guards=request.dynamic_size,
-    )
+    """Return the program of a network in portable form, for images of one size, in any batch where that is asked for."""
+    batch, *shape = request.input_shape
+    if request.batch is not None:
+        return torch.export.export(network, (torch.zeros(batch, *shape),))
+    images = torch.zeros(2, *shape)  # one would be taken for a constant
+    return torch.export.export(network, (images,), dynamic_shapes=({0: Dim("batch", max=MAX_BATCH)},))
 
 
 def arrays(outputs: Tensor | Collection[Tensor]) -> list[Any]:

@@ -24,7 +24,7 @@ FORM = Form()
 
 def write(network: nn.Module, request: ExportRequest, path: Path) -> None:
     """Write a network in portable form; see `Format`. What it says of itself is its extra file ``metadata.json``."""
-    refuse(request, "torch", ("--fp16", "--int8", "--preprocess"))
+    refuse(request, "torch", ("--dynamic-size", "--fp16", "--int8", "--preprocess"))
     facts = {"metadata.json": json.dumps(request.metadata())}
     torch.export.save(trace(network, request), path, extra_files=facts)
 
