@@ -62,8 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width; default: the network's own")
     add("--batch", type=_batch, default=1, help="images at once, or dynamic; default: 1")
-    add("--dynamic-size", action="store_true", help="take any height and width up to --max-size")
-    add("--max-size", type=int, default=512, metavar="PIXELS", help="default: 512")
+    add("--dynamic-size", action="store_true", help="take any height and width")
     add("--fp16", action="store_true", help="weights in 16 bits")
     add("--int8", action="store_true", help="weights and maps in 8 bits; needs --calibrate")
     add("--calibrate", dest="calibration", type=Path, metavar="FOLDER", help="images from which --int8 learns ranges")
@@ -87,7 +86,6 @@ def _wishes(options: argparse.Namespace, classes: Sequence[str]) -> dict[str, An
     names = (
         "batch",
         "dynamic_size",
-        "max_size",
         "fp16",
         "int8",
         "calibration",

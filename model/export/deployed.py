@@ -49,7 +49,7 @@ class Preprocess(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = images.permute(0, 3, 1, 2)
         x = center_crop(x, self.size, self.crop_pct).to(torch.float32)
-        x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        x = F.interpolate(x, self.size, mode="bicubic", antialias=True)
         if self.is_bgr:
             x = x.flip(1)
         return x * self.scale + self.shift

@@ -88,9 +88,8 @@ def export(
     if request is None:
         request = default_request(inner, **wishes)
     logger.info("%s: the network in portable form", path.name)
-    deployed = Deployed(
-        portable(inner, chosen.FORM, request.largest, is_exact=not request.dynamic_size), request
-    ).eval()
+    size = None if request.dynamic_size else request.size
+    deployed = Deployed(portable(inner, chosen.FORM, size), request).eval()
     logger.info("%s: writing %s", path.name, format)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as aside, torch.no_grad():
         chosen.write(deployed, request, Path(aside) / path.name)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from .deployed import center_crop
 from .portable import crop_like
 from .request import ExportRequest
-from .scan import any_recurrence, shift
+from .scan import any_recurrence, row_before
 
 __all__ = ["build_model"]
 
@@ -215,12 +215,12 @@ def _flip(graph: _Graph, x: str, *dims: int) -> str:
     return _slice(graph, x, graph.constant(back), graph.constant([_FIRST] * len(dims)), dims, *back)
 
 
-def _shift(graph: _Graph, x: str, steps: int, dim: int, *, is_reverse: bool = False, value: float = 0.0) -> str:
-    pads = [-steps, steps] if is_reverse else [steps, -steps]  # a negative one cuts off
-    return graph.add("Pad", [x, graph.constant(pads), graph.constant(value, np.float32), graph.constant([dim])])
+def _row_before(graph: _Graph, x: str, *, is_reverse: bool = False) -> str:
+    pads = graph.constant([-1, 1] if is_reverse else [1, -1])  # a negative one cuts off
+    return graph.add("Pad", [x, pads, graph.constant(0, np.float32), graph.constant([1])])
 
 
-def _any_recurrence(graph: _Graph, decay: str, inputs: str, sides: tuple[int, int], *, is_reverse: bool = False) -> str:
+def _any_recurrence(graph: _Graph, decay: str, inputs: str, *, is_reverse: bool = False) -> str:
     """Loop over the columns of all rows, then over the rows' ends: a loop ends with the map, whatever its size."""
     shape = graph.add("Shape", [decay])
     state, row_decays, states, decays = _loop(graph, decay, inputs, shape, 2, is_reverse=is_reverse)
@@ -325,7 +325,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.softplus: _softplus,
     F.interpolate: _interpolate,
     any_recurrence: _any_recurrence,
-    shift: _shift,
+    row_before: _row_before,
     crop_like: _crop_like,
     center_crop: _center_crop,
     "amax": _reduce("ReduceMax"),
