@@ -44,7 +44,7 @@ def refuse(request: ExportRequest, name: str, lacking: Collection[str]) -> None:
 
 
 def trace(network: nn.Module, request: ExportRequest) -> ExportedProgram:
-    """Return the program of a network in portable form, for images of one size, in any batch where that is asked for."""
+    """Return the program of a network in portable form, for one size, and any batch where that is asked for."""
     batch, *shape = request.input_shape
     if request.batch is not None:
         return torch.export.export(network, (torch.zeros(batch, *shape),))
