@@ -6,6 +6,7 @@ what else is between them stays in float, and so does a layer that loses too muc
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -171,7 +172,14 @@ def quantise_openvino(model: Any, graph: onnx.GraphProto, network: nn.Module, re
         graph: The ONNX graph that it was converted from, whose names its operators have.
         network: What that was made of.
         request: What is wanted, with a folder of images.
+
+    Raises:
+        ModuleNotFoundError: If NNCF is missing.
     """
+    if importlib.util.find_spec("nncf") is None:
+        raise ModuleNotFoundError(
+            "--int8 for openvino needs nncf: pip install 'mobilemamba[int8]', or pip install nncf"
+        )
     import nncf
 
     images = calibration_images(request)
