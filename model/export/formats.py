@@ -28,7 +28,6 @@ class Format(Protocol):
     """What the module of a format offers. It imports the format's packages where it uses them, not at its top."""
 
     SUFFIX: str  # of its file
-    COMPANIONS: tuple[str, ...]  # suffixes of what else is written beside it
     EXTRA: str  # what installs the packages: ``pip install mobilemamba[EXTRA]``
     PACKAGES: tuple[str, ...]  # modules that writing and running need
     FORM: Form  # what its runtime takes best

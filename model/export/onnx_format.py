@@ -11,10 +11,9 @@ from torch import nn
 from .portable import Form
 from .request import ExportRequest, Runner
 
-__all__ = ["COMPANIONS", "EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
+__all__ = ["EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
 
 SUFFIX = ".onnx"
-COMPANIONS = ()
 EXTRA = "onnx"
 PACKAGES = ("onnx", "onnxruntime")
 FORM = Form()

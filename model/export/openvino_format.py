@@ -13,10 +13,9 @@ from torch import nn
 from .portable import Form
 from .request import ExportRequest, Runner
 
-__all__ = ["COMPANIONS", "EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
+__all__ = ["EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
 
 SUFFIX = ".xml"
-COMPANIONS = (".bin",)
 EXTRA = "openvino"
 PACKAGES = ("onnx", "openvino")
 FORM = Form()
