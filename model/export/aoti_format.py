@@ -13,10 +13,9 @@ from .portable import Form
 from .programs import arrays, refuse, trace
 from .request import ExportRequest, Runner
 
-__all__ = ["COMPANIONS", "EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
+__all__ = ["EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
 
 SUFFIX = ".pt2"
-COMPANIONS: tuple[str, ...] = ()
 EXTRA = ""
 PACKAGES = ("torch",)
 FORM = Form()

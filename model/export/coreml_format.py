@@ -15,10 +15,9 @@ from .portable import Form
 from .programs import refuse, trace
 from .request import ExportRequest, Runner
 
-__all__ = ["COMPANIONS", "EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
+__all__ = ["EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
 
 SUFFIX = ".mlpackage"
-COMPANIONS: tuple[str, ...] = ()
 EXTRA = "coreml"
 PACKAGES = ("coremltools",)
 FORM = Form(is_joined=False)

@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from .portable import Form
-from .programs import METADATA_SUFFIX, arrays, refuse, trace, write_metadata
+from .programs import arrays, refuse, trace, write_metadata
 from .request import ExportRequest, Runner
 
-__all__ = ["COMPANIONS", "EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
+__all__ = ["EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
 
 SUFFIX = ".pte"
-COMPANIONS = (METADATA_SUFFIX,)
 EXTRA = "executorch"
 PACKAGES = ("executorch",)
 FORM = Form()

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from .portable import Form
-from .programs import METADATA_SUFFIX, refuse, write_metadata
+from .programs import refuse, write_metadata
 from .request import ExportRequest, Runner
 
-__all__ = ["COMPANIONS", "EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
+__all__ = ["EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
 
 SUFFIX = ".tflite"
-COMPANIONS = (METADATA_SUFFIX,)
 EXTRA = "litert"
 PACKAGES = ("litert_torch", "ai_edge_litert")
 FORM = Form()

@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from .portable import Form
-from .programs import METADATA_SUFFIX, refuse, write_metadata
+from .programs import refuse, write_metadata
 from .request import ExportRequest, Runner
 
-__all__ = ["COMPANIONS", "EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
+__all__ = ["EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
 
 SUFFIX = ".param"
-COMPANIONS = (".bin", METADATA_SUFFIX)
 EXTRA = "ncnn"
 PACKAGES = ("ncnn", "pnnx")
 FORM = Form(is_joined=False)

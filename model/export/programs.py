@@ -13,9 +13,8 @@ from torch.export import Dim, ExportedProgram
 
 from .request import ExportRequest
 
-__all__ = ["METADATA_SUFFIX", "arrays", "refuse", "trace", "write_metadata"]
+__all__ = ["arrays", "refuse", "trace", "write_metadata"]
 
-METADATA_SUFFIX = ".json"  # beside files that have no room for it
 MAX_BATCH = 1024
 _OPTIONS = {
     "dynamic batch": lambda request: request.batch is None,
@@ -60,4 +59,4 @@ def arrays(outputs: Tensor | Collection[Tensor]) -> list[Any]:
 def write_metadata(request: ExportRequest, path: Path) -> None:
     """Write what a file cannot say of itself into a JSON file beside it."""
     text = json.dumps(request.metadata(), indent=2)
-    path.with_suffix(METADATA_SUFFIX).write_text(text + "\n", encoding="utf-8")
+    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
