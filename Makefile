@@ -1,6 +1,7 @@
 # Everything below works in .venv, which these targets make; PYTHON picks the interpreter (3.10 to 3.12).
 PYTHON ?= python3
 VENV := .venv
+RUNTIMES := .venv-runtimes
 PY := $(VENV)/bin/python
 # Tests run in processes of one thread each, a file of tests at a time; where they wait, they do not spin.
 WORKERS ?= 2
@@ -9,7 +10,7 @@ PY_SOURCES := run.py hubconf.py benchmarks configs data downstream loss model op
 CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart kernels downstream benchmark test test-all test-kernels fuzz mutants soak audit lint format clean
+.PHONY: help setup setup-dev quickstart kernels runtimes downstream benchmark test test-all test-kernels test-runtimes fuzz mutants soak audit lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +52,18 @@ $(VENV)/.requirements-openmmlab: requirements-openmmlab.txt requirements-downstr
 	$(PY) -c 'import sys; from torch.utils.cpp_extension import CUDA_HOME; sys.exit(CUDA_HOME is None)' || export CUDA_VISIBLE_DEVICES= && \
 	MMCV_WITH_OPS=1 $(PY) -m pip install --disable-pip-version-check --progress-bar off --no-build-isolation --no-cache-dir --no-deps -r requirements-openmmlab.txt
 	@touch $@
+
+# An environment beside .venv, which it sees: these want other versions of what the suite runs on.
+$(RUNTIMES)/.requirements: requirements-runtimes.txt $(VENV)/.requirements-dev
+	$(PY) -m venv $(RUNTIMES)
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(RUNTIMES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	$(RUNTIMES)/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-deps -r requirements-runtimes.txt
+	@touch $@
+
+runtimes: $(RUNTIMES)/.requirements ## Install what exporting to Core ML, LiteRT and ExecuTorch needs, into .venv-runtimes (1.2 GB)
+
+test-runtimes: runtimes ## Run the tests of exporting to these
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUNTIMES)/bin/python -m pytest -m "slow or not slow" $(wildcard tests/model/export/test_model_export_formats.py)
 
 downstream: $(VENV)/.requirements-openmmlab ## Install OpenMMLab for detection and segmentation; builds mmcv's operators (C++ compiler)
 
@@ -101,5 +114,5 @@ format: setup-dev ## Format every file
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 clean: ## Remove the environment and caches; runs/ and data/ stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis mutants
+	rm -rf $(VENV) $(RUNTIMES) .pytest_cache .ruff_cache .mypy_cache .hypothesis mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -29,6 +29,11 @@ EXTRAS = {
     "onnx": ["onnx", "onnxruntime"],
     "openvino": ["onnx", "openvino"],
     "export": ["onnx", "onnxruntime", "openvino"],
+    "int8": ["onnx", "onnxruntime", "openvino", "nncf"],
+    "ncnn": ["ncnn", "pnnx"],
+    "coreml": ["coremltools>=9", "numpy<2.4"],
+    "litert": ["litert_torch", "ai_edge_litert"],
+    "executorch": ["executorch"],
     "dev": [
         *TRAIN,
         "gdown>=6",
@@ -49,6 +54,9 @@ EXTRAS = {
         "onnx",
         "onnxruntime",
         "openvino",
+        "nncf",
+        "ncnn",
+        "pnnx",
     ],
 }
 

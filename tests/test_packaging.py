@@ -27,6 +27,13 @@ IMPORTED_AS = {
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "openvino": "openvino",
+    "nncf": "int8",
+    "ncnn": "ncnn",
+    "pnnx": "ncnn",
+    "coremltools": "coreml",
+    "litert_torch": "litert",
+    "ai_edge_litert": "litert",
+    "executorch": "executorch",
 }
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
@@ -104,7 +111,21 @@ def test_wheel_says_what_it_is(wheel):
         (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
         metadata = archive.read(name).decode()
     assert f"\nVersion: {model.__version__}\n" in metadata
-    for extra in ("lmdb", "downstream", "export", "onnx", "openvino", "dev", "train", "zoo"):
+    for extra in (
+        "lmdb",
+        "downstream",
+        "export",
+        "onnx",
+        "openvino",
+        "int8",
+        "ncnn",
+        "coreml",
+        "litert",
+        "executorch",
+        "dev",
+        "train",
+        "zoo",
+    ):
         assert f"\nProvides-Extra: {extra}\n" in metadata
 
 

@@ -12,11 +12,10 @@ from typing import Any
 from .check import read_images
 from .exporting import NUM_MADE_UP, default_request, export
 from .formats import FORMATS, require
+from .pictures import find_pictures, labels_of
 from .sources import read_source
 
 __all__ = ["main"]
-
-PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,13 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require(options.format)
         source = read_source(options.source, name=options.model, ema=options.ema, is_random=options.random)
         request = default_request(source.network, **_wishes(options, source.classes))
-        images = read_images(request, _pictures(options.images), num_made_up=options.num_images)
+        files = find_pictures(options.images) if options.images else []
+        images = read_images(request, files, num_made_up=options.num_images)
         report = export(
             source.network,
             options.out,
             format=options.format,
             request=request,
             images=images,
+            labels=labels_of(files, options.images, source.classes) if files else None,
             overwrite=options.overwrite,
         )
     except (ImportError, OSError, ValueError) as error:
@@ -66,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--fp16", action="store_true", help="weights in 16 bits")
     add("--int8", action="store_true", help="weights and maps in 8 bits; needs --calibrate")
     add("--calibrate", dest="calibration", type=Path, metavar="FOLDER", help="images from which --int8 learns ranges")
+    add("--int8-report", type=Path, metavar="JSON", help="write each layer's signal to noise, and what stays in float")
+    add("--max-drop", type=float, default=1.0, metavar="POINTS", help="top-1 that --int8 may cost; default: 1")
     add(
         "--preprocess", action="store_true", help="uint8 images of any size in: resize, crop and normalise in the graph"
     )
@@ -73,7 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--softmax", action="store_true", help="probabilities out, in place of logits")
     add("--features", action="store_true", help="the maps of the three stages out, in place of logits")
     add("--overwrite", action="store_true", help="replace the file if it exists")
-    add("--images", type=Path, metavar="FOLDER", help="pictures to compare with; default: made up")
+    add(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="pictures to compare with, best in a folder for each class; default: made up",
+    )
     add("--num-images", type=int, default=NUM_MADE_UP, help=f"how many to make up; default: {NUM_MADE_UP}")
     return parser
 
@@ -89,6 +97,8 @@ def _wishes(options: argparse.Namespace, classes: Sequence[str]) -> dict[str, An
         "fp16",
         "int8",
         "calibration",
+        "int8_report",
+        "max_drop",
         "preprocess",
         "is_bgr",
         "softmax",
@@ -98,15 +108,6 @@ def _wishes(options: argparse.Namespace, classes: Sequence[str]) -> dict[str, An
     if options.size:
         wishes["size"] = (options.size[0], options.size[-1])
     return {**wishes, "classes": tuple(classes)}
-
-
-def _pictures(folder: Path | None) -> list[Path]:
-    if folder is None:
-        return []
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
-    if not files:
-        raise FileNotFoundError(f"there are no pictures in {folder} ({', '.join(PICTURES)}): name another folder")
-    return files
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ class Report:
         error: The largest difference, as a share of the largest value.
         agreement: The share of images with the same most probable class; 1 where there are no classes.
         images_per_second: In the file's own runtime, one image at a time.
+        top1: The share of images whose most probable class is theirs, in percent; None where that is not known.
+        top1_before: The same, of the network in PyTorch.
         agrees: Whether the difference is what the precision asked for explains.
     """
 
@@ -42,6 +44,8 @@ class Report:
     error: float = 0.0
     agreement: float = 1.0
     images_per_second: float = 0.0
+    top1: float | None = None
+    top1_before: float | None = None
     agrees: bool = True
 
     def __str__(self) -> str:
@@ -49,15 +53,22 @@ class Report:
         if not self.num_images:
             return f"converted, not run: its runtime does not exist for this system; {megabytes}"
         verdict = "agrees with PyTorch" if self.agrees else "DOES NOT AGREE with PyTorch"
+        known = "" if self.top1 is None else f" top-1 {self.top1:.2f}%, in PyTorch {self.top1_before:.2f}%;"
         return (
             f"{verdict}: largest error {self.error:.1e} of the largest value, the same first class for "
-            f"{100 * self.agreement:.1f}% of {self.num_images} images; {self.images_per_second:.1f} images/s at "
+            f"{100 * self.agreement:.1f}% of {self.num_images} images;{known} {self.images_per_second:.1f} images/s at "
             f"batch 1; {megabytes}"
         )
 
 
 def compare(
-    run: Runner, network: Deployed, request: ExportRequest, images: Sequence[np.ndarray], *, num_bytes: int
+    run: Runner,
+    network: Deployed,
+    request: ExportRequest,
+    images: Sequence[np.ndarray],
+    *,
+    num_bytes: int,
+    labels: Sequence[int] | None = None,
 ) -> Report:
     """Run a file and the network it was made of on the same images.
 
@@ -67,9 +78,11 @@ def compare(
         request: What was wanted.
         images: Single images, as the file takes them, with a batch dimension.
         num_bytes: Size of the file, for the report.
+        labels: Classes of the images, where they are known.
     """
     batch = 1 if request.batch is None else request.batch
-    differences, largest, same, num_first = 0.0, 0.0, 0, 0
+    differences, largest = 0.0, 0.0
+    firsts: list[tuple[int, int]] = []  # the most probable class, in the runtime and in PyTorch
     for image in images:
         expected = _run_network(network, image)
         actual = [output[:1] for output in run(np.repeat(image, batch, axis=0))]
@@ -77,17 +90,19 @@ def compare(
             differences = max(differences, float(np.abs(one - other).max(initial=0.0)))
             largest = max(largest, float(np.abs(other).max(initial=0.0)))
         if not request.features:
-            num_first += 1
-            same += int(actual[0].argmax() == expected[0].argmax())
+            firsts.append((int(actual[0].argmax()), int(expected[0].argmax())))
     error = differences / max(largest, 1e-30)
-    agreement = same / num_first if num_first else 1.0
+    agreement = sum(one == other for one, other in firsts) / len(firsts) if firsts else 1.0
+    top1, top1_before = _top1(firsts, labels) if firsts and labels is not None else (None, None)
     return Report(
         num_images=len(images),
         error=error,
         agreement=agreement,
         images_per_second=measure(run, np.repeat(images[0], batch, axis=0)) * batch,
         num_bytes=num_bytes,
-        agrees=_is_explained(error, agreement, request),
+        top1=top1,
+        top1_before=top1_before,
+        agrees=_is_explained(error, agreement, request) and not _drops(top1, top1_before, request),
     )
 
 
@@ -95,6 +110,16 @@ def _run_network(network: Deployed, image: np.ndarray) -> list[np.ndarray]:
     with torch.inference_mode():
         outputs = network(torch.from_numpy(image))
     return [output.numpy() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)]
+
+
+def _top1(firsts: Sequence[tuple[int, int]], labels: Sequence[int]) -> tuple[float, float]:
+    hits = [(one == label, other == label) for (one, other), label in zip(firsts, labels, strict=True)]
+    one, other = (100 * sum(column) / len(labels) for column in zip(*hits, strict=True))
+    return one, other
+
+
+def _drops(top1: float | None, top1_before: float | None, request: ExportRequest) -> bool:
+    return top1 is not None and top1_before is not None and top1 < top1_before - request.max_drop
 
 
 def _is_explained(error: float, agreement: float, request: ExportRequest) -> bool:

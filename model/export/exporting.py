@@ -60,6 +60,7 @@ def export(
     overwrite: bool = False,
     request: ExportRequest | None = None,
     images: Sequence[np.ndarray] | None = None,
+    labels: Sequence[int] | None = None,
     **wishes: Any,
 ) -> Report:
     """Write a network in a format of `FORMATS`, then run the file beside PyTorch.
@@ -71,6 +72,7 @@ def export(
         overwrite: Replace the file if it exists.
         request: What is wanted; by default what `default_request` makes of the network and of ``wishes``.
         images: To compare with, as the file takes them, each with a batch dimension; made up when None.
+        labels: Classes of the images, where they are known.
         **wishes: Attributes of `ExportRequest`.
 
     Returns:
@@ -101,7 +103,7 @@ def export(
     logger.info("%s: running it beside PyTorch", path.name)
     if images is None:
         images = read_images(request, [], num_made_up=NUM_MADE_UP)
-    return compare(run, Deployed(inner, request).eval(), request, images, num_bytes=size_on_disk(files))
+    return compare(run, Deployed(inner, request).eval(), request, images, num_bytes=size_on_disk(files), labels=labels)
 
 
 def _check_path(path: Path, format: str, suffix: str, *, overwrite: bool) -> None:

@@ -8,7 +8,16 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from . import onnx_format, openvino_format
+from . import (
+    aoti_format,
+    coreml_format,
+    executorch_format,
+    litert_format,
+    ncnn_format,
+    onnx_format,
+    openvino_format,
+    torch_format,
+)
 from .portable import Form
 from .request import ExportRequest, Runner
 
@@ -33,6 +42,12 @@ class Format(Protocol):
 FORMATS: dict[str, Any] = {
     "onnx": onnx_format,
     "openvino": openvino_format,
+    "torch": torch_format,
+    "aoti": aoti_format,
+    "ncnn": ncnn_format,
+    "coreml": coreml_format,
+    "litert": litert_format,
+    "executorch": executorch_format,
 }
 
 

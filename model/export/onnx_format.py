@@ -23,9 +23,14 @@ def write(network: nn.Module, request: ExportRequest, path: Path) -> None:
     """Write a network in portable form; see `Format`."""
     import onnx
 
+    from .int8 import quantise_onnx
     from .onnx_graph import build_model
 
-    onnx.save(build_model(network, request), path)
+    model = build_model(network, request)
+    if request.int8:
+        quantise_onnx(model, network, request, path)
+    else:
+        onnx.save(model, path)
 
 
 def load(path: Path) -> Runner:

@@ -25,11 +25,14 @@ def write(network: nn.Module, request: ExportRequest, path: Path) -> None:
     """Write a network in portable form, by way of its ONNX graph; see `Format`."""
     import openvino
 
+    from .int8 import quantise_openvino
     from .onnx_graph import build_model
 
     whole = replace(request, fp16=False)  # OpenVINO itself keeps weights in 16 bits
-    graph = io.BytesIO(build_model(network, whole, has_fast_softplus=True).SerializeToString())
-    model = openvino.convert_model(graph)
+    onnx_model = build_model(network, whole, has_fast_softplus=True)
+    model = openvino.convert_model(io.BytesIO(onnx_model.SerializeToString()))
+    if request.int8:
+        model = quantise_openvino(model, onnx_model.graph, network, request)
     for name, text in request.metadata().items():
         model.set_rt_info(text, ["model_info", name])
     openvino.save_model(model, path, compress_to_fp16=request.fp16)

@@ -29,6 +29,8 @@ class ExportRequest:
         fp16: Weights in 16 bits.
         int8: Weights and maps in 8 bits, where this costs little.
         calibration: A folder of images, of which int8 learns the ranges of the maps.
+        int8_report: A JSON file to write each layer's signal to noise into.
+        max_drop: How much int8 may cost, in points of top-1 on images whose classes are known.
         preprocess: Take uint8 images (B, H, W, C) of any size: resize, crop and normalise inside the graph.
         is_bgr: The order of the channels of these is blue, green, red.
         softmax: Give probabilities in place of logits.
@@ -48,6 +50,8 @@ class ExportRequest:
     fp16: bool = False
     int8: bool = False
     calibration: Path | None = None
+    int8_report: Path | None = None
+    max_drop: float = 1.0
     preprocess: bool = False
     is_bgr: bool = False
     softmax: bool = False
