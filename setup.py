@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-SUBPACKAGES = ("mobilemamba", "lib_mamba", "lib_mamba.kernels", "lib_teacher", "zoo")
+SUBPACKAGES = ("mobilemamba", "lib_mamba", "lib_mamba.kernels", "lib_teacher", "zoo", "export")
 # The sources of the compiled scans, which are built against the installed PyTorch, by a pip install of their own.
 KERNELS = ("*.md", "*.py", "*.toml", "csrc/**/*", "mobilemamba_kernels/*.py")
 

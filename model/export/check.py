@@ -1,0 +1,158 @@
+"""A written file beside PyTorch: the same images through both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .deployed import Deployed
+from .request import ExportRequest, Runner
+
+__all__ = ["Report", "compare", "measure", "read_images", "size_on_disk"]
+
+NUM_WARM_UP = 3
+MEASURED_SECONDS = 1.0
+MAX_ERROR = 1e-4  # of the largest value, in float32
+MAX_ERROR_16 = 5e-2  # where weights or arithmetic have 16 bits
+MIN_AGREEMENT_8 = 0.9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """How a file's answers compare with PyTorch's.
+
+    Attributes:
+        num_images: Images compared.
+        error: The largest difference, as a share of the largest value.
+        agreement: The share of images with the same most probable class; 1 where there are no classes.
+        images_per_second: In the file's own runtime, one image at a time.
+        num_bytes: Size of the file, or files.
+        agrees: Whether the difference is what the precision asked for explains.
+    """
+
+    num_images: int
+    error: float
+    agreement: float
+    images_per_second: float
+    num_bytes: int
+    agrees: bool
+
+    def __str__(self) -> str:
+        verdict = "agrees with PyTorch" if self.agrees else "DOES NOT AGREE with PyTorch"
+        return (
+            f"{verdict}: largest error {self.error:.1e} of the largest value, the same first class for "
+            f"{100 * self.agreement:.1f}% of {self.num_images} images; {self.images_per_second:.1f} images/s at "
+            f"batch 1; {self.num_bytes / 1e6:.1f} MB"
+        )
+
+
+def compare(
+    run: Runner, network: Deployed, request: ExportRequest, images: Sequence[np.ndarray], *, files: Sequence[Path]
+) -> Report:
+    """Run a file and the network it was made of on the same images.
+
+    Args:
+        run: What runs the file.
+        network: The network as PyTorch has it, not in portable form.
+        request: What was wanted.
+        images: Single images, as the file takes them, with a batch dimension.
+        files: All files of the format.
+    """
+    batch = 1 if request.batch is None else request.batch
+    differences, largest, same, num_first = 0.0, 0.0, 0, 0
+    for image in images:
+        expected = _run_network(network, image)
+        actual = [output[:1] for output in run(np.repeat(image, batch, axis=0))]
+        for one, other in zip(actual, expected, strict=True):
+            differences = max(differences, float(np.abs(one - other).max(initial=0.0)))
+            largest = max(largest, float(np.abs(other).max(initial=0.0)))
+        if not request.features:
+            num_first += 1
+            same += int(actual[0].argmax() == expected[0].argmax())
+    error = differences / max(largest, 1e-30)
+    agreement = same / num_first if num_first else 1.0
+    return Report(
+        num_images=len(images),
+        error=error,
+        agreement=agreement,
+        images_per_second=measure(run, np.repeat(images[0], batch, axis=0)) * batch,
+        num_bytes=size_on_disk(files),
+        agrees=_is_explained(error, agreement, request),
+    )
+
+
+def _run_network(network: Deployed, image: np.ndarray) -> list[np.ndarray]:
+    with torch.inference_mode():
+        outputs = network(torch.from_numpy(image))
+    return [output.numpy() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)]
+
+
+def _is_explained(error: float, agreement: float, request: ExportRequest) -> bool:
+    if not np.isfinite(error):
+        return False
+    if request.int8:
+        return agreement >= MIN_AGREEMENT_8
+    return error <= (MAX_ERROR_16 if request.fp16 else MAX_ERROR)
+
+
+def measure(run: Runner, images: np.ndarray) -> float:
+    """Return calls a second, by the fastest of a second's."""
+    for _ in range(NUM_WARM_UP):
+        run(images)
+    times = []
+    while sum(times) < MEASURED_SECONDS:
+        start = time.perf_counter()
+        run(images)
+        times.append(time.perf_counter() - start)
+    return 1 / min(times)
+
+
+def size_on_disk(paths: Sequence[Path]) -> int:
+    """Return the bytes of files and folders."""
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def read_images(request: ExportRequest, files: list[Path], *, num_made_up: int) -> list[np.ndarray]:
+    """Return images as the exported file takes them, each with a batch dimension.
+
+    Args:
+        request: What is wanted.
+        files: Pictures; where there are none, images are made up.
+        num_made_up: How many.
+    """
+    if not files:
+        generator = np.random.default_rng(0)
+        return [_made_up(request, generator) for _ in range(num_made_up)]
+    return [_prepared(request, file) for file in files]
+
+
+def _made_up(request: ExportRequest, generator: np.random.Generator) -> np.ndarray:
+    shape = (1, *request.input_shape[1:])
+    if request.preprocess:
+        return generator.integers(0, 256, shape, dtype=np.uint8)
+    return generator.standard_normal(shape, dtype=np.float32)
+
+
+def _prepared(request: ExportRequest, file: Path) -> np.ndarray:
+    """Return a picture as it is, or resized, cropped and normalised where the graph does not do so."""
+    picture = Image.open(file).convert("L" if request.num_channels == 1 else "RGB")
+    if request.preprocess:
+        pixels = np.atleast_3d(np.asarray(picture))
+        return np.ascontiguousarray(pixels[None, :, :, ::-1] if request.is_bgr else pixels[None])
+    height, width = request.size
+    scale = request.crop_pct * min(picture.height / height, picture.width / width)
+    sides = scale * width, scale * height
+    left, top = (picture.width - sides[0]) / 2, (picture.height - sides[1]) / 2
+    box = (left, top, left + sides[0], top + sides[1])
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    pixels = np.atleast_3d(np.asarray(picture)).astype(np.float32) / 255
+    normalised = (pixels - np.float32(request.mean)) / np.float32(request.std)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1)[None])

@@ -1,0 +1,95 @@
+"""A network to a file of another runtime, checked: `export`."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .check import Report, compare, read_images
+from .deployed import Deployed
+from .formats import require
+from .portable import portable
+from .request import ExportRequest
+from .sources import bare_network
+
+__all__ = ["default_request", "export"]
+
+logger = logging.getLogger(__name__)
+
+NUM_MADE_UP = 8
+
+
+def default_request(network: nn.Module, **wishes: Any) -> ExportRequest:
+    """Return a request with what the network's record tells: size, mean, standard deviation, crop.
+
+    Args:
+        network: The network.
+        **wishes: Attributes of `ExportRequest`; they come first.
+
+    Raises:
+        ValueError: If wishes exclude each other.
+    """
+    inner = bare_network(network)
+    cfg = inner.default_cfg
+    channels = inner.in_chans
+    known: dict[str, Any] = {"size": (inner.img_size, inner.img_size)}
+    if cfg:
+        known["size"] = tuple(cfg["input_size"][1:])
+        known["crop_pct"] = cfg["crop_pct"]
+    for name in ("mean", "std"):
+        values = tuple(cfg.get(name, ())) or (0.5,) * channels
+        known[name] = values if len(values) == channels else (sum(values) / len(values),) * channels
+    return ExportRequest(**{**known, **wishes})
+
+
+def export(
+    network: nn.Module,
+    path: str | Path,
+    *,
+    format: str = "onnx",
+    request: ExportRequest | None = None,
+    images: Sequence[np.ndarray] | None = None,
+    **wishes: Any,
+) -> Report:
+    """Write a network in a format of `FORMATS`, then run the file beside PyTorch.
+
+    Args:
+        network: A MobileMamba, or one in timm's ``features_only``; it stays as it is.
+        path: The file to write.
+        format: Its format.
+        request: What is wanted; by default what `default_request` makes of the network and of ``wishes``.
+        images: To compare with, as the file takes them, each with a batch dimension; made up when None.
+        **wishes: Attributes of `ExportRequest`.
+
+    Returns:
+        How the file's answers compare with PyTorch's.
+
+    Raises:
+        ValueError: If the format is unknown, or wishes exclude each other.
+        ModuleNotFoundError: If a package of the format is missing.
+        FileNotFoundError: If there is no folder for the file.
+    """
+    chosen = require(format)
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it first")
+    inner = copy.deepcopy(bare_network(network)).eval().cpu().float()
+    if request is None:
+        request = default_request(inner, **wishes)
+    logger.info("%s: the network in portable form", path.name)
+    deployed = Deployed(portable(inner, chosen.FORM, request.largest), request).eval()
+    logger.info("%s: writing %s", path.name, format)
+    with torch.no_grad():
+        chosen.write(deployed, request, path)
+    logger.info("%s: running it beside PyTorch", path.name)
+    if images is None:
+        images = read_images(request, [], num_made_up=NUM_MADE_UP)
+    files = [path, *(path.with_suffix(suffix) for suffix in chosen.COMPANIONS)]
+    return compare(chosen.load(path), Deployed(inner, request).eval(), request, images, files=files)

@@ -1,0 +1,273 @@
+"""A network in portable form as an ONNX graph, node by node.
+
+`torch.fx` lists the operations, of which a portable network has few kinds; each becomes the ONNX operator that
+runtimes know best. Nothing depends on a size, so that a graph takes any, and no optimiser has to clean it up.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, fx, nn
+
+from .deployed import Deployed, center_crop
+from .portable import crop_like
+from .request import ExportRequest
+from .scan import shift
+
+__all__ = ["build_model"]
+
+OPSET = 18  # the first with antialiased Resize
+IR_VERSION = 10
+_FLOAT, _UINT8 = TensorProto.FLOAT, TensorProto.UINT8
+
+
+def build_model(network: Deployed, request: ExportRequest) -> onnx.ModelProto:
+    """Return the ONNX model of a network in portable form, with its metadata.
+
+    Args:
+        network: With what stands before and behind it; in float32.
+        request: What is wanted.
+    """
+    traced = fx.Tracer().trace(network)
+    graph = _Graph(network, request.input_name)
+    outputs = graph.add_all(traced)
+    names = request.output_names
+    for name, output in zip(names, outputs, strict=True):
+        graph.add("Identity", [output], name=name)
+    shape, kind = _input_type(request)
+    inputs = [helper.make_tensor_value_info(request.input_name, kind, shape)]
+    values = [helper.make_tensor_value_info(name, _FLOAT, None) for name in names]
+    proto = helper.make_graph(graph.nodes, "MobileMamba", inputs, values, list(graph.constants.values()))
+    model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    facts = request.metadata()
+    model.producer_name, _, model.producer_version = facts.pop("producer").partition(" ")
+    helper.set_model_props(model, facts)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def _input_type(request: ExportRequest) -> tuple[list[int | str], int]:
+    """Return the input's shape, with names for what is free, and its type."""
+    batch = "batch" if request.batch is None else request.batch
+    if request.preprocess:
+        return [batch, "height", "width", request.num_channels], _UINT8
+    sides = ["height", "width"] if request.dynamic_size else list(request.size)
+    return [batch, request.num_channels, *sides], _FLOAT
+
+
+class _Graph:
+    """Nodes and constants of a graph, made from a traced network's operations."""
+
+    def __init__(self, network: nn.Module, input_name: str) -> None:
+        self.network = network
+        self.input_name = input_name
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self.names: dict[fx.Node, Any] = {}  # what each operation became: a name, or several
+
+    def add(self, op: str, inputs: Sequence[str], *, name: str = "", **attributes: Any) -> str:
+        """Add a node with one output, and return the name of that."""
+        name = name or f"{op.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def constant(self, value: Any, dtype: Any = np.int64) -> str:
+        """Return the name of a constant; equal short ones are one."""
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype)
+        short = array.size <= 8
+        name = f"constant_{array.dtype}_{array.shape}_{array.tolist()}" if short else f"constant_{len(self.constants)}"
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        return name
+
+    def weight(self, name: str) -> str:
+        """Return the name of a parameter or buffer, which becomes a constant of that name."""
+        if name not in self.constants:
+            tensor = operator.attrgetter(name)(self.network)
+            self.constants[name] = numpy_helper.from_array(tensor.detach().contiguous().numpy(), name)
+        return name
+
+    def add_all(self, traced: fx.Graph) -> list[str]:
+        """Add every operation in order; return the names of the outputs."""
+        for node in traced.nodes:
+            if node.op == "placeholder":
+                self.names[node] = self.input_name
+            elif node.op == "get_attr":
+                self.names[node] = self.weight(node.target)
+            elif node.op == "output":
+                outputs = fx.map_arg(node.args[0], lambda argument: self.names[argument])
+                return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+            elif node.op == "call_module":
+                module = self.network.get_submodule(node.target)
+                self.names[node] = _MODULES[type(module)](self, node.target, module, self.names[node.args[0]])
+            else:
+                self.names[node] = _FUNCTIONS[node.target](self, *self._values(node.args), **self._values(node.kwargs))
+        raise AssertionError("a traced graph ends with its output")
+
+    def _values(self, arguments: Any) -> Any:
+        return fx.map_arg(arguments, lambda argument: self.names[argument])
+
+    def operand(self, value: Any) -> str:
+        """Return the name of an operand, which may be a number."""
+        return value if isinstance(value, str) else self.constant(value, np.float32)
+
+
+def _parameters(graph: _Graph, name: str, module: nn.Module) -> list[str]:
+    return [graph.weight(f"{name}.{own}") for own in ("weight", "bias") if getattr(module, own) is not None]
+
+
+def _conv(graph: _Graph, name: str, conv: Any, x: str) -> str:
+    sizes = {
+        "kernel_shape": conv.kernel_size,
+        "strides": conv.stride,
+        "pads": [*conv.padding, *conv.padding],
+        "group": conv.groups,
+    }
+    op = "ConvTranspose" if isinstance(conv, nn.ConvTranspose2d) else "Conv"
+    return graph.add(op, [x, *_parameters(graph, name, conv)], **sizes)
+
+
+def _linear(graph: _Graph, name: str, linear: Any, x: str) -> str:
+    return graph.add("Gemm", [x, *_parameters(graph, name, linear)], transB=1)
+
+
+def _layer_norm(graph: _Graph, name: str, norm: Any, x: str) -> str:
+    return graph.add("LayerNormalization", [x, *_parameters(graph, name, norm)], axis=-1, epsilon=norm.eps)
+
+
+def _silu(graph: _Graph, x: str, **_: Any) -> str:
+    return graph.add("Mul", [x, graph.add("Sigmoid", [x])])
+
+
+_MODULES: dict[type[nn.Module], Callable[..., str]] = {
+    nn.Conv2d: _conv,
+    nn.ConvTranspose2d: _conv,
+    nn.Linear: _linear,
+    nn.LayerNorm: _layer_norm,
+    nn.ReLU: lambda graph, name, module, x: graph.add("Relu", [x]),
+    nn.SiLU: lambda graph, name, module, x: _silu(graph, x),
+    nn.Identity: lambda graph, name, module, x: x,
+}
+
+
+def _unary(op: str) -> Callable[..., str]:
+    return lambda graph, x, **_: graph.add(op, [x])
+
+
+def _binary(op: str) -> Callable[..., str]:
+    return lambda graph, x, y: graph.add(op, [graph.operand(x), graph.operand(y)])
+
+
+def _reduce(op: str) -> Callable[..., str]:
+    def add(graph: _Graph, x: str, dims: Sequence[int], *, keepdim: bool = False) -> str:
+        return graph.add(op, [x, graph.constant(list(dims))], keepdims=int(keepdim))
+
+    return add
+
+
+def _concatenate(graph: _Graph, maps: Sequence[str], *, dim: int) -> str:
+    return graph.add("Concat", list(maps), axis=dim)
+
+
+def _split(graph: _Graph, x: str, sizes: Sequence[int], *, dim: int) -> list[str]:
+    if len(sizes) == 1:
+        return [x]
+    names = [f"split_{len(graph.nodes)}_{index}" for index in range(len(sizes))]
+    graph.nodes.append(helper.make_node("Split", [x, graph.constant(list(sizes))], names, name=names[0], axis=dim))
+    return names
+
+
+def _slice(graph: _Graph, x: str, starts: Any, ends: Any, axes: Sequence[int], steps: Sequence[int] = ()) -> str:
+    bounds = [value if isinstance(value, str) else graph.constant(value) for value in (starts, ends)]
+    return graph.add(
+        "Slice", [x, *bounds, graph.constant(list(axes)), *([graph.constant(list(steps))] if steps else [])]
+    )
+
+
+_ALL = np.iinfo(np.int64)
+
+
+def _flip(graph: _Graph, x: str, *dims: int) -> str:
+    num = len(dims)
+    return _slice(graph, x, [-1] * num, [_ALL.min] * num, dims, [-1] * num)
+
+
+def _shift(graph: _Graph, x: str, steps: int, dim: int, *, is_reverse: bool = False, value: float = 0.0) -> str:
+    pads = graph.constant([0, steps] if is_reverse else [steps, 0])
+    padded = graph.add("Pad", [x, pads, graph.constant(value, np.float32), graph.constant([dim])])
+    start, end = (steps, _ALL.max) if is_reverse else (0, -steps)
+    return _slice(graph, padded, [start], [end], [dim])
+
+
+def _crop_like(graph: _Graph, x: str, like: str) -> str:
+    return _slice(graph, x, [0, 0], graph.add("Shape", [like], start=2), [2, 3])
+
+
+def _item(graph: _Graph, values: Any, index: Any) -> Any:
+    if isinstance(index, int):
+        return values[index]
+    # Of maps, ranges of columns are taken: the last dimension.
+    taken = index[-1]
+    start = 0 if taken.start is None else taken.start
+    return _slice(graph, values, [start], [_ALL.max if taken.stop is None else taken.stop], [3])
+
+
+def _center_crop(graph: _Graph, x: str, size: tuple[int, int], crop_pct: float) -> str:
+    sides = graph.add("Cast", [graph.add("Shape", [x], start=2)], to=_FLOAT)
+    wanted = graph.constant(size, np.float32)
+    scale = graph.add("ReduceMin", [graph.add("Div", [sides, wanted])], keepdims=1)
+    kept = graph.add("Mul", [wanted, graph.add("Mul", [scale, graph.constant(crop_pct, np.float32)])])
+    kept = graph.add("Max", [graph.add("Round", [kept]), graph.constant(1, np.float32)])
+    half = graph.add("Mul", [graph.add("Sub", [sides, kept]), graph.constant(0.5, np.float32)])
+    start = graph.add("Floor", [half])
+    end = graph.add("Add", [start, kept])
+    bounds = [graph.add("Cast", [bound], to=TensorProto.INT64) for bound in (start, end)]
+    return _slice(graph, x, *bounds, [2, 3])
+
+
+def _interpolate(graph: _Graph, x: str, size: Sequence[int], *, mode: str, antialias: bool, **_: Any) -> str:
+    modes = {"bilinear": "linear", "bicubic": "cubic"}
+    inputs = [x, "", "", graph.constant(list(size))]
+    return graph.add("Resize", inputs, mode=modes[mode], antialias=int(antialias), cubic_coeff_a=-0.5, axes=[2, 3])
+
+
+def _to(graph: _Graph, x: str, dtype: torch.dtype) -> str:
+    return graph.add("Cast", [x], to={torch.float32: _FLOAT, torch.float16: TensorProto.FLOAT16}[dtype])
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    operator.add: _binary("Add"),
+    operator.mul: _binary("Mul"),
+    operator.getitem: _item,
+    torch.exp: _unary("Exp"),
+    torch.cat: _concatenate,
+    F.relu: _unary("Relu"),
+    F.silu: _silu,
+    F.softplus: _unary("Softplus"),
+    F.interpolate: _interpolate,
+    shift: _shift,
+    crop_like: _crop_like,
+    center_crop: _center_crop,
+    "amax": _reduce("ReduceMax"),
+    "flip": _flip,
+    "mean": _reduce("ReduceMean"),
+    "permute": lambda graph, x, *dims: graph.add("Transpose", [x], perm=dims),
+    "sigmoid": _unary("Sigmoid"),
+    "softmax": lambda graph, x, dim, **_: graph.add("Softmax", [x], axis=dim),
+    "split": _split,
+    "to": _to,
+    "transpose": lambda graph, x, *dims: graph.add("Transpose", [x], perm=_swapped(*dims)),
+}
+
+
+def _swapped(first: int, second: int) -> list[int]:
+    dims = [0, 1, 2, 3]
+    dims[first], dims[second] = second, first
+    return dims

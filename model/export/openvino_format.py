@@ -1,0 +1,48 @@
+"""OpenVINO: an ``.xml`` file with the graph, and beside it a ``.bin`` file with the weights."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .portable import Form
+from .request import ExportRequest, Runner
+
+__all__ = ["COMPANIONS", "EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
+
+SUFFIX = ".xml"
+COMPANIONS = (".bin",)
+EXTRA = "openvino"
+PACKAGES = ("onnx", "openvino")
+FORM = Form()
+
+
+def write(network: nn.Module, request: ExportRequest, path: Path) -> None:
+    """Write a network in portable form, by way of its ONNX graph; see `Format`."""
+    import openvino
+
+    from .onnx_graph import build_model
+
+    graph = io.BytesIO(build_model(network, request).SerializeToString())
+    model = openvino.convert_model(graph)
+    for name, text in request.metadata().items():
+        model.set_rt_info(text, ["model_info", name])
+    openvino.save_model(model, path, compress_to_fp16=request.fp16)
+
+
+def load(path: Path) -> Runner:
+    """Return what runs the file in OpenVINO, on a CPU."""
+    import openvino
+
+    core = openvino.Core()
+    compiled: Any = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        outputs = compiled(images)
+        return [outputs[index] for index in range(len(outputs))]
+
+    return run
