@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -124,6 +125,16 @@ def test_norm_eval_keeps_running_statistics_and_trains_weights(filled):
     running = [entry for entry in before if "running_" in entry or "num_batches" in entry]
     assert all(after[entry].equal(before[entry]) for entry in running)
     assert not after["blocks3.3.dw0.m.bn.weight"].equal(before["blocks3.3.dw0.m.bn.weight"])
+
+
+@pytest.mark.parametrize("norm_eval", [False, True])
+def test_norm_eval_on_random_weights_warns(filled, caplog, norm_eval):
+    logger = logging.getLogger("current")
+    logger.addHandler(caplog.handler)
+    filled(norm_eval=norm_eval).init_weights()
+    logger.removeHandler(caplog.handler)
+    warned = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert [("norm_eval=False" in message) for message in warned] == [True] * norm_eval
 
 
 def test_sync_bn_changes_no_entry(filled):
