@@ -107,7 +107,7 @@ def test_one_file_serves_every_size(checkpoint, tmp_path, capsys, name):
     scene = draw_scene(133, 257, seed=(5,)).image
     found = dict(zip([output.name for output in run.get_outputs()], run.run(None, {"image": scene[None]}), strict=True))
     if name in DETECTORS:
-        assert len(found["boxes"]) == len(found["scores"]) == len(found["labels"]) > 20
+        assert len(found["boxes"]) == len(found["scores"]) == len(found["labels"]) > 5
         assert len(np.unique(found["labels"])) > 3
         assert (np.diff(found["scores"]) <= 0).all()
     else:
