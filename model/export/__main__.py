@@ -32,7 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = read_source(options.source, name=options.model, ema=options.ema, is_random=options.random)
         request = default_request(source.network, **_wishes(options, source.classes))
         images = read_images(request, _pictures(options.images), num_made_up=options.num_images)
-        report = export(source.network, options.out, format=options.format, request=request, images=images)
+        report = export(
+            source.network,
+            options.out,
+            format=options.format,
+            request=request,
+            images=images,
+            overwrite=options.overwrite,
+        )
     except (ImportError, OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -66,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--bgr", dest="is_bgr", action="store_true", help="their channels are blue, green, red")
     add("--softmax", action="store_true", help="probabilities out, in place of logits")
     add("--features", action="store_true", help="the maps of the three stages out, in place of logits")
+    add("--overwrite", action="store_true", help="replace the file if it exists")
     add("--images", type=Path, metavar="FOLDER", help="pictures to compare with; default: made up")
     add("--num-images", type=int, default=NUM_MADE_UP, help=f"how many to make up; default: {NUM_MADE_UP}")
     return parser
