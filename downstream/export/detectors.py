@@ -5,6 +5,7 @@ N boxes or candidates, K classes, A anchors a place, C channels, H height, W wid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from .operators import crop_regions, suppress, take_highest
 
 __all__ = ["MaskRCNN", "OneStage"]
+
+SMALLEST_RATIO = 16 / 1000  # of a box's side to its anchor's; mmdet's wh_ratio_clip
 
 
 class OneStage(nn.Module):
@@ -79,10 +82,10 @@ class MaskRCNN(nn.Module):
 
     def _select(self, proposals: Tensor, logits: Tensor, deltas: Tensor, size: Tensor) -> tuple[Tensor, ...]:
         """Return boxes, scores and labels: each proposal is a candidate for each class, with a box for it."""
-        num_classes = self.box_head.num_classes
-        scores = logits.softmax(-1)[:, :-1].flatten()
-        labels = torch.arange(num_classes).expand(len(proposals), -1).flatten()
-        proposals = proposals[:, None].expand(-1, num_classes, -1).reshape(-1, 4)
+        scores = logits.softmax(-1)[:, :-1]
+        labels = torch.arange(self.box_head.num_classes).expand_as(scores).flatten()
+        scores = scores.flatten()
+        proposals = proposals[:, None].expand(-1, self.box_head.num_classes, -1).reshape(-1, 4)
         boxes = self.decode(proposals, deltas.reshape(-1, 4), size)
         kept = _suppress_by_group(boxes, scores, labels, size, self.config)
         return boxes[kept], scores[kept], labels[kept]
@@ -139,7 +142,7 @@ class _Decode(nn.Module):
         super().__init__()
         self.register_buffer("means", torch.tensor(coder.means))
         self.register_buffer("stds", torch.tensor(coder.stds))
-        self.largest = abs(float(torch.tensor(16 / 1000, dtype=torch.float64).log()))
+        self.largest = abs(math.log(SMALLEST_RATIO))
 
     def forward(self, anchors: Tensor, deltas: Tensor, size: Tensor) -> Tensor:
         deltas = deltas * self.stds + self.means

@@ -81,12 +81,13 @@ class _Pixels(nn.Module):
         return F.pad(x, (0, -width % self.divisor, 0, -height % self.divisor), value=self.fill)
 
 
-def as_graph(model: Any, largest: tuple[int, int]) -> Graph:
+def as_graph(model: Any, size: tuple[int, int], *, is_exact: bool) -> Graph:
     """Return a model of OpenMMLab as a graph; neck and heads are the model's own.
 
     Args:
         model: Detector or segmentor with our backbone, in evaluation mode, on a CPU.
-        largest: Height and width of the largest images, in pixels.
+        size: Height and width of the images, or of the largest, in pixels.
+        is_exact: Whether all images are of that size.
 
     Raises:
         ValueError: Its kind, its head or what its test_cfg asks for is not supported.
@@ -96,8 +97,8 @@ def as_graph(model: Any, largest: tuple[int, int]) -> Graph:
         raise ValueError(f"{kind} cannot be exported; these can: {', '.join(HEADS)}")
     _check_settings(model)
     pixels = _Pixels(model.data_preprocessor)
-    padded = tuple(-(-side // pixels.divisor) * pixels.divisor for side in largest)
-    backbone = portable(model.backbone, Form(), (padded[0], padded[1]))
+    height, width = (-(-side // pixels.divisor) * pixels.divisor for side in size)
+    backbone = portable(model.backbone, Form(), (height, width), is_exact=is_exact)
     neck = model.neck if model.with_neck else nn.Identity()
     return Graph(pixels, backbone, model.backbone.out_indices, neck, HEADS[kind](model)).eval()
 
@@ -107,11 +108,14 @@ def _check_settings(model: Any) -> None:
     mode = (model.test_cfg or {}).get("mode", "whole")
     if mode != "whole":
         raise ValueError(f"model.test_cfg.mode={mode} cuts images into windows: set it to whole")
+    if getattr(model, "out_channels", None) == 1:
+        raise ValueError("a segmentor with one output channel cannot be exported: give it two classes")
     heads = [head for head in (getattr(model, name, None) for name in ("rpn_head", "bbox_head")) if head is not None]
     for head in heads:
         if not hasattr(head, "prior_generator") or not hasattr(head.bbox_coder, "stds"):
             raise ValueError(f"{type(head).__name__} cannot be exported: it has no anchors with DeltaXYWHBBoxCoder")
     for config in [head.test_cfg for head in (*heads, getattr(model, "roi_head", None)) if head is not None]:
-        kind = config.nms.get("type", "nms")
-        if kind != "nms":
-            raise ValueError(f"test_cfg.nms.type={kind} cannot be exported: set it to nms")
+        if config.nms.get("type", "nms") != "nms" or config.nms.get("class_agnostic"):
+            raise ValueError(
+                f"test_cfg.nms={dict(config.nms)} cannot be exported: give type nms and iou_threshold alone"
+            )

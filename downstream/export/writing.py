@@ -42,7 +42,7 @@ def write(graph: Graph, path: Path, *, size: tuple[int, int], is_dynamic: bool, 
     axes = _dynamic_axes(graph, is_dynamic=is_dynamic)
     with replacing(path) as aside:
         with torch.no_grad(), warnings.catch_warnings():
-            # The exporter that follows torch.export does not take numbers of boxes that are known in running only.
+            # The older exporter, by tracing, writes numbers of boxes that are known only when it runs.
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
             warnings.filterwarnings("ignore", category=UserWarning)

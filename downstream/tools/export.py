@@ -63,13 +63,16 @@ def _export(parsed: argparse.Namespace) -> list[Agreement]:
         require("onnx")
     except ImportError as error:
         raise InputError(str(error)) from error
+    if parsed.out.suffix != ".onnx" or not parsed.out.parent.is_dir():
+        raise InputError(f"{parsed.out}: give a name that ends in .onnx, in a folder that exists")
     config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
     size = _size(parsed.size) if parsed.size else _own_size(config)
     images = _read(parsed.images, size, parsed.dynamic_size) if parsed.images else _drawn(size, parsed.dynamic_size)
     model = build_network(config, checkpoint=parsed.checkpoint, device="cpu")
     start = time.perf_counter()
     print(f"{parsed.out}: writing {type(model).__name__} for images of {size[0]} x {size[1]} pixels", flush=True)
-    graph = as_graph(model, (MAX_SIDE, MAX_SIDE) if parsed.dynamic_size else size)
+    largest = (MAX_SIDE, MAX_SIDE) if parsed.dynamic_size else size
+    graph = as_graph(model, largest, is_exact=not parsed.dynamic_size)
     write(
         graph,
         parsed.out,

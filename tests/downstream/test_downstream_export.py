@@ -155,11 +155,13 @@ def test_a_file_that_differs_ends_in_exit_code_1(checkpoint, tmp_path, capsys, m
         (("--size", "32"), "--size 32: give a side, or height and width, of 64 to 2048 pixels"),
         (("--images", "."), "--images .: there are no pictures"),
         (("--size", "64"), "no checkpoint at "),
+        (("absent/model.onnx",), "absent/model.onnx: give a name that ends in .onnx, in a folder that exists"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    assert export("fpn", tmp_path / "absent.pth", tmp_path / "model.onnx", *options) == 2
+    out = () if options[0].endswith(".onnx") else (tmp_path / "model.onnx",)
+    assert export("fpn", tmp_path / "absent.pth", *out, *options) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
