@@ -73,7 +73,7 @@ def _draw(parsed: argparse.Namespace) -> None:
     network = build_network(config, checkpoint=parsed.checkpoint, device=parsed.device)
     _, dataset = next(loader_datasets(config, "test_dataloader"))
     sample = _predict(network, parsed.image, dataset["pipeline"])
-    visualizer = VISUALIZERS.build({**config.visualizer, "vis_backends": None})
+    visualizer = VISUALIZERS.build({"name": "prediction", **config.visualizer, "vis_backends": None})
     scope = config.get("default_scope", "mmengine")
     known = getattr(registered(dataset["type"], scope), "METAINFO", {})
     classes = class_names(config, parsed.checkpoint)
