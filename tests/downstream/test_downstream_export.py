@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -50,14 +51,15 @@ def config_path(name):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Write a checkpoint of random weights that find something: a model's name -> path."""
+    """Write a checkpoint of random weights that find something, once: a model's name -> path."""
 
-    def write(name, size=SIZE):
+    @functools.cache
+    def write(name):
         torch.manual_seed(0)
         network = build_network(load_config(config_path(name), {"model.backbone.pretrained": False}), device="cpu")
         if name == "retinanet":
             network.bbox_head.retina_cls.bias.data.fill_(-2)
-        image = draw_scene(*size, seed=(9,)).image
+        image = draw_scene(*SIZE, seed=(9,)).image
         for layer, spread in SPREADS[name.removesuffix("_512")].items():
             rescale(network, network.get_submodule(layer), image, spread)
         path = tmp_path_factory.mktemp("weights") / f"{name}.pth"
@@ -94,7 +96,7 @@ def session(path):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("ssdlite", "pspnet") else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS],
+    [name if name in ("ssdlite", "fpn") else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS],
 )
 def test_one_file_serves_every_size(checkpoint, tmp_path, capsys, name):
     out = tmp_path / "a model.onnx"
@@ -170,10 +172,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, options, message):
 
 def test_a_model_of_another_kind_is_refused(checkpoint, tmp_path, capsys):
     windows = ("model.test_cfg.mode=slide", "model.test_cfg.crop_size=(64,64)", "model.test_cfg.stride=(32,32)")
-    path = tmp_path / "weights.pth"
-    config = load_config(config_path("fpn"), {"model.backbone.pretrained": False})
-    torch.save({"state_dict": build_network(config, device="cpu").state_dict()}, path)
-    assert export("fpn", path, tmp_path / "model.onnx", more=windows) == 2
+    assert export("fpn", checkpoint("fpn"), tmp_path / "model.onnx", more=windows) == 2
     assert "model.test_cfg.mode=slide cuts images into windows: set it to whole" in capsys.readouterr().err
 
 
