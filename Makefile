@@ -44,13 +44,14 @@ kernels: setup ## Build the compiled kernels (needs a C++ compiler; CUDA too whe
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off "setuptools>=80,<82" wheel ninja
 	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --force-reinstall --no-deps model/lib_mamba/kernels/selective_scan
 
-# mmcv builds for what is here: CUDA operators too where there is a GPU, which is hidden where there is no nvcc. pip's
-# cache is left out, as a wheel in it may have been built for another torch.
+# Operators of mmcv beside those that our models use, such as "deform_conv"; all: every one.
+MMCV_OPERATORS ?=
+
 $(VENV)/.requirements-openmmlab: requirements-openmmlab.txt requirements-downstream.txt $(VENV)/.requirements
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off "setuptools>=80,<82" wheel ninja packaging psutil
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements-downstream.txt
-	$(PY) -c 'import sys; from torch.utils.cpp_extension import CUDA_HOME; sys.exit(CUDA_HOME is None)' || export CUDA_VISIBLE_DEVICES= && \
-	MMCV_WITH_OPS=1 $(PY) -m pip install --disable-pip-version-check --progress-bar off --no-build-isolation --no-cache-dir --no-deps -r requirements-openmmlab.txt
+	$(PY) -m downstream.mmcv_build $(MMCV_OPERATORS)
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off --no-deps -r requirements-openmmlab.txt
 	@touch $@
 
 # An environment beside .venv, which it sees: these want other versions of what the suite runs on.
@@ -66,6 +67,7 @@ test-runtimes: runtimes ## Run the tests of exporting to these
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUNTIMES)/bin/python -m pytest -m "slow or not slow" $(wildcard tests/model/export/test_model_export_formats.py)
 
 downstream: $(VENV)/.requirements-openmmlab ## Install OpenMMLab for detection and segmentation; builds mmcv's operators (C++ compiler)
+	@test -z "$(MMCV_OPERATORS)" || $(PY) -m downstream.mmcv_build $(MMCV_OPERATORS)
 
 benchmark: setup-dev ## Measure speed in short runs; results go to benchmarks/results
 	$(PY) -m benchmarks.network --quick

@@ -7,6 +7,7 @@ as in the released detectors and segmentors. B batch, C channels, H height, W wi
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,6 +102,13 @@ class MobileMambaBackbone(MobileMamba):
         """Load the pretrained weights; OpenMMLab calls this when training starts, and not for testing."""
         if not self.pretrained:
             print_log(f"{self.variant} starts from random weights: backbone.pretrained names none", logger="current")
+            if self.norm_eval:
+                print_log(
+                    "norm_eval=True keeps the batch norms of random weights from normalising: unless a checkpoint is "
+                    "loaded, set model.backbone.norm_eval=False",
+                    logger="current",
+                    level=logging.WARNING,
+                )
             return
         path = released_checkpoint(self.variant) if self.pretrained is True else Path(self.pretrained)
         load_pretrained(self, path, ema=self.ema)
@@ -119,7 +127,9 @@ class MobileMambaBackbone(MobileMamba):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.forward_intermediates(x, self.out_indices, intermediates_only=True))
+        maps = self.forward_intermediates(x, self.out_indices, intermediates_only=True)
+        # mmcv's RoIAlign takes any memory for that of a contiguous map; ours are channels-last.
+        return tuple(x.contiguous() for x in maps)
 
 
 def _known_variant(variant: str) -> str:

@@ -12,7 +12,6 @@ from .synthetic import write_ade20k, write_coco
 
 __all__ = ["main"]
 
-CHECKS = {"coco": check_coco, "ade20k": check_ade20k}
 WRITERS = {"coco": write_coco, "ade20k": write_ade20k}
 SOURCES = {
     "coco": "train2017.zip, val2017.zip and annotations_trainval2017.zip of cocodataset.org",
@@ -54,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--any-size", action="store_true", help="accept other numbers of images than the published set's"
     )
+    check.add_argument(
+        "--classes",
+        nargs="*",
+        metavar="NAME",
+        help="of coco: accept these categories and any number of images; without a name, any categories",
+    )
     make = commands.add_parser("make", help="write a tiny data set, with all the real one's classes listed")
     make.set_defaults(command=_make)
     make.add_argument("--train", type=int, default=64, metavar="N", help="images to train on (64)")
@@ -61,15 +66,22 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--size", type=int, nargs=2, default=(128, 128), metavar=("H", "W"), help="pixels (128 128)")
     make.add_argument("--seed", type=int, default=0, help="another seed draws other images (0)")
     for command in (check, make):
-        command.add_argument("set", choices=sorted(CHECKS), help="which data set")
+        command.add_argument("set", choices=sorted(WRITERS), help="which data set")
         command.add_argument("path", type=Path, help="its folder")
     return parser
 
 
 def _check(parsed: argparse.Namespace) -> dict[str, int]:
-    counts, problems = CHECKS[parsed.set](parsed.path, is_any_size=parsed.any_size)
+    if parsed.classes is not None and parsed.set != "coco":
+        raise ValueError(f"--classes is for coco: label maps of {parsed.set} hold numbers, not names")
+    if parsed.set == "coco":
+        counts, problems = check_coco(parsed.path, is_any_size=parsed.any_size, classes=parsed.classes)
+    else:
+        counts, problems = check_ade20k(parsed.path, is_any_size=parsed.any_size)
     if problems:
         title = f"{parsed.path} is not {parsed.set} as {SOURCES[parsed.set]} unpack to it:"
+        if parsed.classes is not None:
+            title = f"{parsed.path} is not a data set in the layout of {parsed.set}:"
         raise ValueError("\n  ".join([title, *problems]))
     return counts
 

@@ -5,7 +5,7 @@ Nothing of OpenMMLab is needed. A check returns what it counted and every kind o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,16 @@ IGNORED = 255  # a label that mmseg leaves out, as it does 0
 OVERHANG = 1.0  # pixels by which a box may leave its image: COCO's own are rounded
 
 
-def check_coco(root: Path, *, is_any_size: bool = False) -> tuple[dict[str, int], list[str]]:
+def check_coco(
+    root: Path, *, is_any_size: bool = False, classes: Sequence[str] | None = None
+) -> tuple[dict[str, int], list[str]]:
     """Check ``annotations/instances_{train,val}2017.json``, ``train2017/`` and ``val2017/``.
 
     Args:
         root: The folder that holds these three.
         is_any_size: Accept other numbers of images than COCO's own.
+        classes: The names of its categories, where they are not COCO's, or none of them to accept any; any number of
+            images then.
 
     Returns:
         Number of images listed by split, and the problems.
@@ -55,10 +59,11 @@ def check_coco(root: Path, *, is_any_size: bool = False) -> tuple[dict[str, int]
             problems.append(str(error))
             continue
         counts[split] = len(annotations["images"])
-        if not is_any_size:
+        if not is_any_size and classes is None:
             problems += _count_problem(path, counts[split], expected)
         try:
             problems += _image_problems(annotations["images"], root / split, path)
+            problems += _category_problems(annotations, path, classes)
             problems += _annotation_problems(annotations, path)
         except (KeyError, TypeError, ValueError) as error:
             problems.append(f"{path} has an entry that is not COCO's: {type(error).__name__} {error}")
@@ -121,13 +126,24 @@ def _image_problems(images: Iterable[Mapping[str, Any]], folder: Path, path: Pat
         yield f"{path} lists {len(names) - len(set(names))} images twice"
 
 
+def _category_problems(annotations: Mapping[str, Any], path: Path, classes: Sequence[str] | None) -> Iterable[str]:
+    categories = [(category["id"], category["name"]) for category in annotations["categories"]]
+    names = [name for _, name in categories]
+    if classes is None:
+        if dict(categories) != COCO_CATEGORIES:
+            yield (
+                f"{path} has {len(names)} categories, or other ids, than COCO's {len(COCO_CATEGORIES)}: "
+                f"{listed(names, NUM_SHOWN)} (--classes accepts those of your own)"
+            )
+        return
+    if min(len(set(names)), len(dict(categories))) < len(names):
+        yield f"{path} lists a category twice: {listed(names)}"
+    if classes and sorted(classes) != sorted(names):
+        yield f"{path} has the categories {listed(names)}, expected {listed(classes)}"
+
+
 def _annotation_problems(annotations: Mapping[str, Any], path: Path) -> Iterable[str]:
-    categories = {category["id"]: category["name"] for category in annotations["categories"]}
-    if categories != COCO_CATEGORIES:
-        yield (
-            f"{path} has {len(categories)} categories, or other ids, than COCO's {len(COCO_CATEGORIES)}: "
-            f"{listed(list(categories.values()), NUM_SHOWN)}"
-        )
+    categories = {category["id"] for category in annotations["categories"]}
     sizes = {image["id"]: (image["width"], image["height"]) for image in annotations["images"]}
     instances = annotations["annotations"]
     strangers = [str(a["id"]) for a in instances if a["image_id"] not in sizes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ LAUNCHERS = ("none", "pytorch", "slurm")
 
 
 class _Options(DictAction):
-    """Mmengine's KEY=VALUE pairs, and values that hold spaces, as paths may."""
+    """Mmengine's KEY=VALUE pairs, and values that hold spaces, as paths may, or mappings."""
 
     def __call__(
         self,
@@ -28,9 +29,25 @@ class _Options(DictAction):
         for key, sign, _ in pairs:
             if not key or not sign:
                 parser.error(f"{option_string}: {key!r} is not of the form KEY=VALUE")
-        spaced = {key: value for key, _, value in pairs if " " in value and value[0] not in "[(\"'"}
-        super().__call__(parser, namespace, ["=".join((key, value)) for key, _, value in pairs if key not in spaced])
-        getattr(namespace, self.dest).update(spaced)
+        own: dict[str, Any] = {}
+        for key, _, value in pairs:
+            if "{" in value or "dict(" in value:
+                own[key] = _literal(parser, f"{option_string} {key}", value)
+            elif " " in value and value[0] not in "[(\"'":
+                own[key] = value
+        try:
+            super().__call__(parser, namespace, ["=".join((key, value)) for key, _, value in pairs if key not in own])
+        except AssertionError as error:
+            parser.error(f"{option_string}: {error}")
+        getattr(namespace, self.dest).update(own)
+
+
+def _literal(parser: argparse.ArgumentParser, option: str, value: str) -> Any:
+    """Return what holds mappings, such as a list of them, as Python writes it."""
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        parser.error(f"{option}: {value!r} cannot be read: write mappings as {{'type': 'LinearLR', 'end': 500}}")
 
 
 def run_parser(description: str) -> argparse.ArgumentParser:

@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class OnOneImage(nn.Module):
-    """A detector or segmentor as a function of one image, (1, 3, H, W) -> what its heads give before any selection.
+    """A model as a function of one image, (1, 3, H, W) -> what its heads give before any selection.
 
     Args:
-        network: Its model.
+        network: A detector, segmentor or classifier.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Runs a detector or a segmentor on one image and writes a picture of what it finds."""
+"""Runs a detector, a segmentor or a classifier on one image and writes a picture of what it finds."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from .datasets import classes_of
 from .errors import InputError, exit_code_of
 from .settings import check_local, load_config, loader_datasets, registered
 
-__all__ = ["build_network", "main"]
+__all__ = ["build_network", "class_names", "main"]
+
+NUM_SHOWN = 5  # classes of a classifier
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw; the exit code is 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
-        description="Draw the boxes, masks or segmentation that a model finds in an image."
+        description="Draw the boxes, masks, segmentation or classes that a model finds in an image."
     )
     parser.add_argument("image", help="the image")
     parser.add_argument("config", help="a config file, with or without .py")
@@ -46,7 +48,7 @@ def build_network(config: Config, *, checkpoint: str | None = None, device: str 
     """Return a configuration's model in evaluation mode.
 
     Args:
-        config: Detector's or segmentor's.
+        config: Detector's, segmentor's or classifier's.
         checkpoint: Its weights; None leaves them as they are initialised.
         device: None is a GPU where there is one.
 
@@ -71,11 +73,27 @@ def _draw(parsed: argparse.Namespace) -> None:
     network = build_network(config, checkpoint=parsed.checkpoint, device=parsed.device)
     _, dataset = next(loader_datasets(config, "test_dataloader"))
     sample = _predict(network, parsed.image, dataset["pipeline"])
-    visualizer = VISUALIZERS.build({**config.visualizer, "vis_backends": None})
-    visualizer.dataset_meta = _meta(dataset, config.get("default_scope", "mmengine"))
-    threshold = {"pred_score_thr": parsed.score_thr} if "pred_instances" in sample else {}
-    visualizer.add_datasample("prediction", image, sample, draw_gt=False, out_file=parsed.out, **threshold)
-    print(f"{parsed.out}: {_summary(sample, visualizer.dataset_meta['classes'], parsed.score_thr)}")
+    visualizer = VISUALIZERS.build({"name": "prediction", **config.visualizer, "vis_backends": None})
+    scope = config.get("default_scope", "mmengine")
+    known = getattr(registered(dataset["type"], scope), "METAINFO", {})
+    classes = class_names(config, parsed.checkpoint)
+    visualizer.dataset_meta = {**known, **(dataset.get("metainfo") or {}), "classes": classes}
+    if "pred_score" in sample:
+        visualizer.visualize_cls(image, sample, out_file=parsed.out)
+    else:
+        threshold = {"pred_score_thr": parsed.score_thr} if "pred_instances" in sample else {}
+        visualizer.add_datasample("prediction", image, sample, draw_gt=False, out_file=parsed.out, **threshold)
+    print(f"{parsed.out}: {_summary(sample, classes, parsed.score_thr) or 'nothing'}")
+
+
+def class_names(config: Config, checkpoint: str) -> Sequence[str] | None:
+    """Return the names of a model's classes: its test data's, or those noted in the checkpoint; None without either."""
+    _, dataset = next(loader_datasets(config, "test_dataloader"))
+    own = classes_of(dataset, config.get("default_scope", "mmengine"))
+    if own is not None:
+        return own
+    meta = load_local_checkpoint(checkpoint).get("meta") or {}
+    return (meta.get("dataset_meta") or {}).get("classes")
 
 
 def _predict(network: nn.Module, image: str, pipeline: Sequence[dict[str, Any]]) -> Any:
@@ -86,18 +104,16 @@ def _predict(network: nn.Module, image: str, pipeline: Sequence[dict[str, Any]])
     return sample
 
 
-def _meta(dataset: dict[str, Any], scope: str) -> dict[str, Any]:
-    known = getattr(registered(dataset["type"], scope), "METAINFO", {})
-    return {**known, **(dataset.get("metainfo") or {}), "classes": classes_of(dataset, scope)}
+def _summary(sample: Any, classes: Sequence[str] | None, threshold: float) -> str:
+    def name(label: int) -> str:
+        return classes[label] if classes else f"class {label}"
 
-
-def _summary(sample: Any, classes: Sequence[str], threshold: float) -> str:
+    if "pred_score" in sample:
+        scores, labels = sample.pred_score.topk(min(NUM_SHOWN, len(sample.pred_score)))
+        pairs = zip(labels.tolist(), scores.tolist(), strict=True)
+        return ", ".join(f"{name(label)} {score:.2f}" for label, score in pairs)
     if "pred_instances" in sample:
         found = sample.pred_instances[sample.pred_instances.scores > threshold]
-        names = [classes[label] for label in found.labels.tolist()]
-    else:
-        names = [classes[label] for label in sample.pred_sem_seg.data.unique().tolist()]
-    return (
-        ", ".join(f"{names.count(name)} {name}" if "pred_instances" in sample else name for name in sorted(set(names)))
-        or "nothing"
-    )
+        names = [name(label) for label in found.labels.tolist()]
+        return ", ".join(f"{names.count(kind)} {kind}" for kind in sorted(set(names)))
+    return ", ".join(sorted(map(name, sample.pred_sem_seg.data.unique().tolist())))

@@ -45,7 +45,9 @@ def load_config(path: str, options: Mapping[str, Any], *, data_root: str | None 
     """
     try:
         config = Config.fromfile(_find(path))
-    except (OSError, ImportError, SyntaxError) as error:
+    except ImportError as error:
+        raise InputError(f"the configuration {path} cannot be read: {_import_trouble(error)}") from error
+    except (OSError, SyntaxError) as error:
         raise InputError(f"the configuration {path} cannot be read: {error}") from error
     if data_root is not None:
         set_data_root(config, data_root)
@@ -66,6 +68,16 @@ def load_run(parsed: argparse.Namespace) -> Config:
     config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
     config.work_dir = parsed.work_dir or config.get("work_dir") or str(Path("work_dirs", Path(config.filename).stem))
     return config
+
+
+def _import_trouble(error: ImportError) -> str:
+    """Return why a module was not imported: mmengine itself only advises to set PYTHONPATH."""
+    links: list[BaseException] = [error]
+    while (link := links[-1].__cause__ or links[-1].__context__) is not None:
+        links.append(link)
+    # mmengine names the module in the second link, where it is one of custom_imports.
+    steps = [str(link) for link in links if str(link).startswith("Failed to import ") and link is not error]
+    return ": ".join((*steps, f"{type(links[-1]).__name__}: {links[-1]}"))
 
 
 def _find(path: str) -> Path:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Shared by the tools of all tasks: start train.py or test.py as a job step of SLURM, one task a GPU.
-#   slurm.sh {det,seg} train PARTITION JOB_NAME CONFIG WORK_DIR [options of train.py]
-#   slurm.sh {det,seg} test PARTITION JOB_NAME CONFIG CHECKPOINT [options of test.py]
+#   slurm.sh {det,seg,cls} train PARTITION JOB_NAME CONFIG WORK_DIR [options of train.py]
+#   slurm.sh {det,seg,cls} test PARTITION JOB_NAME CONFIG CHECKPOINT [options of test.py]
 # From the environment: GPUS (8), GPUS_PER_NODE (8; 0 for the CPU), CPUS_PER_TASK (5), SRUN_ARGS, PORT, PYTHON.
 set -euo pipefail
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from mmengine.config import Config
@@ -45,12 +46,31 @@ def train(parsed: argparse.Namespace) -> None:
         _scale_learning_rate(config)
     if parsed.resume:
         config.resume = True
-        config.load_from = None if parsed.resume == "auto" else parsed.resume
+        config.load_from = _last_checkpoint(Path(config.work_dir)) if parsed.resume == "auto" else parsed.resume
     check_local(config.load_from)
     check_datasets(config, "train", "val")
     prepare_processes(config, parsed.launcher)
     Runner.from_cfg(config).train()
     leave_processes()
+
+
+def _last_checkpoint(work_dir: Path) -> str | None:
+    """Return the last checkpoint of a work folder, which may have been copied; None where it has none.
+
+    mmengine notes where the file was written, which after copying is in another folder.
+    """
+    note = work_dir / "last_checkpoint"
+    if not note.is_file():
+        return None
+    written = Path(note.read_text(encoding="utf-8").strip())
+    beside = work_dir / written.name
+    if beside.is_file():
+        return str(beside)
+    if not written.is_file():
+        raise InputError(
+            f"--resume: {work_dir} has no {written.name}, which its last_checkpoint names; give a checkpoint"
+        )
+    return str(written)
 
 
 def _mix_precision(config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -68,6 +69,8 @@ def test_features_are_the_networks_own_at_an_odd_size(filled, parity_fill):
     assert isinstance(features, tuple)
     assert [tuple(feature.shape[2:]) for feature in features] == [(21, 32), (21, 32), (11, 16), (6, 8)]
     assert all(torch.equal(*pair) for pair in zip(features, own, strict=True))
+    # mmcv's operators read their memory as it stands.
+    assert all(feature.is_contiguous() for feature in features)
 
 
 @pytest.mark.parametrize("case", ["T2_1x160x224_seed1", "B1_1x256x256_seed0"])
@@ -122,6 +125,17 @@ def test_norm_eval_keeps_running_statistics_and_trains_weights(filled):
     running = [entry for entry in before if "running_" in entry or "num_batches" in entry]
     assert all(after[entry].equal(before[entry]) for entry in running)
     assert not after["blocks3.3.dw0.m.bn.weight"].equal(before["blocks3.3.dw0.m.bn.weight"])
+
+
+@pytest.mark.parametrize("norm_eval", [False, True])
+def test_norm_eval_on_random_weights_warns(filled, monkeypatch, norm_eval):
+    warned = []
+    monkeypatch.setattr(
+        "downstream.backbone.print_log",
+        lambda message, *, logger, level=logging.INFO: warned.append("norm_eval=False" in message and level),
+    )
+    filled(norm_eval=norm_eval).init_weights()
+    assert warned == [False, logging.WARNING][: 1 + norm_eval]
 
 
 def test_sync_bn_changes_no_entry(filled):

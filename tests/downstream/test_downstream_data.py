@@ -190,6 +190,28 @@ def test_damaged_ade20k(ade20k, damage, message):
     assert re.search(message, problems[0])
 
 
+def test_classes_of_ones_own(coco, capsys):
+    shapes = ["circle", "square", "kite", "star"]
+
+    def rename(annotations):
+        annotations["categories"] = [{"id": i, "name": name} for i, name in zip(CATEGORY_IDS, shapes, strict=True)]
+
+    for split in ("train2017", "val2017"):
+        change(coco, rename, split)
+    assert "4 categories, or other ids, than COCO's 80" in check_coco(coco, is_any_size=True)[1][0]
+    assert check_coco(coco, classes=shapes[::-1]) == ({"train2017": 16, "val2017": 3}, [])
+    assert main(["check", "coco", str(coco), "--classes", *shapes]) == 0
+    assert main(["check", "coco", str(coco), "--classes"]) == 0
+    assert main(["check", "coco", str(coco), "--classes", "circle", "square"]) == 1
+    said = capsys.readouterr().err
+    assert f"{coco} is not a data set in the layout of coco:" in said
+    assert "has the categories circle, square, kite, star, expected circle, square" in said
+    change(coco, lambda annotations: annotations["categories"].append({"id": 99, "name": "star"}))
+    (problem,) = check_coco(coco, classes=())[1]
+    assert "lists a category twice" in problem
+    assert main(["check", "ade20k", str(coco), "--classes", "wall"]) == 1
+
+
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [

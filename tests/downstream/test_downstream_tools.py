@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -87,6 +88,31 @@ class TestOptions:
         options = parsed("--cfg-options", "a.path=/my data/coco", "b=1", "c=[1, 2]", "d=(x,y)", "e=k=v").cfg_options
         assert options == {"a.path": "/my data/coco", "b": 1, "c": [1, 2], "d": ("x", "y"), "e": "k=v"}
 
+    def test_lists_of_mappings(self):
+        value = "[{'type': 'LinearLR', 'end': 50, 'by_epoch': False}, {'type': 'MultiStepLR', 'milestones': [3]}]"
+        options = parsed("--cfg-options", f"param_scheduler={value}", "a=1").cfg_options
+        assert options["a"] == 1
+        config = load_config(RETINANET, {"param_scheduler": options["param_scheduler"]})
+        assert [(step.type, step.get("end")) for step in config.param_scheduler] == [
+            ("LinearLR", 50),
+            ("MultiStepLR", None),
+        ]
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            ("[dict(type='LinearLR',end=50)]", "cannot be read: write mappings as {'type': 'LinearLR', 'end': 500}"),
+            ("[{'type':'LinearLR'", "cannot be read"),
+            ("[1,(2]", "Imbalanced brackets"),
+        ],
+    )
+    def test_a_value_that_cannot_be_read(self, capsys, value, message):
+        with pytest.raises(SystemExit, match="2"):
+            parsed("--cfg-options", f"param_scheduler={value}")
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "error: --cfg-options" in error
+        assert message in error
+
     def test_a_value_without_a_key(self, capsys):
         with pytest.raises(SystemExit, match="2"):
             parsed("--cfg-options", "a=1", "lonely")
@@ -137,6 +163,14 @@ class TestOptions:
         (tmp_path / "config.py").write_text("_base_ = ['absent.py']\n")
         with pytest.raises(InputError, match=r"cannot be read: .*absent"):
             load_config(str(tmp_path / "config.py"), {})
+
+    def test_a_custom_import_that_fails_shows_why(self, tmp_path, monkeypatch):
+        (tmp_path / "my_layers.py").write_text("from torch import no_such_layer\n")
+        (tmp_path / "config.py").write_text("custom_imports = dict(imports=['my_layers'])\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        with pytest.raises(InputError, match=r"cannot be read: Failed to import my_layers: .*no_such_layer") as error:
+            load_config(str(tmp_path / "config.py"), {})
+        assert "PYTHONPATH" not in str(error.value)
 
 
 class TestData:
@@ -220,6 +254,42 @@ class TestData:
         ):
             (tmp_path / "a.json").write_text(text)
             assert read_categories(tmp_path / "a.json") == [{"name": "a"}]
+
+
+class TestResuming:
+    @pytest.fixture
+    def resumed(self, data, tmp_path, monkeypatch):
+        """Start a training that resumes in a work folder, and return the checkpoint that it would read."""
+
+        def resume(work_dir):
+            runs = []
+            monkeypatch.setattr(training.Runner, "from_cfg", lambda config: runs.append(config.load_from) or Mock())
+            arguments = ("--work-dir", work_dir, "--data-root", data / "coco", "--resume")
+            assert training.main([RETINANET, *map(str, arguments)]) == 0
+            return runs[0]
+
+        return resume
+
+    def test_a_copied_work_folder_resumes_from_itself(self, resumed, tmp_path):
+        old, new = tmp_path / "old", tmp_path / "new"
+        old.mkdir()
+        (old / "epoch_3.pth").write_bytes(b"")
+        (old / "last_checkpoint").write_text(str(old / "epoch_3.pth"))
+        assert resumed(old) == str(old / "epoch_3.pth")
+        shutil.copytree(old, new)
+        assert resumed(new) == str(new / "epoch_3.pth")
+        assert resumed(tmp_path / "empty") is None
+
+    def test_checkpoints_that_were_kept_elsewhere(self, resumed, data, tmp_path, capsys):
+        work_dir, kept = tmp_path / "work", tmp_path / "kept" / "epoch_3.pth"
+        work_dir.mkdir()
+        kept.parent.mkdir()
+        kept.write_bytes(b"")
+        (work_dir / "last_checkpoint").write_text(str(kept))
+        assert resumed(work_dir) == str(kept)
+        kept.unlink()
+        arguments = ("--work-dir", work_dir, "--data-root", data / "coco", "--resume")
+        assert f"{work_dir} has no epoch_3.pth" in said(capsys, training.main, RETINANET, *arguments)
 
 
 class TestCheckpoints:
@@ -322,16 +392,12 @@ class TestErrors:
 
 
 class TestScripts:
-    @pytest.mark.parametrize("task", ["det", "seg"])
+    @pytest.mark.parametrize("task", ["det", "seg", "cls"])
     @pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh", "slurm_train.sh", "slurm_test.sh"])
     def test_usage(self, task, script):
         done = run_script(task, script, "config.py")
         assert done.returncode == 2
         assert done.stderr.startswith(f"usage: ./tools/{script} ")
-
-    @pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh"])
-    def test_classifiers_have_them_too(self, script):
-        assert run_script("cls", script).stderr.startswith(f"usage: ./tools/{script} ")
 
     def test_predictions_of_detectors_go_to_a_file(self, data, capsys):
         error = said(capsys, testing.main, RETINANET, "w.pth", "--data-root", data / "coco", "--out", "folder")
