@@ -25,7 +25,9 @@ EXTRAS = {
         "ftfy",
         "regex",
     ],
-    "export": ["onnx", "onnxscript", "onnxruntime"],
+    "onnx": ["onnx", "onnxruntime"],
+    "openvino": ["onnx", "openvino"],
+    "export": ["onnx", "onnxruntime", "openvino"],
     "dev": [
         *TRAIN,
         "gdown>=6",
@@ -43,6 +45,9 @@ EXTRAS = {
         "pytest-xdist",
         "pillow-heif",
         "setuptools>=77,<82",
+        "onnx",
+        "onnxruntime",
+        "openvino",
     ],
 }
 
@@ -62,6 +67,7 @@ setup(
         "mobilemamba.lib_mamba.kernels": [f"selective_scan/{pattern}" for pattern in KERNELS],
         "mobilemamba.zoo": ["*.json"],
     },
-    install_requires=["torch>=2.6,<2.15", "timm>=1.0.31", "safetensors", "numpy", "filelock", "tqdm"],
+    install_requires=["torch>=2.6,<2.15", "timm>=1.0.31", "safetensors", "numpy", "pillow", "filelock", "tqdm"],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["mobilemamba-export = mobilemamba.export.__main__:main"]},
 )

@@ -19,7 +19,15 @@ PARITY = ROOT / "tests" / "parity"
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE", "model")
 BUILD = "import sys; from setuptools import build_meta; build_meta.{}(sys.argv[1])"
 # Where a package is asked for, if not by everyone who installs ours.
-IMPORTED_AS = {"fvcore": "train", "gdown": "zoo", "triton": "torch"}
+IMPORTED_AS = {
+    "fvcore": "train",
+    "gdown": "zoo",
+    "triton": "torch",
+    "PIL": "pillow",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+}
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
@@ -96,7 +104,7 @@ def test_wheel_says_what_it_is(wheel):
         (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
         metadata = archive.read(name).decode()
     assert f"\nVersion: {model.__version__}\n" in metadata
-    for extra in ("lmdb", "downstream", "export", "dev", "train", "zoo"):
+    for extra in ("lmdb", "downstream", "export", "onnx", "openvino", "dev", "train", "zoo"):
         assert f"\nProvides-Extra: {extra}\n" in metadata
 
 

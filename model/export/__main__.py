@@ -32,7 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = read_source(options.source, name=options.model, ema=options.ema, is_random=options.random)
         request = default_request(source.network, **_wishes(options, source.classes))
         images = read_images(request, _pictures(options.images), num_made_up=options.num_images)
-        report = export(source.network, options.out, format=options.format, request=request, images=images)
+        report = export(
+            source.network,
+            options.out,
+            format=options.format,
+            request=request,
+            images=images,
+            overwrite=options.overwrite,
+        )
     except (ImportError, OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -55,8 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width; default: the network's own")
     add("--batch", type=_batch, default=1, help="images at once, or dynamic; default: 1")
-    add("--dynamic-size", action="store_true", help="take any height and width up to --max-size")
-    add("--max-size", type=int, default=512, metavar="PIXELS", help="default: 512")
+    add("--dynamic-size", action="store_true", help="take any height and width")
     add("--fp16", action="store_true", help="weights in 16 bits")
     add("--int8", action="store_true", help="weights and maps in 8 bits; needs --calibrate")
     add("--calibrate", dest="calibration", type=Path, metavar="FOLDER", help="images from which --int8 learns ranges")
@@ -66,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--bgr", dest="is_bgr", action="store_true", help="their channels are blue, green, red")
     add("--softmax", action="store_true", help="probabilities out, in place of logits")
     add("--features", action="store_true", help="the maps of the three stages out, in place of logits")
+    add("--overwrite", action="store_true", help="replace the file if it exists")
     add("--images", type=Path, metavar="FOLDER", help="pictures to compare with; default: made up")
     add("--num-images", type=int, default=NUM_MADE_UP, help=f"how many to make up; default: {NUM_MADE_UP}")
     return parser
@@ -79,7 +86,6 @@ def _wishes(options: argparse.Namespace, classes: Sequence[str]) -> dict[str, An
     names = (
         "batch",
         "dynamic_size",
-        "max_size",
         "fp16",
         "int8",
         "calibration",

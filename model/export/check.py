@@ -29,32 +29,35 @@ class Report:
     """How a file's answers compare with PyTorch's.
 
     Attributes:
-        num_images: Images compared.
+        num_bytes: Size of the file, or files.
+        num_images: Images compared; 0 where the format's runtime does not exist for this system.
         error: The largest difference, as a share of the largest value.
         agreement: The share of images with the same most probable class; 1 where there are no classes.
         images_per_second: In the file's own runtime, one image at a time.
-        num_bytes: Size of the file, or files.
         agrees: Whether the difference is what the precision asked for explains.
     """
 
-    num_images: int
-    error: float
-    agreement: float
-    images_per_second: float
     num_bytes: int
-    agrees: bool
+    num_images: int = 0
+    error: float = 0.0
+    agreement: float = 1.0
+    images_per_second: float = 0.0
+    agrees: bool = True
 
     def __str__(self) -> str:
+        megabytes = f"{self.num_bytes / 1e6:.1f} MB"
+        if not self.num_images:
+            return f"converted, not run: its runtime does not exist for this system; {megabytes}"
         verdict = "agrees with PyTorch" if self.agrees else "DOES NOT AGREE with PyTorch"
         return (
             f"{verdict}: largest error {self.error:.1e} of the largest value, the same first class for "
             f"{100 * self.agreement:.1f}% of {self.num_images} images; {self.images_per_second:.1f} images/s at "
-            f"batch 1; {self.num_bytes / 1e6:.1f} MB"
+            f"batch 1; {megabytes}"
         )
 
 
 def compare(
-    run: Runner, network: Deployed, request: ExportRequest, images: Sequence[np.ndarray], *, files: Sequence[Path]
+    run: Runner, network: Deployed, request: ExportRequest, images: Sequence[np.ndarray], *, num_bytes: int
 ) -> Report:
     """Run a file and the network it was made of on the same images.
 
@@ -63,7 +66,7 @@ def compare(
         network: The network as PyTorch has it, not in portable form.
         request: What was wanted.
         images: Single images, as the file takes them, with a batch dimension.
-        files: All files of the format.
+        num_bytes: Size of the file, for the report.
     """
     batch = 1 if request.batch is None else request.batch
     differences, largest, same, num_first = 0.0, 0.0, 0, 0
@@ -83,7 +86,7 @@ def compare(
         error=error,
         agreement=agreement,
         images_per_second=measure(run, np.repeat(images[0], batch, axis=0)) * batch,
-        num_bytes=size_on_disk(files),
+        num_bytes=num_bytes,
         agrees=_is_explained(error, agreement, request),
     )
 
@@ -106,7 +109,7 @@ def measure(run: Runner, images: np.ndarray) -> float:
     """Return calls a second, by the fastest of a second's."""
     for _ in range(NUM_WARM_UP):
         run(images)
-    times = []
+    times: list[float] = []
     while sum(times) < MEASURED_SECONDS:
         start = time.perf_counter()
         run(images)
@@ -154,5 +157,6 @@ def _prepared(request: ExportRequest, file: Path) -> np.ndarray:
     box = (left, top, left + sides[0], top + sides[1])
     picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
     pixels = np.atleast_3d(np.asarray(picture)).astype(np.float32) / 255
-    normalised = (pixels - np.float32(request.mean)) / np.float32(request.std)
+    mean, std = (np.array(values, np.float32) for values in (request.mean, request.std))
+    normalised = (pixels - mean) / std
     return np.ascontiguousarray(normalised.transpose(2, 0, 1)[None])

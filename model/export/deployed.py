@@ -34,6 +34,9 @@ def center_crop(x: Tensor, size: tuple[int, int], crop_pct: float) -> Tensor:
 class Preprocess(nn.Module):
     """uint8 images (B, H, W, C) of any size to the network's input (B, C, H', W')."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, request: ExportRequest) -> None:
         super().__init__()
         self.size = request.size
@@ -45,8 +48,8 @@ class Preprocess(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = images.permute(0, 3, 1, 2)
-        x = center_crop(x, self.size, self.crop_pct).to(self.scale.dtype)
-        x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        x = center_crop(x, self.size, self.crop_pct).to(torch.float32)
+        x = F.interpolate(x, self.size, mode="bicubic", antialias=True)
         if self.is_bgr:
             x = x.flip(1)
         return x * self.scale + self.shift
@@ -63,16 +66,21 @@ class Deployed(nn.Module):
     def __init__(self, network: MobileMamba | Portable, request: ExportRequest) -> None:
         super().__init__()
         self.preprocess = Preprocess(request) if request.preprocess else nn.Identity()
-        self.network = network
+        self.network: MobileMamba | Portable = network
         self.gives_features = request.features
         self.gives_probabilities = request.softmax
 
     def forward(self, images: Tensor) -> Any:
         """Return logits or probabilities (B, num_classes), or three maps."""
         x = self.preprocess(images)
-        if self.gives_features and isinstance(self.network, Portable):
-            return tuple(self.network.features(x))
         if self.gives_features:
-            return tuple(self.network.forward_intermediates(x, indices=(1, 2, 3), intermediates_only=True))
-        y = self.network(x)
+            return tuple(self._features(x))
+        y: Tensor = self.network(x)
         return y.softmax(1) if self.gives_probabilities else y
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        if isinstance(self.network, Portable):
+            return self.network.features(x)
+        maps = self.network.forward_intermediates(x, indices=3, intermediates_only=True)
+        assert isinstance(maps, list)
+        return maps

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .check import Report, compare, read_images
+from .check import Report, compare, read_images, size_on_disk
 from .deployed import Deployed
 from .formats import require
 from .portable import portable
@@ -54,6 +56,7 @@ def export(
     path: str | Path,
     *,
     format: str = "onnx",
+    overwrite: bool = False,
     request: ExportRequest | None = None,
     images: Sequence[np.ndarray] | None = None,
     **wishes: Any,
@@ -64,6 +67,7 @@ def export(
         network: A MobileMamba, or one in timm's ``features_only``; it stays as it is.
         path: The file to write.
         format: Its format.
+        overwrite: Replace the file if it exists.
         request: What is wanted; by default what `default_request` makes of the network and of ``wishes``.
         images: To compare with, as the file takes them, each with a batch dimension; made up when None.
         **wishes: Attributes of `ExportRequest`.
@@ -75,23 +79,42 @@ def export(
         ValueError: If the format is unknown, or wishes exclude each other.
         ModuleNotFoundError: If a package of the format is missing.
         FileNotFoundError: If there is no folder for the file.
+        FileExistsError: If the file exists and ``overwrite`` is not set.
     """
     chosen = require(format)
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it first")
+    _check_path(path, format, chosen.SUFFIX, overwrite=overwrite)
     inner = copy.deepcopy(bare_network(network)).eval().cpu().float()
     if request is None:
         request = default_request(inner, **wishes)
     logger.info("%s: the network in portable form", path.name)
-    deployed = Deployed(
-        portable(inner, chosen.FORM, request.largest, is_exact=not request.dynamic_size), request
-    ).eval()
+    size = None if request.dynamic_size else request.size
+    deployed = Deployed(portable(inner, chosen.FORM, size), request).eval()
     logger.info("%s: writing %s", path.name, format)
-    with torch.no_grad():
-        chosen.write(deployed, request, path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as aside, torch.no_grad():
+        chosen.write(deployed, request, Path(aside) / path.name)
+        files = [_move(file, path.parent) for file in Path(aside).iterdir()]
+    run = chosen.load(path)
+    if run is None:
+        return Report(num_bytes=size_on_disk(files))
     logger.info("%s: running it beside PyTorch", path.name)
     if images is None:
         images = read_images(request, [], num_made_up=NUM_MADE_UP)
-    files = [path, *(path.with_suffix(suffix) for suffix in chosen.COMPANIONS)]
-    return compare(chosen.load(path), Deployed(inner, request).eval(), request, images, files=files)
+    return compare(run, Deployed(inner, request).eval(), request, images, num_bytes=size_on_disk(files))
+
+
+def _check_path(path: Path, format: str, suffix: str, *, overwrite: bool) -> None:
+    if path.suffix != suffix:
+        raise ValueError(f"{path}: the name of a file of the format {format} has to end in {suffix}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it first")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists and was left as it is: name another file, or overwrite it (--overwrite)")
+
+
+def _move(source: Path, folder: Path) -> Path:
+    """Move a file or a folder into a folder of the same disk, in place of one of that name."""
+    target = folder / source.name
+    if target.is_dir():
+        shutil.rmtree(target)
+    return source.replace(target)

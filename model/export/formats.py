@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -24,16 +24,14 @@ class Format(Protocol):
     PACKAGES: tuple[str, ...]  # modules that writing and running need
     FORM: Form  # what its runtime takes best
 
-    @staticmethod
-    def write(network: nn.Module, request: ExportRequest, path: Path) -> None:
+    def write(self, network: nn.Module, request: ExportRequest, path: Path) -> None:
         """Write a network, in portable form and with what stands before and behind it."""
 
-    @staticmethod
-    def load(path: Path) -> Runner:
-        """Return what runs the file in the format's own runtime."""
+    def load(self, path: Path) -> Runner | None:
+        """Return what runs the file in the format's own runtime; None where that does not exist for this system."""
 
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, Any] = {
     "onnx": onnx_format,
     "openvino": openvino_format,
 }
@@ -48,7 +46,7 @@ def require(name: str) -> Format:
     """
     if name not in FORMATS:
         raise ValueError(f"there is no format {name!r}; known: {', '.join(FORMATS)}")
-    chosen = FORMATS[name]
+    chosen: Format = FORMATS[name]
     missing = [package for package in chosen.PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise ModuleNotFoundError(

@@ -17,28 +17,31 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from .deployed import Deployed, center_crop
+from .deployed import center_crop
 from .portable import crop_like
 from .request import ExportRequest
-from .scan import any_recurrence, shift
+from .scan import any_recurrence, row_before
 
 __all__ = ["build_model"]
 
 OPSET = 18  # the first with antialiased Resize
 IR_VERSION = 10
+HALVED_SIZE = 1024  # weights of fewer numbers stay in 32 bits: the scan's rates, norms, biases
 _FLOAT, _UINT8 = TensorProto.FLOAT, TensorProto.UINT8
+_FIRST = np.iinfo(np.int64).min
 
 
-def build_model(network: Deployed, request: ExportRequest) -> onnx.ModelProto:
+def build_model(network: nn.Module, request: ExportRequest, *, has_fast_softplus: bool = False) -> onnx.ModelProto:
     """Return the ONNX model of a network in portable form, with its metadata.
 
     Args:
         network: With what stands before and behind it; in float32.
         request: What is wanted.
+        has_fast_softplus: Whether the runtime computes softplus as fast as it does exp.
     """
     traced = fx.GraphModule(network, fx.Tracer().trace(network)).graph
     traced.eliminate_dead_code()
-    graph = _Graph(network, request)
+    graph = _Graph(network, request, has_fast_softplus=has_fast_softplus)
     outputs = graph.add_all(traced)
     names = request.output_names
     for name, output in zip(names, outputs, strict=True):
@@ -66,9 +69,11 @@ def _input_type(request: ExportRequest) -> tuple[list[int | str], int]:
 class _Graph:
     """Nodes and constants of a graph, made from a traced network's operations."""
 
-    def __init__(self, network: nn.Module, request: ExportRequest) -> None:
+    def __init__(self, network: nn.Module, request: ExportRequest, *, has_fast_softplus: bool) -> None:
         self.network = network
         self.input_name = request.input_name
+        self.fp16 = request.fp16
+        self.has_fast_softplus = has_fast_softplus
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.names: dict[fx.Node, Any] = {}  # what each operation became: a name, or several
@@ -80,20 +85,20 @@ class _Graph:
         return name
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
-        """Return the name of a constant; equal short ones are one."""
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype)
-        short = array.size <= 8
-        name = f"constant_{array.dtype}_{array.shape}_{array.tolist()}" if short else f"constant_{len(self.constants)}"
-        if name not in self.constants:
-            self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        """Return the name of a small constant; equal ones are one."""
+        array = np.asarray(value, dtype)
+        name = f"constant_{array.dtype}_{array.shape}_{array.tolist()}"
+        self.constants[name] = numpy_helper.from_array(array, name)
         return name
 
-    def weight(self, name: str) -> str:
-        """Return the name of a parameter or buffer, which becomes a constant of that name."""
+    def weight(self, name: str, *, is_transposed: bool = False) -> str:
+        """Return the name of a parameter or buffer as it is to be read: kept in 16 bits where that is wanted."""
+        tensor: Tensor = operator.attrgetter(name)(self.network)
+        array = (tensor.t() if is_transposed else tensor).detach().contiguous().numpy()
+        is_halved = self.fp16 and array.size >= HALVED_SIZE
         if name not in self.constants:
-            tensor = operator.attrgetter(name)(self.network)
-            self.constants[name] = numpy_helper.from_array(tensor.detach().contiguous().numpy(), name)
-        return name
+            self.constants[name] = numpy_helper.from_array(_halved(array) if is_halved else array, name)
+        return self.add("Cast", [name], to=_FLOAT) if is_halved else name
 
     def add_all(self, traced: fx.Graph) -> list[str]:
         """Add every operation in order; return the names of the outputs."""
@@ -120,6 +125,12 @@ class _Graph:
         return value if isinstance(value, str) else self.constant(value, np.float32)
 
 
+def _halved(array: np.ndarray) -> np.ndarray:
+    """Return numbers in 16 bits, the largest of these in place of what exceeds them."""
+    limit = np.finfo(np.float16).max
+    return array.clip(-limit, limit).astype(np.float16)
+
+
 def _parameters(graph: _Graph, name: str, module: nn.Module) -> list[str]:
     return [graph.weight(f"{name}.{own}") for own in ("weight", "bias") if getattr(module, own) is not None]
 
@@ -136,8 +147,7 @@ def _conv(graph: _Graph, name: str, conv: Any, x: str) -> str:
 
 
 def _linear(graph: _Graph, name: str, linear: Any, x: str) -> str:
-    matrix = graph.constant(linear.weight.t())
-    y = graph.add("MatMul", [x, matrix])
+    y = graph.add("MatMul", [x, graph.weight(f"{name}.weight", is_transposed=True)])
     return y if linear.bias is None else graph.add("Add", [y, graph.weight(f"{name}.bias")])
 
 
@@ -169,7 +179,9 @@ def _binary(op: str) -> Callable[..., str]:
 
 
 def _softplus(graph: _Graph, x: str, **_: Any) -> str:
-    """Add max(x, 0) - log(sigmoid(|x|)): ONNX Runtime computes these many numbers at once, its Softplus one by one."""
+    """Add max(x, 0) - log(sigmoid(|x|)), as ONNX Runtime computes many of these at once, but softplus one by one."""
+    if graph.has_fast_softplus:
+        return graph.add("Softplus", [x])
     rest = graph.add("Log", [graph.add("Sigmoid", [graph.add("Abs", [x])])])
     return graph.add("Sub", [graph.add("Relu", [x]), rest])
 
@@ -193,27 +205,22 @@ def _split(graph: _Graph, x: str, sizes: Sequence[int], dim: int) -> list[str]:
     return names
 
 
-def _slice(graph: _Graph, x: str, starts: Any, ends: Any, axes: Sequence[int], steps: Sequence[int] = ()) -> str:
-    bounds = [value if isinstance(value, str) else graph.constant(value) for value in (starts, ends)]
-    return graph.add(
-        "Slice", [x, *bounds, graph.constant(list(axes)), *([graph.constant(list(steps))] if steps else [])]
-    )
-
-
-_ALL = np.iinfo(np.int64)
+def _slice(graph: _Graph, x: str, start: str, end: str, axes: Sequence[int], *steps: int) -> str:
+    inputs = [x, start, end, graph.constant(list(axes))]
+    return graph.add("Slice", [*inputs, graph.constant(steps)] if steps else inputs)
 
 
 def _flip(graph: _Graph, x: str, *dims: int) -> str:
-    num = len(dims)
-    return _slice(graph, x, [-1] * num, [_ALL.min] * num, dims, [-1] * num)
+    back = [-1] * len(dims)
+    return _slice(graph, x, graph.constant(back), graph.constant([_FIRST] * len(dims)), dims, *back)
 
 
-def _shift(graph: _Graph, x: str, steps: int, dim: int, *, is_reverse: bool = False, value: float = 0.0) -> str:
-    pads = [-steps, steps] if is_reverse else [steps, -steps]  # a negative one cuts off
-    return graph.add("Pad", [x, graph.constant(pads), graph.constant(value, np.float32), graph.constant([dim])])
+def _row_before(graph: _Graph, x: str, *, is_reverse: bool = False) -> str:
+    pads = graph.constant([-1, 1] if is_reverse else [1, -1])  # a negative one cuts off
+    return graph.add("Pad", [x, pads, graph.constant(0, np.float32), graph.constant([1])])
 
 
-def _any_recurrence(graph: _Graph, decay: str, inputs: str, sides: tuple[int, int], *, is_reverse: bool = False) -> str:
+def _any_recurrence(graph: _Graph, decay: str, inputs: str, *, is_reverse: bool = False) -> str:
     """Loop over the columns of all rows, then over the rows' ends: a loop ends with the map, whatever its size."""
     shape = graph.add("Shape", [decay])
     state, row_decays, states, decays = _loop(graph, decay, inputs, shape, 2, is_reverse=is_reverse)
@@ -276,7 +283,7 @@ def _loop_body(gives_states_before: bool) -> onnx.GraphProto:
 
 
 def _crop_like(graph: _Graph, x: str, like: str) -> str:
-    return _slice(graph, x, [0, 0], graph.add("Shape", [like], start=2), [2, 3])
+    return _slice(graph, x, graph.constant([0, 0]), graph.add("Shape", [like], start=2), [2, 3])
 
 
 def _item(graph: _Graph, values: Sequence[str], index: int) -> str:
@@ -292,8 +299,8 @@ def _center_crop(graph: _Graph, x: str, size: tuple[int, int], crop_pct: float) 
     half = graph.add("Mul", [graph.add("Sub", [sides, kept]), graph.constant(0.5, np.float32)])
     start = graph.add("Floor", [half])
     end = graph.add("Add", [start, kept])
-    bounds = [graph.add("Cast", [bound], to=TensorProto.INT64) for bound in (start, end)]
-    return _slice(graph, x, *bounds, [2, 3])
+    first, last = (graph.add("Cast", [bound], to=TensorProto.INT64) for bound in (start, end))
+    return _slice(graph, x, first, last, [2, 3])
 
 
 def _interpolate(graph: _Graph, x: str, size: Sequence[int], *, mode: str, antialias: bool, **_: Any) -> str:
@@ -303,7 +310,8 @@ def _interpolate(graph: _Graph, x: str, size: Sequence[int], *, mode: str, antia
 
 
 def _to(graph: _Graph, x: str, dtype: torch.dtype) -> str:
-    return graph.add("Cast", [x], to={torch.float32: _FLOAT, torch.float16: TensorProto.FLOAT16}[dtype])
+    assert dtype == torch.float32
+    return graph.add("Cast", [x], to=_FLOAT)
 
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
@@ -317,7 +325,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.softplus: _softplus,
     F.interpolate: _interpolate,
     any_recurrence: _any_recurrence,
-    shift: _shift,
+    row_before: _row_before,
     crop_like: _crop_like,
     center_crop: _center_crop,
     "amax": _reduce("ReduceMax"),

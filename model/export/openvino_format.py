@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def write(network: nn.Module, request: ExportRequest, path: Path) -> None:
 
     from .onnx_graph import build_model
 
-    graph = io.BytesIO(build_model(network, request).SerializeToString())
+    whole = replace(request, fp16=False)  # OpenVINO itself keeps weights in 16 bits
+    graph = io.BytesIO(build_model(network, whole, has_fast_softplus=True).SerializeToString())
     model = openvino.convert_model(graph)
     for name, text in request.metadata().items():
         model.set_rt_info(text, ["model_info", name])

@@ -1,7 +1,7 @@
 """A network in the form that runtimes take best: plain convolutions, maps as they are, a scan without a loop.
 
 What `fuse()` folds stays folded, but as `nn.Conv2d`, as runtimes fuse convolutions with what follows and lay out maps
-by themselves. No size is written into the graph: a network for larger images serves smaller ones as well.
+by themselves.
 
 B batch, C channels, H height, W width.
 """
@@ -73,22 +73,24 @@ class Portable(nn.Module):
 
 
 @torch.no_grad()
-def portable(network: MobileMamba, form: Form, size: tuple[int, int], *, is_exact: bool = True) -> Portable:
+def portable(network: MobileMamba, form: Form, size: tuple[int, int] | None) -> Portable:
     """Return a network in portable form; the given one stays as it is.
 
     Args:
         network: Folded or not, in any mode, on a CPU.
         form: What the runtime takes best.
-        size: Height and width of the images, or of the largest, in pixels.
-        is_exact: Whether all images are of that size.
+        size: Height and width of the images in pixels; None where these may be any.
     """
     network = copy.deepcopy(network).eval().fuse()
+    # With features of the stem, several are of one stage.
+    reductions = {info["module"].partition(".")[0]: info["reduction"] for info in network.feature_info}
     stages = []
-    for info in network.feature_info:
-        # Within a stage, downsampling comes before the scans.
-        height, width = (math.ceil(side / info["reduction"]) for side in size)
-        translator = _Translator(form, sides=(height, width), is_exact=is_exact)
-        stages.append(translator.translate(getattr(network, info["module"])))
+    for name, reduction in reductions.items():
+        sides = None
+        if size is not None:  # within a stage, downsampling comes before the scans
+            height, width = (math.ceil(side / reduction) for side in size)
+            sides = height, width
+        stages.append(_Translator(form, sides).translate(getattr(network, name)))
     head = _linear(network.head) if isinstance(network.head, nn.Linear) else nn.Identity()
     return Portable(stages, network.global_pool, head).eval().requires_grad_(False)
 
@@ -96,9 +98,9 @@ def portable(network: MobileMamba, form: Form, size: tuple[int, int], *, is_exac
 class _Translator:
     """Folded layers to portable ones, of a stage with maps of some size; see `DirectionalScan`."""
 
-    def __init__(self, form: Form, **maps: Any) -> None:
+    def __init__(self, form: Form, sides: tuple[int, int] | None) -> None:
         self.form = form
-        self.maps = maps
+        self.sides = sides
 
     def translate(self, module: Any) -> nn.Module:
         kinds: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
@@ -121,19 +123,20 @@ class _Translator:
         return _Block(_ffn(block.ffn0), self._mixer(block.mixer), _ffn(block.ffn1))
 
     def _mixer(self, mixer: Any) -> nn.Module:
-        global_op = nn.Identity()
+        global_op: nn.Module = nn.Identity()
         if mixer.split[0]:
             wavelet = mixer.global_op
-            scan = _SS2D(wavelet.global_atten, self.form, **self.maps)
-            global_op = _Wavelet(scan, wavelet)
+            scan = _SS2D(wavelet.global_atten, self.form, self.sides)
+            global_op = _Wavelet(scan, wavelet, self.sides)
         return _Mixer(mixer.split, global_op, self.translate(mixer.local_op), _pointwise(mixer.proj))
 
 
 def _conv(weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0, groups: int = 1) -> nn.Conv2d:
     """Return a convolution with the weights (C', C / groups, k, k)."""
-    outputs, inputs, *kernel = weight.shape
+    outputs, inputs, *_ = weight.shape
+    side = weight.shape[-1]
     conv = nn.Conv2d(
-        inputs * groups, outputs, tuple(kernel), stride, padding, groups=groups, bias=bias is not None, device="meta"
+        inputs * groups, outputs, side, stride, padding, groups=groups, bias=bias is not None, device="meta"
     )
     conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
@@ -150,7 +153,7 @@ def _linear(linear: nn.Linear) -> nn.Linear:
 def _convs(layers: Any) -> nn.Module:
     _, stride, padding = layers.shape
     convs: list[nn.Module] = []
-    for weight, bias in zip(layers.weights, layers.biases, strict=True):
+    for weight, bias in zip(*layers.padded(), strict=True):  # runtimes cut maps into blocks of 8 or 16 channels
         convs += [nn.ReLU()] if convs else []
         convs.append(_conv(weight, bias, stride=stride, padding=padding))
     return nn.Sequential(*convs)
@@ -181,6 +184,9 @@ def _squeeze_excite(layer: Any) -> nn.Module:
 
 class _Affine(nn.Module):
     """Scale and shift every channel."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
@@ -221,14 +227,16 @@ class _SqueezeExcite(nn.Module):
 class _SS2D(nn.Module):
     """Gated selective scan: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, scan: Any, form: Form, **maps: Any) -> None:
+    skip: Tensor
+
+    def __init__(self, scan: Any, form: Form, sides: tuple[int, int] | None) -> None:
         super().__init__()
         weights, biases = scan.in_proj.weight.chunk(2), scan.in_proj.bias.chunk(2)
         self.in_x, self.in_z = (
             _conv(weight[..., None, None], bias) for weight, bias in zip(weights, biases, strict=True)
         )
         self.conv = _depthwise(scan.conv2d)
-        self.scans = nn.ModuleList(scan_directions(scan, is_joined=form.is_joined, **maps))
+        self.scans = nn.ModuleList(scan_directions(scan, sides, is_joined=form.is_joined))
         skip = scan.Ds.view(len(scan.dt_projs_weight), -1).sum(0)
         self.register_buffer("skip", skip)
         self.norm = nn.LayerNorm(len(skip), eps=scan.out_norm.eps)
@@ -254,9 +262,10 @@ def crop_like(x: Tensor, like: Tensor) -> Tensor:
 class _Wavelet(nn.Module):
     """Scan plus the convolution of the four bands of the wavelet transform: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, scan: nn.Module, wavelet: Any) -> None:
+    def __init__(self, scan: nn.Module, wavelet: Any, sides: tuple[int, int] | None) -> None:
         super().__init__()
         self.scan = scan
+        self.has_odd_sides = sides is None or any(side % 2 for side in sides)
         filters, weight = wavelet.wt_filter, wavelet.bands.weight
         channels = len(filters) // 4
         # 3 x 3 with zeros above and to the left, so that zeros on every side take the place of those at odd sides.
@@ -268,7 +277,7 @@ class _Wavelet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.scan(x)
         pixels = self.to_pixels(self.bands(self.to_bands(x)))
-        return y + crop_like(pixels, x)
+        return y + (crop_like(pixels, x) if self.has_odd_sides else pixels)
 
 
 class _Mixer(nn.Module):

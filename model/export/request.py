@@ -25,8 +25,7 @@ class ExportRequest:
     Attributes:
         size: Height and width of the input in pixels; with ``dynamic_size`` the size at which the file is checked.
         batch: Images at once; None for any number.
-        dynamic_size: Take any height and width from 32 pixels to ``max_size``.
-        max_size: The largest side with ``dynamic_size``, in pixels.
+        dynamic_size: Take any height and width from 32 pixels.
         fp16: Weights in 16 bits.
         int8: Weights and maps in 8 bits, where this costs little.
         calibration: A folder of images, of which int8 learns the ranges of the maps.
@@ -46,7 +45,6 @@ class ExportRequest:
     size: tuple[int, int]
     batch: int | None = 1
     dynamic_size: bool = False
-    max_size: int = 512
     fp16: bool = False
     int8: bool = False
     calibration: Path | None = None
@@ -64,8 +62,6 @@ class ExportRequest:
             raise ValueError(f"size {self.size[0]}x{self.size[1]} is too small: both sides must be {MIN_SIZE} or more")
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"batch must be 1 or more, or dynamic, got {self.batch}")
-        if self.dynamic_size and max(self.size) > self.max_size:
-            raise ValueError(f"size {max(self.size)} exceeds the largest side {self.max_size}: raise --max-size")
         if self.dynamic_size and self.preprocess:
             raise ValueError("--preprocess takes images of any size already: leave --dynamic-size out")
         if self.softmax and self.features:
@@ -81,11 +77,6 @@ class ExportRequest:
     def num_channels(self) -> int:
         """Channels of an image."""
         return len(self.mean)
-
-    @property
-    def largest(self) -> tuple[int, int]:
-        """Height and width of the largest maps that the network itself is given, in pixels."""
-        return (self.max_size, self.max_size) if self.dynamic_size else self.size
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -117,8 +108,6 @@ class ExportRequest:
             "layout": "uint8 NHWC" if self.preprocess else "float32 NCHW",
             "channels": "BGR" if self.is_bgr else "RGB",
         }
-        if self.dynamic_size:
-            facts["max_size"] = self.max_size
         if self.classes:
             facts["classes"] = self.classes
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}

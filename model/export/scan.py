@@ -1,9 +1,7 @@
 """The selective scan as runtimes like it: on maps with their channels last, of which a column is one piece of memory.
 
 Each row is scanned by itself first, all rows at once, column by column; then the rows pass on the states at their ends.
-For maps of one size these steps are written out. For any size they are doublings: a pixel takes in its neighbour, then
-that neighbour's neighbours, 1, 2, 4, ... pixels away, enough times for the largest map; ONNX, which has an operator for
-loops, is given that instead (`onnx_graph`).
+For maps of one size these steps are written out; for any size ONNX has an operator that loops over them (`onnx_graph`).
 
 B batch, D channels, H height, W width, K directions, N state, R rank of the time step.
 """
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from ..lib_mamba import SCANS
 
-__all__ = ["DirectionalScan", "any_recurrence", "exact_recurrence", "scan_directions", "shift"]
+__all__ = ["DirectionalScan", "any_recurrence", "exact_recurrence", "row_before", "scan_directions"]
 
 _HEIGHT, _WIDTH = 1, 2
 
@@ -42,7 +40,7 @@ def exact_recurrence(decay: Tensor, inputs: Tensor, sides: tuple[int, int], *, i
     states = torch.cat(columns, _WIDTH)
     last = 0 if is_reverse else -1
     rows, _ = _steps(decays[last], columns[last], _HEIGHT, height, is_reverse=is_reverse)
-    before = shift(torch.cat(rows, _HEIGHT), 1, _HEIGHT, is_reverse=is_reverse)
+    before = row_before(torch.cat(rows, _HEIGHT), is_reverse=is_reverse)
     return states + torch.cat(decays, _WIDTH) * before
 
 
@@ -60,37 +58,18 @@ def _steps(
 
 
 @torch.fx.wrap
-def any_recurrence(decay: Tensor, inputs: Tensor, sides: tuple[int, int], *, is_reverse: bool = False) -> Tensor:
-    """Do as `exact_recurrence`, on maps of any height and width up to ``sides``, by doublings."""
-    states, decay = _doublings(decay, inputs, _WIDTH, sides[1], is_reverse=is_reverse)
-    end = slice(None, 1) if is_reverse else slice(-1, None)
-    rows, _ = _doublings(decay[:, :, end], states[:, :, end], _HEIGHT, sides[0], is_reverse=is_reverse)
-    return states + decay * shift(rows, 1, _HEIGHT, is_reverse=is_reverse)
-
-
-def _doublings(decay: Tensor, states: Tensor, dim: int, side: int, *, is_reverse: bool) -> tuple[Tensor, Tensor]:
-    for level in range((side - 1).bit_length()):
-        states = states + decay * shift(states, 2**level, dim, is_reverse=is_reverse)
-        decay = decay * shift(decay, 2**level, dim, is_reverse=is_reverse, value=1.0)
-    return states, decay
+def any_recurrence(decay: Tensor, inputs: Tensor, *, is_reverse: bool = False) -> Tensor:
+    """Do as `exact_recurrence`, on maps of any height and width: one operation for torch.fx, whatever the size."""
+    height, width = decay.shape[1:3]
+    return exact_recurrence(decay, inputs, (height, width), is_reverse=is_reverse)
 
 
 @torch.fx.wrap
-def shift(x: Tensor, steps: int, dim: int, *, is_reverse: bool = False, value: float = 0.0) -> Tensor:
-    """Move a map (B, H, W, D) down or to the right, or the other way, and put ``value`` where nothing came.
-
-    Args:
-        x: The map.
-        steps: How far, in pixels; this may exceed the side.
-        dim: 1 to move down, 2 to move to the right.
-        is_reverse: Move up, or to the left.
-        value: What comes in from outside.
-    """
-    pads = [0, 0, 0, 0, 0, 0]  # of the channels, left, right, top, bottom
-    pads[2 * (3 - dim) + is_reverse] = steps
-    padded = F.pad(x, pads, value=value)
-    kept = slice(steps, None) if is_reverse else slice(None, -steps)
-    return padded[:, :, kept] if dim == _WIDTH else padded[:, kept]
+def row_before(x: Tensor, *, is_reverse: bool = False) -> Tensor:
+    """Move a map (B, H, W, D) down by a row, or up, with zeros where nothing came."""
+    if is_reverse:
+        return F.pad(x, (0, 0, 0, 0, 0, 1))[:, 1:]
+    return F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]
 
 
 class DirectionalScan(nn.Module):
@@ -103,28 +82,23 @@ class DirectionalScan(nn.Module):
         scan: The layer whose directions these are, folded.
         directions: Their places in its parameters, and whether each runs backwards.
         is_columns: Whether pixels are visited column by column.
-        sides: Height and width of the maps, or of the largest.
-        is_exact: Whether all maps are of that size.
+        sides: Height and width of the maps; None where these may be any.
     """
 
     def __init__(
-        self, scan: Any, directions: dict[int, bool], *, is_columns: bool, sides: tuple[int, int], is_exact: bool
+        self, scan: Any, directions: dict[int, bool], *, is_columns: bool, sides: tuple[int, int] | None
     ) -> None:
         super().__init__()
         places = list(directions)
         self.reverse = tuple(directions.values())
         self.is_columns = is_columns
-        self.sides = (sides[1], sides[0]) if is_columns else sides
-        self.is_exact = is_exact
+        self.sides = (sides[1], sides[0]) if sides and is_columns else sides
         num_all, channels, rank = scan.dt_projs_weight.shape
         self.channels, self.num_states = channels, scan.A_logs.shape[1]
-        num = len(places)
-        weight = scan.x_proj_weight[places]  # (K, R + 2N, D)
-        # Time steps of all directions, then B and C of each direction and component of the state.
-        self.widths = (num * rank, *[1] * (2 * num * self.num_states))
-        blocks = [torch.block_diag(*weight[:, :rank]), torch.block_diag(*weight[:, rank:])]
-        self.project = _product(torch.cat(blocks), None)
-        self.time_step = _product(torch.block_diag(*scan.dt_projs_weight[places]), scan.dt_projs_bias[places].flatten())
+        # Of each direction in turn: the time step's R numbers, then B and C of each component of the state.
+        self.widths = (rank, *[1] * (2 * self.num_states))
+        self.project = _product(scan.x_proj_weight[places].flatten(0, 1), None)
+        self.time_steps = nn.ModuleList(_product(scan.dt_projs_weight[k], scan.dt_projs_bias[k]) for k in places)
         rates = -scan.A_logs.double().exp().to(scan.A_logs.dtype)
         rates = rates.view(num_all, channels, self.num_states)[places].flatten(0, 1)  # (K * D, N)
         self.rates = nn.ParameterList(_frozen(rate) for rate in rates.t())
@@ -136,44 +110,45 @@ class DirectionalScan(nn.Module):
         return y.transpose(_HEIGHT, _WIDTH) if self.is_columns else y
 
     def _scan(self, x: Tensor) -> Tensor:
-        num, num_states = len(self.reverse), self.num_states
+        num = len(self.reverse)
         flips = [num > 1 and is_reverse for is_reverse in self.reverse]
         sequences = [_flipped(x, is_flipped) for is_flipped in flips]
-        parts = self.project(_joined(sequences)).split(self.widths, dim=-1)
-        delta = F.softplus(self.time_step(parts[0]))
+        projection = self.project(x).split([sum(self.widths)] * num, dim=-1)
+        # A flipped sequence has the flipped projection, which is the smaller one to flip.
+        parts = [_flipped(projection[k], is_flipped).split(self.widths, dim=-1) for k, is_flipped in enumerate(flips)]
+        delta = F.softplus(_joined([time_step(parts[k][0]) for k, time_step in enumerate(self.time_steps)]))
         y = None
-        for n in range(num_states):
-            B = [parts[1 + 2 * num_states * k + n] for k in range(num)]
-            C = [parts[1 + 2 * num_states * k + num_states + n] for k in range(num)]
-            decay = torch.exp(delta * self.rates[n])
-            inputs = delta * _joined([sequence * B_k for sequence, B_k in zip(sequences, B, strict=True)])
-            is_reverse = num == 1 and self.reverse[0]
-            if self.is_exact:
-                states = exact_recurrence(decay, inputs, self.sides, is_reverse=is_reverse)
-            else:
-                states = any_recurrence(decay, inputs, self.sides, is_reverse=is_reverse)
-            own = states.split([self.channels] * num, dim=-1)
+        for n, rate in enumerate(self.rates):
+            decay = torch.exp(delta * rate)
+            inputs = delta * _joined([sequence * parts[k][1 + n] for k, sequence in enumerate(sequences)])
+            states = self._recurrence(decay, inputs).split([self.channels] * num, dim=-1)
             for k, is_flipped in enumerate(flips):
-                output = _flipped(own[k] * C[k], is_flipped)
+                output = _flipped(states[k] * parts[k][1 + self.num_states + n], is_flipped)
                 y = output if y is None else y + output
         assert y is not None
         return y
 
+    def _recurrence(self, decay: Tensor, inputs: Tensor) -> Tensor:
+        is_reverse = len(self.reverse) == 1 and self.reverse[0]
+        if self.sides is None:
+            return any_recurrence(decay, inputs, is_reverse=is_reverse)
+        return exact_recurrence(decay, inputs, self.sides, is_reverse=is_reverse)
 
-def scan_directions(scan: Any, *, is_joined: bool, **maps: Any) -> list[DirectionalScan]:
+
+def scan_directions(scan: Any, sides: tuple[int, int] | None, *, is_joined: bool) -> list[DirectionalScan]:
     """Return what computes the directions of a folded scan: one layer for each order of pixels, or each direction.
 
     Args:
         scan: The layer.
+        sides: See `DirectionalScan`.
         is_joined: Whether directions share a layer.
-        **maps: ``sides`` and ``is_exact`` of `DirectionalScan`.
     """
     layers = []
     for is_columns, directions in SCANS[scan.scan]:
         groups: Sequence[dict[int, bool]] = [directions]
         if not is_joined:
             groups = [{place: is_reverse} for place, is_reverse in directions.items()]
-        layers += [DirectionalScan(scan, group, is_columns=is_columns, **maps) for group in groups]
+        layers += [DirectionalScan(scan, group, is_columns=is_columns, sides=sides) for group in groups]
     return layers
 
 

@@ -269,13 +269,13 @@ class FoldedConvs(_Packed):
     def pack(self) -> None:
         # As matrices (height * width * C, C').
         self.panels = [layouts.columns(weight.permute(2, 3, 1, 0).flatten(0, 2)) for weight in self.weights]
-        weights, biases = self._padded() if is_on_gpu(self.weights[0]) else (self.weights, self.biases)
+        weights, biases = self.padded() if is_on_gpu(self.weights[0]) else (self.weights, self.biases)
         for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             self.register_buffer(f"weight{index}", weight.detach(), persistent=False)
             self.register_buffer(f"bias{index}", bias.detach(), persistent=False)
 
-    def _padded(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return weights and biases with zeros, so that maps between two convolutions have channels for tensor cores.
+    def padded(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return weights and biases with zeros, so that maps between two convolutions have channels for vector units.
 
         The weights are laid out channels-last, as the library reads them.
         """
