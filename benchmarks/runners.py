@@ -117,6 +117,7 @@ class Preparation:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # the next case wants the cores
         session = onnxruntime.InferenceSession(self._file(precision), options, providers=["CPUExecutionProvider"])
         inputs = {session.get_inputs()[0].name: self.images.numpy()}
         return lambda: session.run(None, inputs)[0]
@@ -154,8 +155,11 @@ class Preparation:
             onnx_export(self.candidate.network, str(path), example_input=self.images, check=False)
 
     def _quantize(self, path: Path) -> None:
-        """Quantise the convolutions, by channel. Weights of 7 bits do not overflow on processors without VNNI."""
-        from onnxruntime.quantization import CalibrationDataReader, quantize_static
+        """Quantise the convolutions: weights by channel and to 7 bits, which processors without VNNI add up exactly.
+
+        Maps are unsigned, as such processors multiply unsigned with signed numbers.
+        """
+        from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
         source = self._file("fp32")
@@ -171,7 +175,15 @@ class Preparation:
             def get_next(self) -> dict[str, np.ndarray] | None:
                 return next(self.batches, None)
 
-        quantize_static(prepared, path, Reader(), per_channel=True, reduce_range=True, op_types_to_quantize=["Conv"])
+        quantize_static(
+            prepared,
+            path,
+            Reader(),
+            per_channel=True,
+            reduce_range=True,
+            op_types_to_quantize=["Conv"],
+            activation_type=QuantType.QUInt8,
+        )
         prepared.unlink()
 
 

@@ -83,6 +83,6 @@ class Deployed(nn.Module):
     def _features(self, x: Tensor) -> list[Tensor]:
         if isinstance(self.network, Portable):
             return self.network.features(x)
-        maps = self.network.forward_intermediates(x, indices=(1, 2, 3), intermediates_only=True)
+        maps = self.network.forward_intermediates(x, indices=3, intermediates_only=True)
         assert isinstance(maps, list)
         return maps

@@ -82,13 +82,15 @@ def portable(network: MobileMamba, form: Form, size: tuple[int, int] | None) -> 
         size: Height and width of the images in pixels; None where these may be any.
     """
     network = copy.deepcopy(network).eval().fuse()
+    # With features of the stem, several are of one stage.
+    reductions = {info["module"].partition(".")[0]: info["reduction"] for info in network.feature_info}
     stages = []
-    for info in network.feature_info:
+    for name, reduction in reductions.items():
         sides = None
         if size is not None:  # within a stage, downsampling comes before the scans
-            height, width = (math.ceil(side / info["reduction"]) for side in size)
+            height, width = (math.ceil(side / reduction) for side in size)
             sides = height, width
-        stages.append(_Translator(form, sides).translate(getattr(network, info["module"])))
+        stages.append(_Translator(form, sides).translate(getattr(network, name)))
     head = _linear(network.head) if isinstance(network.head, nn.Linear) else nn.Identity()
     return Portable(stages, network.global_pool, head).eval().requires_grad_(False)
 

@@ -115,12 +115,12 @@ class MobileMamba(nn.Module):
         self.drop_rate = drop_rate
         self.default_cfg = self.pretrained_cfg = {}
         self.model_args = {}
-        stem = [(embed_dim[0] // 8, 2, 1), (embed_dim[0] // 4, 4, 3), (embed_dim[0] // 2, 8, 5)]
-        features = [(channels, stride, f"{STEM}.{layer}") for channels, stride, layer in stem]
-        features = features if stem_features else [(embed_dim[0], 16, STEM)]
-        features += zip(embed_dim, (16, 32, 64), ("blocks1", "blocks2", "blocks3"), strict=True)
+        stem = [(embed_dim[0], 16, STEM)]
+        if stem_features:  # after the first three ReLUs
+            stem = [(embed_dim[0] // 2**level, 16 // 2**level, f"{STEM}.{7 - 2 * level}") for level in (3, 2, 1)]
+        stages = zip(embed_dim, (16, 32, 64), ("blocks1", "blocks2", "blocks3"), strict=True)
         self.feature_info = [
-            {"num_chs": channels, "reduction": stride, "module": name} for channels, stride, name in features
+            {"num_chs": channels, "reduction": stride, "module": name} for channels, stride, name in (*stem, *stages)
         ]
         self.patch_embed = patch_embed(in_chans, embed_dim[0])
         num_blocks = sum(depth)

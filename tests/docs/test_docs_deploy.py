@@ -69,7 +69,7 @@ def expected(folder):
             v2.ToImage(),
             v2.CenterCrop(round(0.875 * 263)),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Resize((192, 192), antialias=True),
+            v2.Resize((192, 192), v2.InterpolationMode.BICUBIC, antialias=True),
             v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )

@@ -56,7 +56,7 @@ def test_file_for_one_size(small, relative_error, tmp_path, name):
 
 
 def test_features_of_a_network_of_timm(relative_error, tmp_path, name):
-    backbone = timm.create_model("mobilemamba_t2", features_only=True).eval()
+    backbone = timm.create_model("mobilemamba_t2", features_only=True, out_indices=(3, 4, 5)).eval()
     report, run, _ = write(backbone, tmp_path, name, features=True, size=(64, 96))
     images = torch.randn(1, 3, 64, 96)
     maps = run(images.numpy())
