@@ -152,8 +152,14 @@ class Data(Node):
         "Cifar100CLS",
         "INAT18CLS",
         "INAT19CLS",
+        "Shards",
+        "WebDataset",  # the same as Shards
     ] = "DefaultCLS"
-    root: str = "data/imagenet"
+    root: str = "data/imagenet"  # a folder; for shards, an http(s) address too
+    cache: str = (
+        ""  # folder for lists of files, indices and downloaded shards; mobilemamba below torch.hub's when empty
+    )
+    cache_gb: Positive = 200.0  # 10^9 bytes of downloaded shards that are kept
     loader_type: Literal["pil", "pil_upright", "torchvision"] = "pil"  # who decodes; upright: turned as EXIF says
     sampler: Literal["naive", "ra"] = "naive"  # ra: repeated augmentation
     num_repeats: PositiveCount = 3  # augmented views of each image, for `ra`

@@ -23,6 +23,7 @@ __all__ = [
     "MODES",
     "UnreadableImageError",
     "decode",
+    "image_suffixes",
     "is_image_name",
     "missing_decoders",
     "no_pixel_limit",
@@ -53,11 +54,12 @@ class UnreadableImageError(ValueError):
 
 def is_image_name(name: str) -> bool:
     """Return whether a file name is that of an image: an extension that can be decoded here, and not hidden."""
-    return name.lower().endswith(_suffixes()) and not name.startswith(".")
+    return name.lower().endswith(image_suffixes()) and not name.startswith(".")
 
 
 @functools.cache
-def _suffixes() -> tuple[str, ...]:
+def image_suffixes() -> tuple[str, ...]:
+    """Return the extensions of images that can be decoded here."""
     optional = {suffix for suffix in (".avif", ".heic", ".heif") if suffix not in missing_decoders()}
     return (*IMG_EXTENSIONS, ".gif", ".jfif", *optional)
 
