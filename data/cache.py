@@ -54,6 +54,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     with replacing(path) as aside:
         save_file(tensors, aside, metadata=dict(metadata))
+        aside.chmod(0o644)  # safetensors lets nobody else read it
 
 
 def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -23,6 +24,7 @@ __all__ = ["SHA256_SUFFIX", "RemoteShards"]
 logger = logging.getLogger(__name__)
 
 SHA256_SUFFIX = ".sha256"
+PAUSE_SECONDS = 300.0  # before a shard that could not be had is tried again: each of its images asks for it
 NUM_ATTEMPTS = 2  # the first may resume what another version of the shard left
 
 
@@ -40,6 +42,7 @@ class RemoteShards:
         self.address = address.rstrip("/")
         self.cache = cache
         self.folder = cache.file("shards", self.address, "")
+        self._failures: dict[str, tuple[float, str]] = {}
 
     def index(self, split: str) -> ShardIndex:
         """Return the index of a split; one that is here already is taken if it is still the address's own.
@@ -84,14 +87,24 @@ class RemoteShards:
             OSError: If it cannot be got or written, or is not the one that the index describes.
         """
         path = self.folder / shard.name
+        failed_at, cause = self._failures.get(shard.name, (-PAUSE_SECONDS, ""))
+        if time.monotonic() - failed_at < PAUSE_SECONDS:
+            raise OSError(cause)
+        try:
+            self._ensure(shard, path)
+        except OSError as error:
+            self._failures[shard.name] = (time.monotonic(), str(error))
+            raise
+        with contextlib.suppress(OSError):  # another process may have removed it just now
+            os.utime(path)
+        return path
+
+    def _ensure(self, shard: Shard, path: Path) -> None:
         if not _is_whole(path, shard):
             with self._locked(path):
                 if not _is_whole(path, shard):
                     self._make_room(shard.num_bytes)
                     self._fetch(shard.name, path, sha256=shard.sha256, num_bytes=shard.num_bytes)
-        with contextlib.suppress(OSError):  # another process may have removed it just now
-            os.utime(path)
-        return path
 
     def _fetch(self, name: str, path: Path, *, sha256: str, num_bytes: int | None = None) -> None:
         aside = path.with_name(path.name + SUFFIX)  # the same for every process, so that it can be resumed

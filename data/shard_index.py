@@ -107,12 +107,13 @@ class ShardIndex:
             OSError: If it cannot be written.
         """
         arrays = {"offsets": self.offsets, "sizes": self.sizes, "labels": self.labels}
-        metadata = {
+        # One entry: of several, safetensors would write the order at random.
+        content = {
             "format": FORMAT,
-            "shards": json.dumps([asdict(shard) for shard in self.shards]),
-            "classes": json.dumps(self.class_names),
+            "classes": self.class_names,
+            "shards": [asdict(shard) for shard in self.shards],
         }
-        save_arrays(path, arrays, metadata)
+        save_arrays(path, arrays, {"content": json.dumps(content)})
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
@@ -123,13 +124,14 @@ class ShardIndex:
         """
         arrays, metadata = load_arrays(path)
         arrays = {name: arrays[name] for name in ("offsets", "sizes", "labels") if name in arrays}
-        if metadata.get("format") != FORMAT or len(arrays) < 3:
-            raise ValueError(f"{path} is no index of shards, or one of another version; make it again ({INDEXING})")
         try:
-            shards = [Shard(**entry) for entry in json.loads(metadata["shards"])]
-            index = cls(shards=shards, class_names=json.loads(metadata["classes"]), **arrays)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}); make it again ({INDEXING})") from error
+            content = json.loads(metadata.get("content", "{}"))
+            if content.get("format") != FORMAT or len(arrays) < 3:
+                raise ValueError("no index of shards, or one of another version")
+            shards = [Shard(**entry) for entry in content["shards"]]
+            index = cls(shards=shards, class_names=content["classes"], **arrays)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); make it again ({INDEXING})") from error
         if strange := [shard.name for shard in shards if Path(shard.name).name != shard.name or shard.name[:1] == "."]:
             raise ValueError(f"{path} names shards outside its folder: {listed(strange)}; make it again ({INDEXING})")
         counts = {len(index.offsets), len(index.sizes), len(index.labels), int(index.first_images[-1])}
@@ -141,7 +143,7 @@ class ShardIndex:
     def join(cls, parts: Iterable[tuple[Shard, np.ndarray]], *, class_names: list[str] | None) -> ShardIndex:
         """Return the index of shards, each with its images' offset, size and label (N, 3)."""
         shards, tables = zip(*parts, strict=True)
-        offsets, sizes, labels = np.concatenate(tables).T
+        offsets, sizes, labels = np.ascontiguousarray(np.concatenate(tables).T)
         return cls(shards=list(shards), offsets=offsets, sizes=sizes, labels=labels, class_names=class_names)
 
 

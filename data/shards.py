@@ -83,7 +83,8 @@ class Shards(ImageDataset):
         """Return the shard, and the image's name in it; its first byte where that cannot be read."""
         shard, offset, _ = self.index.place(index)
         try:
-            header = os.pread(self._open(shard).fileno(), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+            file = self._open(shard)
+            header = os.pread(file.fileno(), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except (OSError, tarfile.TarError):
             member = f"byte {offset}"
