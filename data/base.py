@@ -85,11 +85,13 @@ class ImageDataset(ABC):
         labels: Class index per image (N,), int64; None where only reading an image tells its class.
         max_pixels: Larger images are unreadable; ``Data.max_pixels``, where that is given.
         mode: Of the images, by Pillow's name; one of ``images.MODES``.
+        as_array: Whether `load` gives arrays (H, W, C), uint8, in place of images.
         block_sizes: Images per block (int64) where training shuffles blocks, as `BlockOrder` does; else None.
     """
 
     max_pixels: int = MAX_PIXELS
     mode: str = "RGB"
+    as_array: bool = False
     block_sizes: np.ndarray | None = None
 
     def __init__(
@@ -114,7 +116,7 @@ class ImageDataset(ABC):
         """Return the name of an image in messages."""
 
     @abstractmethod
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
         """Return an image in the data set's mode, and its class index.
 
         Raises:
@@ -130,6 +132,14 @@ class ImageDataset(ABC):
             UnreadableImageError: If it cannot be read.
             ValueError: If the data set itself is broken.
         """
+
+    def _decoded(self, index: int, data: bytes, loader_type: str) -> Image.Image | np.ndarray:
+        """Return an encoded image as `load` gives it; its name is made only for an error."""
+        options = {"max_pixels": self.max_pixels, "mode": self.mode, "as_array": self.as_array}
+        try:
+            return decode(data, name="", loader_type=loader_type, **options)
+        except UnreadableImageError as error:
+            raise UnreadableImageError(self.name(index), error.cause) from error
 
     def close(self) -> None:  # noqa: B027 - most data sets keep no file open
         """Let go of open files; the next read opens them again."""
@@ -212,10 +222,9 @@ class FileDataset(ImageDataset):
         except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte in it
             raise UnreadableImageError(self.name(index), getattr(error, "strerror", None) or error) from error
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
         """Return an image and its class index."""
-        data, name = self.read_bytes(index), self.name(index)
-        image = decode(data, name=name, loader_type=self.loader_type, max_pixels=self.max_pixels, mode=self.mode)
+        image = self._decoded(index, self.read_bytes(index), self.loader_type)
         return image, int(self.labels[index])
 
     def _digest(self) -> bytes:

@@ -16,7 +16,7 @@ from .base import ImageDataset, index_names
 from .cache import Cache
 from .cifar import Cifar10CLS, Cifar100CLS
 from .folders import DefaultCLS
-from .images import MODES
+from .images import MODES, check_loader
 from .lmdb_folder import ImageFolderLMDB
 from .shards import Shards, is_address
 
@@ -112,6 +112,7 @@ def _open(config: Config, split: str) -> ImageDataset:
     data = config.data
     options = {"cache": Cache.create(data.cache, max_gb=data.cache_gb)} if data.type in CACHED else {}
     root = _root(data)
+    check_loader(data.loader_type)
     dataset = DATASETS[data.type](root, split=split, loader_type=data.loader_type, **options)
     dataset.max_pixels, dataset.mode = data.max_pixels, MODES[data.channels]
     return dataset

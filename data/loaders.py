@@ -23,7 +23,7 @@ from .base import ImageDataset
 from .datasets import open_datasets
 from .samplers import EvaluationSampler, TrainSampler
 from .samples import Batch, SampleReader, collate
-from .transforms import build_transform
+from .transforms import build_transform, takes_arrays
 
 __all__ = ["Loaders", "TestLoader", "TrainLoader", "build_loaders", "worker_failures"]
 
@@ -90,6 +90,8 @@ class TrainLoader:
                 "processes; lower batch_size, or set trainer.data.drop_last=False"
             )
         self.smallest_batch = self._sampler.smallest_batch
+        is_simple = config.data.loader_type.startswith("simplejpeg") and config.data.channels == 3
+        dataset.as_array = is_simple and takes_arrays(config.data.train_transforms)
         reader = _reader(dataset, config, is_training=True)
         self._batches = _Batches(reader, self._sampler, options, device_type=device_type, rank=rank)
         self.unreadable: set[str] = set()

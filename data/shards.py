@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from .base import ImageDataset, index_names
 from .block_order import WINDOW, split_blocks
 from .cache import Cache
 from .folders import checked_label
-from .images import UnreadableImageError, decode
+from .images import UnreadableImageError
 from .shard_cache import RemoteShards
 from .shard_index import INDEXING, Shard, ShardIndex, find_shards, index_name, index_shard, read_class_names
 
@@ -90,13 +91,9 @@ class Shards(ImageDataset):
             member = f"byte {offset}"
         return printable(f"{self.root}/{shard.name}:{member}")
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
         """Return an image and its class index."""
-        data = self.read_bytes(index)
-        try:
-            image = decode(data, name="", loader_type=self.loader_type, max_pixels=self.max_pixels, mode=self.mode)
-        except UnreadableImageError as error:
-            raise UnreadableImageError(self.name(index), error.cause) from error
+        image = self._decoded(index, self.read_bytes(index), self.loader_type)
         return image, int(self.index.labels[index])
 
     def read_bytes(self, index: int) -> bytes:

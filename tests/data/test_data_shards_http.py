@@ -1,6 +1,7 @@
 """Shards behind an address: a server that fails at times, a cache with a limit, files that are gone or changed."""
 
 import http.server
+import socket
 import threading
 from functools import partial
 
@@ -82,7 +83,7 @@ def serve(packed, monkeypatch):
     def start(*, fails=False):
         server = Server(packed, fails=fails)
         servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         return server, f"http://127.0.0.1:{server.server_port}"
 
     yield start
@@ -151,7 +152,7 @@ def test_a_shard_that_is_gone_or_changed_is_named_and_counted(packed, serve, mak
 
 def test_an_address_without_an_index_or_a_server_is_refused(packed, serve, tmp_path):
     cache = Cache.create(str(tmp_path / "cache"))
-    server, address = serve()
+    _, address = serve()
     Shards(address, split="val", cache=cache)
     for path in packed.glob("val-index*"):
         path.unlink()
@@ -159,10 +160,11 @@ def test_an_address_without_an_index_or_a_server_is_refused(packed, serve, tmp_p
         ValueError, match=r"has no val-index\.safetensors\.sha256; where the shards lie, run `python -m"
     ):
         Shards(address, split="val", cache=cache)
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(OSError, match="cannot be got after 5 attempts"):
-        Shards(address, split="train", cache=cache)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(OSError, match="cannot be got after 5 attempts"):
+            Shards(nobody, split="train", cache=cache)
 
 
 def test_checkpoints_know_remote_shards_without_a_download(packed, serve, make_config, tmp_path):
