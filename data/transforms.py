@@ -138,7 +138,7 @@ class _Crop:
         return self.resized(crop, interpolation)
 
     def resized(self, crop: Image.Image | np.ndarray, interpolation: InterpolationMode) -> Image.Image:
-        image = crop if isinstance(crop, Image.Image) else Image.fromarray(crop)
+        image = crop if isinstance(crop, Image.Image) else Image.fromarray(np.ascontiguousarray(crop))
         return image.resize(self.step.size[::-1], pil_modes_mapping[interpolation])
 
 
