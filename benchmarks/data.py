@@ -46,7 +46,7 @@ FORMATS = {"DefaultCLS": "folders", "ImageFolderLMDB": "lmdb", "Shards": "shards
 DECODERS = (("pil", "pil"), ("simplejpeg", "pil"), ("simplejpeg", "torch"), ("simplejpeg_fast", "torch"))
 STAGES = ("read", "decode", "augment", "collate")
 QUALITY = 98  # makes files of about 110 kB, the mean of ImageNet's
-BATCH = 64
+BATCH = 32
 
 
 @dataclass(frozen=True)
