@@ -15,6 +15,7 @@ EXTRAS = {
     "train": TRAIN,
     "lmdb": ["lmdb"],
     "heic": ["pillow-heif"],
+    "jpeg": ["simplejpeg"],
     "zoo": ["gdown>=6"],
     "downstream": [
         "onedl-mmengine==0.10.12",
@@ -50,6 +51,8 @@ EXTRAS = {
         "mutmut",
         "pytest-xdist",
         "pillow-heif",
+        "webdataset",
+        "simplejpeg",
         "setuptools>=77,<82",
         "onnx",
         "onnxruntime",

@@ -37,6 +37,7 @@ _CLASSES = ("nb_classes", "data.nb_classes", "model.model_kwargs.num_classes", "
 # Files and folders; the teachers' checkpoints are among the terms of the loss.
 _PATHS = (
     "data.root",
+    "data.cache",
     "trainer.checkpoint",
     "trainer.resume_dir",
     "model.model_kwargs.checkpoint_path",

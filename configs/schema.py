@@ -85,6 +85,7 @@ class TimmTrainTransform(Transform):
     color_jitter: NonNegative | None = 0.4
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     interpolation: Literal["random", Interpolation] = "random"
+    resize: Literal["pil", "torch"] = "pil"  # who resizes the crop; torch: faster, other pixels, see data/README.md
     scale: Pair[PositiveShare] | None = None  # range of the crop's area; timm's (0.08, 1) when None
     ratio: Pair[Positive] | None = None  # range of the crop's aspect; timm's (3/4, 4/3) when None
     hflip: Share = 0.5
@@ -152,9 +153,16 @@ class Data(Node):
         "Cifar100CLS",
         "INAT18CLS",
         "INAT19CLS",
+        "Shards",
+        "WebDataset",  # the same as Shards
     ] = "DefaultCLS"
-    root: str = "data/imagenet"
-    loader_type: Literal["pil", "pil_upright", "torchvision"] = "pil"  # who decodes; upright: turned as EXIF says
+    root: str = "data/imagenet"  # a folder; for shards, an http(s) address too
+    cache: str = (
+        ""  # folder for lists of files, indices and downloaded shards; mobilemamba below torch.hub's when empty
+    )
+    cache_gb: Positive = 200.0  # 10^9 bytes of downloaded shards that are kept
+    # Who decodes; upright: turned as EXIF says, fast: other pixels than Pillow's, see data/README.md.
+    loader_type: Literal["pil", "pil_upright", "torchvision", "simplejpeg", "simplejpeg_fast"] = "pil"
     sampler: Literal["naive", "ra"] = "naive"  # ra: repeated augmentation
     num_repeats: PositiveCount = 3  # augmented views of each image, for `ra`
     nb_classes: PositiveCount | None = None  # tied to `nb_classes`

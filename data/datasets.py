@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from configs.schema import Config
+from configs.schema import Config, Data
 from model.messages import listed
 
 from .annotations import INAT18CLS, INAT19CLS, CustomImageDataset, IN22KDataset
 from .base import ImageDataset, index_names
+from .cache import Cache
 from .cifar import Cifar10CLS, Cifar100CLS
 from .folders import DefaultCLS
-from .images import MODES
+from .images import MODES, check_loader
 from .lmdb_folder import ImageFolderLMDB
+from .shards import Shards, is_address
 
 __all__ = ["DATASETS", "check_dataset", "check_same_classes", "count_classes", "open_datasets", "open_first"]
 
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class _DatasetType(Protocol):
-    def __call__(self, root: Path, *, split: str, loader_type: str) -> ImageDataset: ...
+    def __call__(self, root: Any, *, split: str, loader_type: str, **options: Any) -> ImageDataset: ...
 
 
 DATASETS: dict[str, _DatasetType] = {
@@ -36,7 +38,10 @@ DATASETS: dict[str, _DatasetType] = {
     "Cifar100CLS": Cifar100CLS,
     "INAT18CLS": INAT18CLS,
     "INAT19CLS": INAT19CLS,
+    "Shards": Shards,
+    "WebDataset": Shards,
 }
+CACHED = ("DefaultCLS", "Shards", "WebDataset")  # types that keep something in the cache
 
 
 def open_first(config: Config) -> ImageDataset:
@@ -105,12 +110,24 @@ def _splits(config: Config) -> tuple[str, ...]:
 
 def _open(config: Config, split: str) -> ImageDataset:
     data = config.data
+    options = {"cache": Cache.create(data.cache, max_gb=data.cache_gb)} if data.type in CACHED else {}
+    root = _root(data)
+    check_loader(data.loader_type)
+    dataset = DATASETS[data.type](root, split=split, loader_type=data.loader_type, **options)
+    dataset.max_pixels, dataset.mode = data.max_pixels, MODES[data.channels]
+    return dataset
+
+
+def _root(data: Data) -> Path | str:
+    """Return the folder, or the address, which only shards may have."""
+    if is_address(data.root):
+        if DATASETS[data.type] is not Shards:
+            raise ValueError(f"data.root={data.root}: only shards are read from an address; set data.type=Shards")
+        return data.root
     root = Path(data.root).expanduser()
     if not root.is_dir():
         raise ValueError(f"data.root={data.root}: there is no such folder; set data.root to that of the data set")
-    dataset = DATASETS[data.type](root, split=split, loader_type=data.loader_type)
-    dataset.max_pixels, dataset.mode = data.max_pixels, MODES[data.channels]
-    return dataset
+    return root
 
 
 def _num_classes(config: Config) -> int:

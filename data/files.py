@@ -65,6 +65,7 @@ class ImageSearch:
     Attributes:
         others: Files that are not images.
         repeated: Links to a folder that was searched before, is of another class, or contains ``root``.
+        folders: Time of the last change, in ns, of each folder that was searched, as it was before the search.
 
     Raises:
         ValueError: If two class folders are the same folder.
@@ -74,6 +75,7 @@ class ImageSearch:
         self.root = root
         self.others: list[Path] = []
         self.repeated: list[Path] = []
+        self.folders = {name: (root / name).stat().st_mtime_ns for name in (".", *class_names)}
         real_root = root.resolve()
         self._seen = {_identity(folder) for folder in (real_root, *real_root.parents)}
         owners: dict[tuple[int, int], str] = {}
@@ -100,23 +102,38 @@ class ImageSearch:
 
     def report(self) -> None:
         """Log which files are left out, and which links."""
-        if self.others:
-            is_missed = any(path.suffix.lower() in missing_decoders() for path in self.others)
-            logger.log(logging.WARNING if is_missed else logging.INFO, "%s: %s", self.root, left_out(self.others))
-        self.report_links()
+        for level, remark in self.remarks():
+            logger.log(level, "%s", remark)
 
     def report_links(self) -> None:
         """Log the links that are not followed."""
-        if self.repeated:
-            message = "%s: %d links to folders that are read anyway, or that contain this one, are not followed: %s"
-            logger.warning(message, self.root, len(self.repeated), listed([printable(path) for path in self.repeated]))
+        for remark in self._link_remarks():
+            logger.warning("%s", remark)
+
+    def remarks(self) -> list[tuple[int, str]]:
+        """Return which files are left out, and which links, each with its level of the log."""
+        remarks = [(logging.WARNING, remark) for remark in self._link_remarks()]
+        if self.others:
+            is_missed = any(path.suffix.lower() in missing_decoders() for path in self.others)
+            remark = f"{self.root}: {left_out(self.others)}"
+            remarks.insert(0, (logging.WARNING if is_missed else logging.INFO, remark))
+        return remarks
+
+    def _link_remarks(self) -> list[str]:
+        if not self.repeated:
+            return []
+        links = listed([printable(path) for path in self.repeated])
+        what = f"{len(self.repeated)} links to folders that are read anyway, or that contain this one, are not followed"
+        return [f"{self.root}: {what}: {links}"]
 
     def _is_new(self, folder: Path) -> bool:
-        identity = _identity(folder)
+        status = folder.stat()
+        identity = status.st_dev, status.st_ino
         if identity in self._seen:
             self.repeated.append(folder)
             return False
         self._seen.add(identity)
+        self.folders[folder.relative_to(self.root).as_posix()] = status.st_mtime_ns
         return True
 
 

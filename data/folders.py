@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
+
+import numpy as np
 
 from model.messages import listed
 
-from .base import FileDataset, index_names
+from .base import BytesTable, FileDataset, index_names
+from .cache import Cache
 from .files import ImageSearch, class_folders, file_name
 from .images import is_image_name
+from .listing import Listing, list_classes
 
 __all__ = ["DefaultCLS", "best_folder", "checked_label"]
 
@@ -30,12 +35,13 @@ class DefaultCLS(FileDataset):
         root: The data set's folder.
         split: ``train`` or ``val``.
         loader_type: Who decodes the images.
+        cache: Where the list of a large set's files is kept; nowhere when None.
 
     Raises:
         ValueError: If a folder is missing, empty or laid out otherwise, or a line is no ``path class-index``.
     """
 
-    def __init__(self, root: Path, *, split: str, loader_type: str = "pil") -> None:
+    def __init__(self, root: Path, *, split: str, loader_type: str = "pil", cache: Cache | None = None) -> None:
         list_file = root / f"{split}.txt"
         if list_file.is_file():
             names, labels = _read_list(list_file)
@@ -43,7 +49,7 @@ class DefaultCLS(FileDataset):
             source, folder = list_file, best_folder((root, root / split), names, list_file)
         else:
             source = folder = root / split
-            class_names, names, labels = _scan(root, split)
+            class_names, names, labels = list_classes(root / split, lambda: _scan(root, split), cache=cache)
             has_all_classes = True
         super().__init__(
             folder,
@@ -93,30 +99,37 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _scan(root: Path, split: str) -> tuple[list[str], list[str], list[int]]:
-    """Return class names, paths relative to the split's folder, and labels."""
+def _scan(root: Path, split: str) -> Listing:
     folder = root / split
     class_names = class_folders(folder)
     if not class_names:
         raise ValueError(_no_classes_message(root, split))
-    names: list[str] = []
-    labels: list[int] = []
-    empty: list[str] = []
+    num_images: list[int] = []
     search = ImageSearch(folder, class_names)
     search.others += [path for path in sorted(folder.iterdir()) if path.is_file()]
-    for label, class_name in enumerate(class_names):
-        images = search.images(class_name)
-        if not images:
-            empty.append(class_name)
-        names += images
-        labels += [label] * len(images)
-    search.report()
+
+    def encoded_names() -> Iterator[bytes]:
+        for class_name in class_names:
+            images = search.images(class_name)
+            num_images.append(len(images))
+            yield from map(os.fsencode, images)
+
+    names = BytesTable(encoded_names())
+    empty = [name for name, count in zip(class_names, num_images, strict=True) if count == 0]
+    listing = Listing(
+        class_names=class_names,
+        names=names,
+        labels=np.repeat(np.arange(len(class_names)), num_images),
+        folders=search.folders,
+        remarks=search.remarks(),
+    )
     if empty:
+        listing.report()
         raise ValueError(
             f"{folder}: {len(empty)} of {len(class_names)} class folders hold no image ({listed(empty)}); "
             "add their images, or remove these folders from train/ and val/ alike"
         )
-    return class_names, names, labels
+    return listing
 
 
 def _no_classes_message(root: Path, split: str) -> str:

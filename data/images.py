@@ -22,7 +22,9 @@ __all__ = [
     "MAX_PIXELS",
     "MODES",
     "UnreadableImageError",
+    "check_loader",
     "decode",
+    "image_suffixes",
     "is_image_name",
     "missing_decoders",
     "no_pixel_limit",
@@ -31,6 +33,7 @@ __all__ = [
 MAX_PIXELS = 178_956_970  # Pillow's own limit
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by the number of channels
 DARK = 16  # of 255: a deep image that nowhere reaches it would be black to the eye and to a network
+JPEG_SIGNATURE = b"\xff\xd8\xff"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
@@ -53,11 +56,12 @@ class UnreadableImageError(ValueError):
 
 def is_image_name(name: str) -> bool:
     """Return whether a file name is that of an image: an extension that can be decoded here, and not hidden."""
-    return name.lower().endswith(_suffixes()) and not name.startswith(".")
+    return name.lower().endswith(image_suffixes()) and not name.startswith(".")
 
 
 @functools.cache
-def _suffixes() -> tuple[str, ...]:
+def image_suffixes() -> tuple[str, ...]:
+    """Return the extensions of images that can be decoded here."""
     optional = {suffix for suffix in (".avif", ".heic", ".heif") if suffix not in missing_decoders()}
     return (*IMG_EXTENSIONS, ".gif", ".jfif", *optional)
 
@@ -73,7 +77,9 @@ def missing_decoders() -> dict[str, str]:
     return missing
 
 
-def decode(data: bytes, *, name: str, loader_type: str, max_pixels: int = MAX_PIXELS, mode: str = "RGB") -> Image.Image:
+def decode(
+    data: bytes, *, name: str, loader_type: str, max_pixels: int = MAX_PIXELS, mode: str = "RGB", as_array: bool = False
+) -> Image.Image | np.ndarray:
     """Decode an image file's content to 8 bits a channel; of an animation, the first picture.
 
     An orientation in the EXIF data is not applied, except by ``pil_upright``: the published accuracies were measured
@@ -85,13 +91,18 @@ def decode(data: bytes, *, name: str, loader_type: str, max_pixels: int = MAX_PI
         loader_type: A key of ``DECODERS``.
         max_pixels: Larger images are refused before they are decoded.
         mode: ``RGB``; ``L``: the luma of RGB; or ``RGBA``: opaque where the file says nothing.
+        as_array: Return the same pixels as an array (H, W, C) or (H, W), uint8, which saves a copy where the decoder
+            makes one.
 
     Raises:
         UnreadableImageError: If it cannot be decoded, or there is no rule for its values.
     """
     try:
         with no_pixel_limit():
-            return _decode(data, loader_type, max_pixels, mode)
+            image = _decode(data, loader_type, max_pixels, mode)
+            if as_array:
+                return np.asarray(image)
+            return image if isinstance(image, Image.Image) else Image.fromarray(image)
     except UnidentifiedImageError as error:  # its own text names a buffer
         raise UnreadableImageError(name, "not an image, or of an unknown format") from error
     except Exception as error:  # decoders raise nearly anything on a broken file
@@ -108,9 +119,13 @@ def no_pixel_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _decode(data: bytes, loader_type: str, max_pixels: int, mode: str) -> Image.Image:
+def _decode(data: bytes, loader_type: str, max_pixels: int, mode: str) -> Image.Image | np.ndarray:
     if not data:
         raise ValueError("the file is empty")
+    if loader_type.startswith("simplejpeg") and data.startswith(JPEG_SIGNATURE):
+        pixels = _decode_jpeg(data, max_pixels, is_exact=loader_type == "simplejpeg")
+        if pixels is not None:
+            return pixels if mode == "RGB" else Image.fromarray(pixels).convert(mode)
     try:
         image = _open(data)
         if image.width * image.height > max_pixels:
@@ -167,6 +182,19 @@ def _decode_with_torchvision(image: Image.Image, data: bytes, mode: str) -> Imag
     if pixels.dtype != torch.uint8:
         return _decode_with_pil(image, data, mode)
     return to_pil_image(pixels).convert(mode)
+
+
+def _decode_jpeg(data: bytes, max_pixels: int, *, is_exact: bool) -> np.ndarray | None:
+    """Return a gray or RGB JPEG file as an array (H, W, 3), straight from libjpeg-turbo; None for all others."""
+    import simplejpeg  # optional; `check_loader` has found it
+
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("Gray", "YCbCr", "RGB") or height * width > max_pixels:
+            return None
+        return simplejpeg.decode_jpeg(data, fastdct=not is_exact, fastupsample=not is_exact)
+    except ValueError:  # Pillow reads some files that lack their last bytes, and says what is wrong with others
+        return None
 
 
 def _range_of(image: Image.Image) -> tuple[float, float] | None:
@@ -227,4 +255,16 @@ DECODERS: dict[str, Callable[[Image.Image, bytes, str], Image.Image]] = {
     "pil": _decode_with_pil,
     "pil_upright": _decode_upright,
     "torchvision": _decode_with_torchvision,
+    "simplejpeg": _decode_with_pil,  # what is no gray or RGB JPEG file
+    "simplejpeg_fast": _decode_with_pil,
 }
+
+
+def check_loader(loader_type: str) -> None:
+    """Check that the package that decodes is installed.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if loader_type.startswith("simplejpeg") and importlib.util.find_spec("simplejpeg") is None:
+        raise ValueError(f"data.loader_type={loader_type} needs the package simplejpeg; `pip install simplejpeg`")

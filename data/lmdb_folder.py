@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from .base import ImageDataset, index_names
-from .images import decode
 from .lmdb_file import LmdbFile
 
 __all__ = ["ImageFolderLMDB"]
@@ -46,12 +46,10 @@ class ImageFolderLMDB(ImageDataset):
         """Return the file, and the path or key of the image in it."""
         return self.file.name(index)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
         """Return an image and its class index."""
         data, label = self.file.record(index)
-        name = self.name(index)
-        image = decode(data, name=name, loader_type=self.loader_type, max_pixels=self.max_pixels, mode=self.mode)
-        return image, label
+        return self._decoded(index, data, self.loader_type), label
 
     def read_bytes(self, index: int) -> bytes:
         """Return the encoded image of a record."""

@@ -21,10 +21,9 @@ from util.errors import RunError
 
 from .base import ImageDataset
 from .datasets import open_datasets
-from .images import UnreadableImageError
 from .samplers import EvaluationSampler, TrainSampler
 from .samples import Batch, SampleReader, collate
-from .transforms import build_transform
+from .transforms import build_transform, takes_arrays
 
 __all__ = ["Loaders", "TestLoader", "TrainLoader", "build_loaders", "worker_failures"]
 
@@ -83,6 +82,7 @@ class TrainLoader:
             sampler=config.data.sampler,
             num_repeats=config.data.num_repeats,
             drop_last=options.drop_last,
+            block_sizes=dataset.block_sizes,
         )
         if len(self._sampler) == 0:
             raise ValueError(
@@ -90,6 +90,8 @@ class TrainLoader:
                 "processes; lower batch_size, or set trainer.data.drop_last=False"
             )
         self.smallest_batch = self._sampler.smallest_batch
+        is_simple = config.data.loader_type.startswith("simplejpeg") and config.data.channels == 3
+        dataset.as_array = is_simple and takes_arrays(config.data.train_transforms)
         reader = _reader(dataset, config, is_training=True)
         self._batches = _Batches(reader, self._sampler, options, device_type=device_type, rank=rank)
         self.unreadable: set[str] = set()
@@ -173,18 +175,9 @@ class Loaders:
         """Return a hash of the contents of up to 256 images of each split, evenly spaced; it reads them."""
         digest = hashlib.sha256()
         for dataset in (self.test.dataset, *([self.train.dataset] if self.train else [])):
-            spacing = -(-len(dataset) // NUM_SAMPLED)
-            for index in range(0, len(dataset), spacing):
-                digest.update(hashlib.sha256(_stored(dataset, index)).digest())
-            dataset.close()
+            for content in dataset.content_hashes(NUM_SAMPLED):
+                digest.update(content)
         return digest.hexdigest()
-
-
-def _stored(dataset: ImageDataset, index: int) -> bytes:
-    try:
-        return dataset.read_bytes(index)
-    except UnreadableImageError:
-        return b"unreadable"
 
 
 def build_loaders(

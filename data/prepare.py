@@ -1,4 +1,4 @@
-"""Makes and checks data sets: ``python -m data.prepare {folder-to-lmdb,lmdb-to-folder,verify,split,digits} --help``."""
+"""Makes and checks data sets: ``python -m data.prepare --help``."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from tqdm import tqdm
 from model.files import replacing_folder
 from model.messages import listed
 
-from .base import FileDataset, index_names
+from .base import FileDataset, ImageDataset, index_names
 from .datasets import check_same_classes
 from .digits import write_digits
 from .folders import DefaultCLS
 from .images import decode
 from .lmdb_file import LmdbFile, write_lmdb
+from .lmdb_folder import ImageFolderLMDB
+from .shard_index import find_shards, read_class_names
+from .shard_writer import image_suffix, save_index, verify_shards, write_shards
+from .shards import build_index
 from .split import split_folder
 
-__all__ = ["folder_to_lmdb", "lmdb_to_folder", "main", "verify"]
+__all__ = ["folder_to_lmdb", "index_shards", "lmdb_to_folder", "main", "to_shards", "verify"]
 
 SPLITS = ("train", "val")
-SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"BM": ".bmp", b"RIFF": ".webp", b"II": ".tif", b"MM": ".tif"}
+IMAGES_PER_SHARD = 1250  # ImageNet-1K makes 1,025 shards of about 140 MB
 
 
 def folder_to_lmdb(root: Path, out: Path, *, is_forced: bool = False) -> dict[str, int]:
@@ -85,12 +89,57 @@ def lmdb_to_folder(root: Path, out: Path, *, is_forced: bool = False) -> dict[st
     return {split: len(file) for split, file in files.items()}
 
 
-def verify(root: Path, *, against: Path | None = None, decodes: bool = False) -> tuple[dict[str, int], list[str]]:
-    """Read every record of ``<root>/train.lmdb`` and ``<root>/val.lmdb`` and check it.
+def to_shards(
+    root: Path, out: Path, *, images_per_shard: int = IMAGES_PER_SHARD, seed: int = 0, is_forced: bool = False
+) -> dict[str, int]:
+    """Write class folders, listed files or LMDB files as tar shards, ``<out>/train-000000.tar`` and so on.
 
     Args:
-        root: Folder with the LMDB files, or one of them.
-        against: Class folders that they must agree with, byte by byte.
+        root: Folder with ``train/`` and ``val/``, or ``train.lmdb`` and ``val.lmdb``, or one of them.
+        out: Where the shards go. Those of an earlier, interrupted call are kept.
+        images_per_shard: In all shards but the last.
+        seed: Of the order of the training images.
+        is_forced: Write all shards again.
+
+    Returns:
+        Number of images by split.
+
+    Raises:
+        ValueError: If ``root`` is not laid out so, an image cannot be read, or other shards are there.
+    """
+    datasets = _open_sources(root)
+    if len(datasets) == len(SPLITS):
+        check_same_classes(datasets["train"], datasets["val"])
+    for split, dataset in datasets.items():
+        write_shards(dataset, out, split=split, images_per_shard=images_per_shard, seed=seed, is_forced=is_forced)
+    return {split: len(dataset) for split, dataset in datasets.items()}
+
+
+def index_shards(folder: Path) -> dict[str, int]:
+    """Write the indices of a folder's shards beside them, as reading over HTTP takes.
+
+    Returns:
+        Number of images by split.
+
+    Raises:
+        ValueError: If there are no shards, or one is damaged.
+    """
+    splits = [split for split in SPLITS if find_shards(folder, split)]
+    _require_splits(splits, folder, "train-000000.tar and val-000000.tar")
+    counts = {}
+    for split in splits:
+        index = build_index(folder, split, class_names=read_class_names(folder), has_sha256=True)
+        save_index(folder, split, index)
+        counts[split] = len(index)
+    return counts
+
+
+def verify(root: Path, *, against: Path | None = None, decodes: bool = False) -> tuple[dict[str, int], list[str]]:
+    """Read every image of LMDB files or shards and check it.
+
+    Args:
+        root: Folder with ``train.lmdb`` and ``val.lmdb``, or with shards, of one split at least.
+        against: What they were made from, to agree with byte by byte.
         decodes: Decode the images, too.
 
     Returns:
@@ -100,6 +149,13 @@ def verify(root: Path, *, against: Path | None = None, decodes: bool = False) ->
         ValueError: If a file cannot be opened.
     """
     problems: list[str] = []
+    if splits := [split for split in SPLITS if find_shards(root, split)]:
+        counts = {}
+        for split in splits:
+            source = None if against is None else _open_source(against, split)
+            counts[split], found = verify_shards(root, split=split, against=source, decodes=decodes)
+            problems += found
+        return counts, problems
     files = _open_files(root)
     for split, file in files.items():
         dataset = None if against is None else DefaultCLS(against, split=split)
@@ -137,14 +193,21 @@ def _parser() -> argparse.ArgumentParser:
     pack.set_defaults(command=_run_convert, convert=folder_to_lmdb)
     unpack = commands.add_parser("lmdb-to-folder", help="unpack train.lmdb and val.lmdb into class folders")
     unpack.set_defaults(command=_run_convert, convert=lmdb_to_folder)
-    for command in (pack, unpack):
+    shards = commands.add_parser("shards", help="write class folders or LMDB files as tar shards; resumes")
+    shards.set_defaults(command=_run_shards)
+    for command in (pack, unpack, shards):
         command.add_argument("root", type=Path, help="folder to read")
         command.add_argument("out", type=Path, help="folder to write to")
         command.add_argument("--force", action="store_true", help="replace what is there")
-    check = commands.add_parser("verify", help="read train.lmdb and val.lmdb and check every record")
+    shards.add_argument("--images", type=_count, default=IMAGES_PER_SHARD, help="per shard (default: %(default)s)")
+    shards.add_argument("--seed", type=int, default=0, help="of the order of training images (default: %(default)s)")
+    index = commands.add_parser("index", help="write the indices of shards beside them, for reading over HTTP")
+    index.set_defaults(command=_run_index)
+    index.add_argument("root", type=Path, help="folder with the shards")
+    check = commands.add_parser("verify", help="read every image of LMDB files or shards and check it")
     check.set_defaults(command=_run_verify)
-    check.add_argument("root", type=Path, help="folder with the LMDB files")
-    check.add_argument("--against", type=Path, metavar="ROOT", help="class folders with the same images")
+    check.add_argument("root", type=Path, help="folder with the LMDB files or shards")
+    check.add_argument("--against", type=Path, metavar="ROOT", help="what they were made from")
     check.add_argument("--decode", action="store_true", help="decode the images, too")
     split = commands.add_parser("split", help="split class folders into training and test images")
     split.set_defaults(command=_run_split)
@@ -160,6 +223,24 @@ def _parser() -> argparse.ArgumentParser:
 def _run_convert(parsed: argparse.Namespace) -> None:
     counts = parsed.convert(parsed.root, parsed.out, is_forced=parsed.force)
     print(f"{parsed.out}: {_summary(counts)}")
+
+
+def _run_shards(parsed: argparse.Namespace) -> None:
+    counts = to_shards(
+        parsed.root, parsed.out, images_per_shard=parsed.images, seed=parsed.seed, is_forced=parsed.force
+    )
+    print(f"{parsed.out}: {_summary(counts)}")
+
+
+def _run_index(parsed: argparse.Namespace) -> None:
+    print(f"{parsed.root}: {_summary(index_shards(parsed.root))}")
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a count of 1 or more")
+    return count
 
 
 def _run_verify(parsed: argparse.Namespace) -> None:
@@ -193,6 +274,17 @@ def _summary(counts: dict[str, int]) -> str:
 def _progress(items: Sized, title: str) -> Iterable[int]:
     """Return the indices of the items, with a progress bar."""
     return tqdm(range(len(items)), desc=title, unit=" images")
+
+
+def _open_sources(root: Path) -> dict[str, ImageDataset]:
+    names = {split: [f"{split}.lmdb", split, f"{split}.txt"] for split in SPLITS}
+    splits = [split for split in SPLITS if any((root / name).exists() for name in names[split])]
+    _require_splits(splits, root, "train/ and val/, nor of train.lmdb and val.lmdb")
+    return {split: _open_source(root, split) for split in splits}
+
+
+def _open_source(root: Path, split: str) -> ImageDataset:
+    return (ImageFolderLMDB if (root / f"{split}.lmdb").exists() else DefaultCLS)(root, split=split)
 
 
 def _open_files(root: Path) -> dict[str, LmdbFile]:
@@ -243,7 +335,7 @@ def _packed_path(dataset: FileDataset, index: int, class_names: Sequence[str]) -
 def _unpacked_path(file: LmdbFile, index: int, data: bytes, label: int) -> PurePosixPath:
     if file.paths is not None:
         return _inside(os.fsdecode(file.paths[index]), file)
-    suffix = next((suffix for magic, suffix in SUFFIXES.items() if data.startswith(magic)), ".img")
+    suffix = image_suffix(data, default=".img")
     class_name = f"{label:05d}" if file.class_names is None else file.class_names[label]
     return _inside(f"{class_name}/{index:010d}{suffix}", file)
 

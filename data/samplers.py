@@ -8,15 +8,16 @@ augmentation, which depends only on the run's seed, the epoch and the position i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Sampler
+
+from .block_order import MAX_SEED, BlockOrder
 
 __all__ = ["EvaluationSampler", "Key", "TrainSampler"]
 
-MAX_SEED = 2**63 - 1
 SELECTION_UNIT = 256  # images; an epoch of repeated augmentation has a multiple of it, as in DeiT (arXiv 2012.12877)
 
 
@@ -44,6 +45,7 @@ class TrainSampler(Sampler[list[Key]]):
         num_repeats: Views of an image, for ``ra``.
         drop_last: Leave out the last, partial batch of all processes. Otherwise the processes share it, and images
             from the epoch's start come again where it does not divide.
+        block_sizes: Shuffle blocks of these many images (int64), as `BlockOrder` does, rather than all images.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class TrainSampler(Sampler[list[Key]]):
         sampler: str = "naive",
         num_repeats: int = 3,
         drop_last: bool = True,
+        block_sizes: np.ndarray | None = None,
     ) -> None:
         self.num_images = num_images
+        self.block_sizes = block_sizes
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
@@ -93,19 +97,37 @@ class TrainSampler(Sampler[list[Key]]):
         self._start_batch = start_batch
 
     def __iter__(self) -> Iterator[list[Key]]:
-        indices, seeds = self._draw(self._epoch)
-        for start in range(self._start_batch * self.batch_size, len(indices), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            yield [Key(*pair) for pair in zip(indices[batch].tolist(), seeds[batch].tolist(), strict=True)]
+        order = self._order(self._epoch)
+        for start in range(self._start_batch * self.batch_size, self._images_per_rank, self.batch_size):
+            stop = min(start + self.batch_size, self._images_per_rank)
+            images, seeds = order.at(np.arange(start, stop) * self.world_size + self.rank)
+            yield [Key(*pair) for pair in zip(images.tolist(), seeds.tolist(), strict=True)]
 
-    def _draw(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return this process's image indices and augmentation seeds for an epoch."""
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        order = torch.randperm(self.num_images, generator=generator).repeat_interleave(self.num_repeats)
-        num_positions = self._images_per_rank * self.world_size
-        seeds = torch.randint(MAX_SEED, (num_positions,), generator=generator)
-        positions = torch.arange(self.rank, num_positions, self.world_size)
-        return order[positions % self.length], seeds[positions]
+    def _order(self, epoch: int) -> _Order:
+        if self.block_sizes is None:
+            return _WholeOrder(self, epoch)
+        return BlockOrder(
+            self.block_sizes, seed=self.seed, epoch=epoch, num_repeats=self.num_repeats, length=self.length
+        )
+
+
+class _Order(Protocol):
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return image indices and augmentation seeds at positions of the global order."""
+
+
+class _WholeOrder:
+    """One permutation of all images."""
+
+    def __init__(self, sampler: TrainSampler, epoch: int) -> None:
+        generator = torch.Generator().manual_seed(sampler.seed + epoch)
+        order = torch.randperm(sampler.num_images, generator=generator)
+        num_positions = sampler._images_per_rank * sampler.world_size
+        self._seeds = torch.randint(MAX_SEED, (num_positions,), generator=generator).numpy()
+        self._images = order.repeat_interleave(sampler.num_repeats)[: sampler.length].numpy()
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._images[positions % len(self._images)], self._seeds[positions]
 
 
 class EvaluationSampler(Sampler[list[Key]]):

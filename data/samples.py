@@ -61,7 +61,7 @@ class SampleReader(Dataset[Sample]):
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Callable[[Image.Image | np.ndarray], Tensor],
         *,
         num_classes: int,
         is_training: bool,
@@ -75,15 +75,23 @@ class SampleReader(Dataset[Sample]):
         return len(self.dataset)
 
     def __getitem__(self, key: Key) -> Sample:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Sample]:
+        """Return the samples of a batch, as a `DataLoader` asks for them."""
+        with _kept_randomness(), no_pixel_limit():
+            return [self._sample(key) for key in keys]
+
+    def _sample(self, key: Key) -> Sample:
         unreadable: dict[str, str] = {}
         try:
             image, label = self._load(key, unreadable)
         except ValueError as error:
             return Sample(error=str(error))
-        with isolated_randomness(key.seed), no_pixel_limit():
-            return Sample(self.transform(image), label, unreadable)
+        _seed_all(key.seed)
+        return Sample(self.transform(image), label, unreadable)
 
-    def _load(self, key: Key, unreadable: dict[str, str]) -> tuple[Image.Image, int]:
+    def _load(self, key: Key, unreadable: dict[str, str]) -> tuple[Image.Image | np.ndarray, int]:
         """Return the image at a key or, in training, the first readable one of those drawn with the key's seed."""
         draw = random.Random(key.seed)
         index = key.image
@@ -118,16 +126,26 @@ class SampleReader(Dataset[Sample]):
 @contextlib.contextmanager
 def isolated_randomness(seed: int) -> Iterator[None]:
     """Seed Python, NumPy and PyTorch (CPU) for the duration, and put this process's own states back after it."""
+    with _kept_randomness():
+        _seed_all(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _kept_randomness() -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Batch | None, str]:

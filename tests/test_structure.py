@@ -26,7 +26,7 @@ ALLOWED = {
     "run": {"configs", "util", "trainer"},
     "hubconf": {"model"},
     "downstream": {"model", "util"},
-    "benchmarks": {"model", "util"},
+    "benchmarks": {"model", "util", "configs", "data"},
     "weights": {"configs", "model", "util", "data", "trainer", "downstream"},
 }
 

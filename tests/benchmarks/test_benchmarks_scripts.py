@@ -7,6 +7,7 @@ import json
 import pytest
 
 from benchmarks import busy, network, scan, train_step
+from benchmarks import data as data_benchmark
 
 SHORT = ["--quick", "--device", "cpu", "--threads", "1", "--warmup", "0", "--seconds", "0", "--runs", "1"]
 MACHINE = {"cpu", "cores", "threads", "torch", "timm", "scan_backend", "revision", "load_average", "date"}
@@ -19,7 +20,7 @@ def run(tmp_path):
         arguments = module.parse([*SHORT, "--turns", "2", "--out", str(tmp_path), *options])
         module.run(arguments)
         (path,) = tmp_path.glob("*-quick.json")
-        assert module is busy or path.with_suffix(".png").stat().st_size > 1000
+        assert module in (busy, data_benchmark) or path.with_suffix(".png").stat().st_size > 1000
         result = json.loads(path.read_text())
         assert set(result["machine"]) >= MACHINE
         assert result["plan"]["turns"] == 2
@@ -133,6 +134,20 @@ def test_train_step(run):
         assert 50 * 2**20 < case["above_start_bytes"] < case["peak_bytes"]
     (ratio,) = result["ratios"]
     assert ratio["peak_bytes"] == pytest.approx(ours["peak_bytes"] / literal["peak_bytes"])
+
+
+def test_data(run):
+    pytest.importorskip("simplejpeg")
+    result = run(data_benchmark, "--images", "6", "--size", "32", "--workers", "0", "1")
+    cases = {(case["type"], case["loader_type"], case["resize"], case["workers"]): case for case in result["cases"]}
+    assert {key[0] for key in cases} == {"DefaultCLS", "ImageFolderLMDB", "Shards"}
+    assert {key[1:] for key in cases} == {
+        (*decoder, workers) for decoder in data_benchmark.DECODERS for workers in (0, 1)
+    }
+    assert cases["DefaultCLS", "pil", "pil", 0]["speedup"] == 1
+    assert all(case["images_per_s"] == pytest.approx(6 / case["median_s"]) for case in cases.values())
+    assert len(result["stages"]) == 6
+    assert all(0 < row[stage] < 10 for row in result["stages"] for stage in ("read", "decode", "augment", "collate"))
 
 
 @pytest.mark.slow

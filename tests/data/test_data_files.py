@@ -123,10 +123,10 @@ def without_heif(monkeypatch):
     """HEIC cannot be decoded, whatever is installed."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pillow_heif" else find_spec(name))
-    for cached in (missing_decoders, images._suffixes):
+    for cached in (missing_decoders, images.image_suffixes):
         cached.cache_clear()
     yield
-    for cached in (missing_decoders, images._suffixes):
+    for cached in (missing_decoders, images.image_suffixes):
         cached.cache_clear()
 
 

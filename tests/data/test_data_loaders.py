@@ -72,8 +72,8 @@ def test_resume_within_an_epoch(two_classes, make_config, workers, sampler):
 
 def test_a_resume_reads_no_skipped_image(two_classes, make_config, monkeypatch):
     read = []
-    load = SampleReader.__getitem__
-    monkeypatch.setattr(SampleReader, "__getitem__", lambda self, key: read.append(key) or load(self, key))
+    load = SampleReader.__getitems__
+    monkeypatch.setattr(SampleReader, "__getitems__", lambda self, keys: read.extend(keys) or load(self, keys))
     loader = build_loaders(make_config(two_classes), rank=0, world_size=1).train
     list(loader.iterate(0, start_batch=3))
     assert len(read) == 4

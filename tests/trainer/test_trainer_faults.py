@@ -316,7 +316,7 @@ def hang(*_):
     os.read(os.pipe()[0], 1)
 
 faulthandler.dump_traceback_later(120, exit=True)
-data.samples.SampleReader.__getitem__ = hang
+data.samples.SampleReader.__getitems__ = hang
 sys.argv.pop(0)
 import run
 from util.cli import interruptible

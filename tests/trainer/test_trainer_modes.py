@@ -205,9 +205,9 @@ def test_too_few_images_for_a_step(build):
 def test_counting_classes_opens_no_split_twice(trained, build, overrides, monkeypatch, mode):
     opened, open_folder = [], data.datasets.DefaultCLS
 
-    def counting(root, *, split, loader_type):
+    def counting(root, *, split, **options):
         opened.append(split)
-        return open_folder(root, split=split, loader_type=loader_type)
+        return open_folder(root, split=split, **options)
 
     monkeypatch.setitem(data.datasets.DATASETS, "DefaultCLS", counting)
     if mode == "train":
