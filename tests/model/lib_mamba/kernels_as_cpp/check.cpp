@@ -1,5 +1,5 @@
-// The CPU kernels of one instruction set without PyTorch, against double precision: for processors that are only emulated
-// here. Prints the largest relative error of each kernel; fails where one is too large.
+// The CPU kernels of one instruction set without PyTorch, against double precision: for processors that are only
+// emulated here. Prints the largest relative error of each kernel; fails where one is too large.
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -71,12 +71,15 @@ void check_dense(const Kernels& kernels, int64_t rows, int64_t depth, int64_t co
   d.bias = bias.data(), d.residual = residual.data(), d.out = out.data();
   d.activation = activation;
   kernels.dense(d, x.data(), depth, rows, 0, panels.count());
-  compare("dense", out, [&](int64_t i) {
-    double sum = bias[i % columns];
-    for (int64_t k = 0; k < depth; ++k)
-      sum += static_cast<double>(x[i / columns * depth + k]) * matrix[k * columns + i % columns];
-    return activated(sum, activation) + residual[i];
-  }, 2e-6);
+  compare(
+      "dense", out,
+      [&](int64_t i) {
+        double sum = bias[i % columns];
+        for (int64_t k = 0; k < depth; ++k)
+          sum += static_cast<double>(x[i / columns * depth + k]) * matrix[k * columns + i % columns];
+        return activated(sum, activation) + residual[i];
+      },
+      2e-6);
 }
 
 Map map_of(Floats& values, int64_t height, int64_t width, int64_t channels) {
@@ -98,14 +101,17 @@ void check_depthwise(const Kernels& kernels, int64_t side, int64_t stride, int64
   for (int64_t row = 0; row < out_height; ++row)
     for (int64_t block = 0; block < kernels.num_blocks(channels); ++block)
       kernels.depthwise(d, 0, row, block);
-  compare("depthwise", out, [&](int64_t i) {
-    const int64_t channel = i % channels, column = i / channels % out_width, row = i / channels / out_width;
-    double sum = bias[channel];
-    for (int64_t k = 0; k < side * side; ++k)
-      sum += weight[k * channels + channel] *
-             at(from, row * stride - padding + k / side, column * stride - padding + k % side, channel);
-    return activated(sum, activation);
-  }, 2e-6);
+  compare(
+      "depthwise", out,
+      [&](int64_t i) {
+        const int64_t channel = i % channels, column = i / channels % out_width, row = i / channels / out_width;
+        double sum = bias[channel];
+        for (int64_t k = 0; k < side * side; ++k)
+          sum += weight[k * channels + channel] *
+                 at(from, row * stride - padding + k / side, column * stride - padding + k % side, channel);
+        return activated(sum, activation);
+      },
+      2e-6);
 }
 
 // The Haar transform and its inverse with a kernel that only passes the bands on, scaled: a sum of two maps.
@@ -116,8 +122,9 @@ void check_wavelet(const Kernels& kernels, int64_t height, int64_t width, int64_
   const Floats scale = numbers(channels);
   for (int64_t i = 0; i < kBands * channels; ++i)
     weight[kSide * kSide / 2 * kBands * channels + i] = scale[i % channels];
-  const Wavelet w{map_of(x, height, width, channels), map_of(base, height, width, channels),
-                  map_of(out, height, width, channels), kSide, weight.data()};
+  const Wavelet w{
+      map_of(x, height, width, channels), map_of(base, height, width, channels), map_of(out, height, width, channels),
+      kSide, weight.data()};
   Floats work = unknown(kernels.wavelet_work_size(height, width, kSide));
   for (int64_t channel = 0; channel < channels; channel += kernels.lanes)
     kernels.wavelet(w, 0, channel, work.data());

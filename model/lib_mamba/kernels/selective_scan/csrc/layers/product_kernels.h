@@ -63,10 +63,16 @@ INLINE void finish_tile(const Dense& d, Vec (&sums)[NV][ROWS], int64_t row, int6
     finish_rows(d, row, ROWS, column, (NV - 1) * LANES + count);
 }
 
+// Memory to fetch while a tile is made: so many floats for each step through the depth.
+struct Ahead {
+  const float* from;
+  int64_t step;
+};
+
 // `weight` is the first row's, in its panel.
 template <int ROWS, int NV>
 NOINLINE void dense_tile(
-    const Dense& d, const float* weight, const float* x, int64_t stride, int64_t row, int64_t column) {
+    const Dense& d, const float* weight, Ahead ahead, const float* x, int64_t stride, int64_t row, int64_t column) {
   constexpr int64_t width = NV * LANES;
   // The processor does not foresee where the tile will be stored; there is time to fetch it while the sums are made.
   const float* out = d.out + row * d.out_row + column;
@@ -83,7 +89,8 @@ NOINLINE void dense_tile(
   });
   for (int64_t piece = 0; piece < d.pieces; ++piece, x += d.piece_stride, weight += d.piece_rows * width) {
     const float* from = weight;
-    for (int64_t k = 0; k < d.depth; ++k, from += width) {
+    for (int64_t k = 0; k < d.depth; ++k, from += width, ahead.from += ahead.step) {
+      __builtin_prefetch(ahead.from);
       Vec w[NV];
       for (int v = 0; v < NV; ++v)
         w[v] = load(from + v * LANES);
@@ -118,8 +125,8 @@ INLINE void for_each_tile_of(int64_t rows, int64_t column, Body body) {
   }
 }
 
-// Calls `body(rows, vectors, row, column)` for the tiles of all rows and of panels [first, last): their sizes, and where
-// they begin.
+// Calls `body(rows, vectors, row, column)` for the tiles of all rows and of panels [first, last): their sizes, and
+// where they begin.
 template <class Body>
 INLINE void for_each_tile(int64_t rows, const Panels& panels, int64_t first, int64_t last, Body body) {
   for (int64_t panel = first; panel < last; ++panel) {
@@ -137,8 +144,12 @@ INLINE void for_each_tile(int64_t rows, const Panels& panels, int64_t first, int
 static void dense(const Dense& d, const float* x, int64_t stride, int64_t rows, int64_t first, int64_t last) {
   const Panels panels{ceil_div(d.columns, LANES)};
   for_each_tile(rows, panels, first, last, [&](auto size, auto vectors, int64_t row, int64_t column) {
-    const float* weight = d.weight.data + column * d.weight.rows + d.first_row * vectors.value * LANES;
-    dense_tile<size.value, vectors.value>(d, weight, x + row * stride, stride, row, column);
+    constexpr int64_t width = vectors.value * LANES;
+    const float* weight = d.weight.data + column * d.weight.rows + d.first_row * width;
+    // The next panel follows. All tiles of this one together fetch it: the processor's own prefetching stops at the end
+    // of every page.
+    const Ahead ahead{weight + (d.weight.rows * rows + d.depth * row) * width / rows, width * size.value / rows};
+    dense_tile<size.value, vectors.value>(d, weight, ahead, x + row * stride, stride, row, column);
   });
 }
 
