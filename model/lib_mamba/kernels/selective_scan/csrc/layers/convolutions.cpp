@@ -113,10 +113,9 @@ void wavelet_into(
   const Wavelet w{x, base, out, side, weight.const_data_ptr<float>(), activation};
   const Kernels& kernel = kernels();
   const int64_t vectors = num_vectors(x.channels);
-  share_with_scratch(
-      images * vectors, kernel.wavelet_work_size(x.height, x.width, side), [&](int64_t i, float* work) {
-        kernel.wavelet(w, i / vectors, i % vectors * kernel.lanes, work);
-      });
+  share_with_scratch(images * vectors, kernel.wavelet_work_size(x.height, x.width, side), [&](int64_t i, float* work) {
+    kernel.wavelet(w, i / vectors, i % vectors * kernel.lanes, work);
+  });
 }
 
 Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {

@@ -217,8 +217,8 @@ Tensor ffn(
   const Tensor map = as_rows(x), added = residual ? as_rows(*residual) : Tensor(), out = new_like(map);
   if (residual)
     check_same(added, map, "residual");
-  const Tensor parameters[] = {taps.value_or(Tensor()), taps_bias.value_or(Tensor()), first_weight, first_bias,
-                               second_weight, second_bias};
+  const Tensor parameters[] = {
+      taps.value_or(Tensor()), taps_bias.value_or(Tensor()), first_weight, first_bias, second_weight, second_bias};
   ffn_into(rows_of(map), map.size(0), parameters, residual ? matrix_of(added) : Matrix{}, rows_of(out));
   return out;
 }
@@ -240,7 +240,8 @@ Tensor squeeze_excite(
   return out;
 }
 
-// A map with zeros left and right of its rows: as many pixels as a kernel reaches over either side, which two rows share.
+// A map with zeros left and right of its rows: as many pixels as a kernel reaches over either side, which two rows
+// share.
 Map map_with_zeros(int64_t height, int64_t width, int64_t channels, int64_t reach, float* data) {
   const int64_t row = (width + reach) * channels;
   return {height, width, channels, height * row + reach * channels, row, channels, data + reach * channels};
