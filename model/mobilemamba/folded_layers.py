@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from ..layers import Activation, is_on_gpu
 from ..lib_mamba import SS2D, cpu_layers, layouts
@@ -26,6 +27,7 @@ __all__ = [
     "FoldedFFN",
     "FoldedLinear",
     "FoldedMixer",
+    "FoldedPatchMerging",
     "FoldedPointwise",
     "FoldedSS2D",
     "FoldedSqueezeExcite",
@@ -67,7 +69,7 @@ class _Packed(nn.Module):
         self.register_load_state_dict_post_hook(_pack_again)
 
     def pack(self) -> None:
-        """Lay the weights out for the device that they are on, where a kernel reads them otherwise."""
+        """Lay the weights out for the device and processor that they are on, where a kernel reads them otherwise."""
 
     def read(self, name: str, x: Tensor) -> Tensor:
         """Return a weight in the type in which ``x`` is computed: under autocast a copy that is made once."""
@@ -89,6 +91,10 @@ class _Packed(nn.Module):
         super()._apply(fn, recurse)
         _pack_again(self)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.pack()  # pickled, perhaps, where another processor reads other layouts
 
 
 _CAST = "_in_"
@@ -150,6 +156,7 @@ class FoldedPointwise(_Packed):
 
     def pack(self) -> None:
         self.panels = layouts.columns(self.weight.t())
+        self.kernel_weights = (self.panels, self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
@@ -195,6 +202,7 @@ class FoldedDepthwise(_Packed):
     def pack(self) -> None:
         self.taps = layouts.depthwise(self.weight)
         self.taps_bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias.detach()
+        self.kernel_weights = (self.taps, self.taps_bias)
 
     def take_bias(self) -> Tensor:
         """Return the bias (C,), which the layer then no longer has: for layers behind it that can add it at no cost."""
@@ -230,6 +238,11 @@ class FoldedFFN(nn.Module):
         self.widen = widen
         self.narrow = narrow
 
+    def kernel_weights(self) -> list[Tensor | None]:
+        """Return the weights in the order of the kernels."""
+        before = (None, None) if self.depthwise is None else self.depthwise.kernel_weights
+        return [*before, *self.widen.kernel_weights, *self.narrow.kernel_weights]
+
     def set_depthwise(self, depthwise: FoldedDepthwise) -> None:
         """Put a convolution before it, whose bias b goes into those behind it: (y + b) W + c is y W + (b W + c)."""
         bias = depthwise.take_bias().double()
@@ -239,9 +252,7 @@ class FoldedFFN(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
-            before = (None, None) if self.depthwise is None else (self.depthwise.taps, self.depthwise.taps_bias)
-            products = (self.widen.panels, self.widen.bias, self.narrow.panels, self.narrow.bias)
-            return kernels.ffn(x, *before, *products, residual)
+            return kernels.ffn(x, *self.kernel_weights(), residual)
         if self.depthwise is not None:
             x = self.depthwise(x)
         y = self.narrow(self.widen(x), x)
@@ -320,10 +331,13 @@ class FoldedSqueezeExcite(nn.Module):
         self.reduce = reduce
         self.expand = expand
 
+    def kernel_weights(self) -> list[Tensor]:
+        """Return the weights in the order of the kernels."""
+        return [*self.reduce.kernel_weights, *self.expand.kernel_weights]
+
     def forward(self, x: Tensor) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
-            products = (self.reduce.panels, self.reduce.bias, self.expand.panels, self.expand.bias)
-            return kernels.squeeze_excite(x, *products)
+            return kernels.squeeze_excite(x, *self.kernel_weights())
         gate = x.mean((2, 3), keepdim=True)
         gate = self.reduce(gate)
         gate = self.expand(gate)
@@ -370,6 +384,8 @@ class FoldedSS2D(_Packed, SS2D):
             weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
         else:
             weight.data = weight.data.contiguous()
+        scan = (weight, self.dt_projs_bias, self.A_logs, self.Ds, self.out_norm.weight, self.out_norm.bias)
+        self.kernel_weights = (self.x_panels, self.x_bias, *scan)
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj.halves(x)
@@ -460,48 +476,45 @@ class FoldedMixer(nn.Module):
         self.proj = proj
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_one_operator() and (kernels := cpu_layers.serve(x)) is not None:
-            scan = self.global_op.global_atten
-            return kernels.mixer(x, self._weights(), self.split, scan.reverse, scan.out_norm.eps)
+        if self.is_one_operator() and (kernels := cpu_layers.serve(x)) is not None:
+            return kernels.mixer(x, self.kernel_weights(), *self.kernel_settings())
         x_global, x_local, x_identity = x.split(self.split, dim=1)
         x_global = self.global_op(x_global)
         x_local = self.local_op(x_local)
         y = join_channels(self.split, x_global, x_local, x_identity)
         return self.proj(F.relu(y, inplace=True), x)
 
-    def _is_one_operator(self) -> bool:
+    def is_one_operator(self) -> bool:
         """Return whether the operator computes these branches: Haar filters, pixels in one order."""
         wavelet = self.global_op
         return isinstance(wavelet, FoldedWTEMamba) and wavelet.has_haar_filters and bool(wavelet.global_atten.reverse)
 
-    def _weights(self) -> list[Tensor]:
+    def kernel_settings(self) -> tuple[tuple[int, int, int], list[int], float]:
+        """Return what the operator is told besides: the split, which directions run backwards, epsilon of the norm."""
+        scan = self.global_op.global_atten
+        return self.split, scan.reverse, scan.out_norm.eps
+
+    def kernel_weights(self) -> list[Tensor]:
         """Return the weights in the order of csrc/layers/mixer.cpp."""
-        scan, local = self.global_op.global_atten, self.local_op
+        wavelet, local = self.global_op, self.local_op
+        scan = wavelet.global_atten
         none = scan.x_bias[:0]
         return [
-            scan.in_proj.panels,
-            scan.in_proj.bias,
-            scan.conv2d.taps,
-            scan.conv2d.taps_bias,
-            scan.x_panels,
-            scan.x_bias,
-            scan.dt_projs_weight,
-            scan.dt_projs_bias,
-            scan.A_logs,
-            scan.Ds,
-            scan.out_norm.weight,
-            scan.out_norm.bias,
-            scan.out_proj.panels,
-            scan.out_proj.bias,
-            self.global_op.taps,
-            *((local.taps, local.taps_bias, local.scale, local.shift) if self.split[1] else (none, none, none, none)),
-            self.proj.panels,
-            self.proj.bias,
+            *scan.in_proj.kernel_weights,
+            *scan.conv2d.kernel_weights,
+            *scan.kernel_weights,
+            *scan.out_proj.kernel_weights,
+            wavelet.taps,
+            *((*local.kernel_weights, local.scale, local.shift) if self.split[1] else (none, none, none, none)),
+            *self.proj.kernel_weights,
         ]
 
 
 class FoldedBlock(nn.Module):
-    """A block of folded parts, and the residual around it: (B, C, H, W) -> (B, C, H, W)."""
+    """A block of folded parts, and the residual around it: (B, C, H, W) -> (B, C, H, W).
+
+    On the compiled kernels one operator.
+    """
 
     def __init__(self, ffn0: FoldedFFN, mixer: FoldedMixer, ffn1: FoldedFFN) -> None:
         super().__init__()
@@ -510,9 +523,43 @@ class FoldedBlock(nn.Module):
         self.ffn1 = ffn1
 
     def forward(self, x: Tensor) -> Tensor:
+        if (kernels := _serve_whole(self, x, _BLOCK)) is not None:
+            ffn0, mixer, ffn1 = self._modules.values()
+            if mixer.is_one_operator():
+                weights = [*ffn0.kernel_weights(), *mixer.kernel_weights(), *ffn1.kernel_weights()]
+                return kernels.block(x, weights, *mixer.kernel_settings())
         y = self.ffn0(x)
         y = self.mixer(y)
         return self.ffn1(y, x)
+
+
+class FoldedPatchMerging(nn.Sequential):
+    """The downsampling of folded parts: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2)).
+
+    On the compiled kernels one operator.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (kernels := _serve_whole(self, x, _PATCH_MERGING)) is not None:
+            widen, depthwise, excite, narrow = self._modules.values()
+            weights = [*widen.kernel_weights, *depthwise.kernel_weights, *excite.kernel_weights()]
+            return kernels.patch_merging(x, [*weights, *narrow.kernel_weights])
+        return super().forward(x)
+
+
+_BLOCK = [FoldedFFN, FoldedMixer, FoldedFFN]
+_PATCH_MERGING = [FoldedPointwise, FoldedDepthwise, FoldedSqueezeExcite, FoldedPointwise]
+
+
+def _serve_whole(module: nn.Module, x: Tensor, kinds: list[type[nn.Module]]) -> Any | None:
+    """Return the kernels if they are to run a module's parts as one operator: nobody changed or watches the parts."""
+    kernels = cpu_layers.serve(x)
+    if kernels is None:
+        return None
+    parts = module._modules.values()
+    if [type(part) for part in parts] != kinds or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+        return None
+    return None if not torch.compiler.is_compiling() and torch_modules._has_any_global_hook() else kernels
 
 
 class FoldedLinear(_Packed, nn.Linear):

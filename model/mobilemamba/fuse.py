@@ -16,6 +16,7 @@ from .folded_layers import (
     FoldedFFN,
     FoldedLinear,
     FoldedMixer,
+    FoldedPatchMerging,
     FoldedPointwise,
     FoldedSqueezeExcite,
     FoldedSS2D,
@@ -93,9 +94,9 @@ def _block(block: Any) -> FoldedBlock:
     return FoldedBlock(block.ffn0, block.mixer, block.ffn1).eval()
 
 
-def _patch_merging(module: PatchMerging) -> nn.Sequential:
+def _patch_merging(module: PatchMerging) -> FoldedPatchMerging:
     excite = FoldedSqueezeExcite(FoldedPointwise(module.se.fc1, Activation.RELU), FoldedPointwise(module.se.fc2))
-    return nn.Sequential(
+    return FoldedPatchMerging(
         _layer(module.conv1, Activation.RELU), _layer(module.conv2, Activation.RELU), excite, _layer(module.conv3)
     ).eval()
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-# Columns of a matrix, and those of its panels.
-PANELS = {1: [16], 16: [16], 17: [32], 48: [48], 49: [32, 32], 64: [32, 32], 66: [48, 32], 97: [48, 32, 32]}
+# Vectors of a matrix's columns, and those of its panels.
+PANELS = {1: [1], 2: [2], 3: [3], 4: [2, 2], 5: [3, 2], 6: [3, 3], 7: [3, 2, 2], 9: [3, 3, 3]}
+LANES = {"AVX-512": 16, "AVX2": 8, "portable": 4, "NEON": 4}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
-@pytest.mark.parametrize(("columns", "widths"), PANELS.items(), ids=str)
+@pytest.mark.parametrize(("vectors", "panels"), PANELS.items(), ids=str)
+@pytest.mark.parametrize("missing", [0, 3], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_columns_lie_in_panels_padded_with_zeros(compiled_kernels, columns, widths, dtype):
+def test_columns_lie_in_panels_padded_with_zeros(compiled_kernels, vectors, panels, missing, dtype):
+    """A panel has as many columns as this processor multiplies at a time."""
+    lanes = LANES[compiled_kernels.cpu_capability()]
+    columns = vectors * lanes - missing
     matrix = torch.randn(5, columns).to(dtype)
     packed = compiled_kernels.pack_columns(matrix)
-    panels = [panel.view(5, -1) for panel in packed.split([5 * width for width in widths])]
+    panels = [panel.view(5, -1) for panel in packed.split([5 * count * lanes for count in panels])]
     assert packed.dtype == dtype
     assert torch.equal(torch.cat(panels, 1)[:, :columns], matrix)
     assert not torch.cat(panels, 1)[:, columns:].any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -240,6 +241,41 @@ def test_compiles_without_graph_breaks(inference_kernels):
         images = torch.randn(2, 3, 64, 64)
         compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images), network(images))
+
+
+def test_what_is_laid_out_for_another_processor_is_not_read(inference_kernels):
+    """A pickled network has the layouts of the processor that it was pickled on."""
+    layer = FoldedPointwise(nn.Conv2d(5, 40, 1))
+    x = feature_map(2, 3, 3, 5)
+    expected = layer(x)
+    layer.panels.fill_(torch.nan)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
+
+
+@pytest.mark.parametrize("shape", [*MAPS, (16, 3, 3), (9, 5, 4)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_groups_as_one_operator(inference_kernels, restored_threads, shape, threads):
+    """A block and a downsampling, a few images at a time or layer by layer, are what their parts are."""
+    torch.set_num_threads(threads)
+    network = lively(create_model("MobileMamba_T2", num_classes=3)).fuse()
+    merging, _, block = network.blocks2[1:4]
+    x, y = feature_map(*shape, 144, extra=3), feature_map(*shape, 272, extra=3)
+    for group, argument in ((merging, x), (block, y)):
+        expected = exactly(group, argument)
+        whole = group(argument)
+        assert_close(whole, expected)
+        assert torch.equal(whole, group(argument))
+        next(group.children()).register_forward_hook(lambda *_: None)
+        assert_close(group(argument), expected)
+
+
+def test_what_watches_the_parts_of_a_group_sees_them(inference_kernels):
+    network = create_model("MobileMamba_T2", num_classes=3).fuse()
+    seen = []
+    network.blocks1[0].mixer.register_forward_hook(lambda module, *_: seen.append(module))
+    network.blocks2[1][3].register_forward_pre_hook(lambda module, *_: seen.append(module))
+    network(torch.zeros(1, 3, 64, 64))
+    assert seen == [network.blocks1[0].mixer, network.blocks2[1][3]]
 
 
 def test_saved_and_loaded_folded_network_agrees(inference_kernels):

@@ -36,6 +36,9 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
       "squeeze_excite(Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, Tensor expand_bias) "
       "-> Tensor");
   m.def("mixer(Tensor x, Tensor[] parameters, int[] split, int[] reverse, float norm_eps) -> Tensor");
+  // Groups of these (layers/blocks.cpp).
+  m.def("block(Tensor x, Tensor[] parameters, int[] split, int[] reverse, float norm_eps) -> Tensor");
+  m.def("patch_merging(Tensor x, Tensor[] parameters) -> Tensor");
   // Weights in the layouts that the layers read (layers/weights.h).
   m.def("pack_columns(Tensor weight) -> Tensor");
   m.def("pack_depthwise(Tensor weight) -> Tensor");

@@ -28,6 +28,10 @@ int64_t num_vectors(int64_t channels) {
   return ceil_div(channels, kernels().lanes);
 }
 
+int64_t num_panels(int64_t columns) {
+  return Panels{num_vectors(columns)}.count();
+}
+
 at::Tensor floats(int64_t count) {
   return at::empty({count}, at::TensorOptions(at::kFloat));
 }

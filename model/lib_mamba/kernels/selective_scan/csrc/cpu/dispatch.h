@@ -13,6 +13,9 @@ const Kernels& kernels();
 // How many vectors hold some channels.
 int64_t num_vectors(int64_t channels);
 
+// How many panels hold some columns of a product's weight.
+int64_t num_panels(int64_t columns);
+
 // New memory for so many floats.
 at::Tensor floats(int64_t count);
 

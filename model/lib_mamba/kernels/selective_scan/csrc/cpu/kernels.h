@@ -53,41 +53,31 @@ struct ParameterSums {
 
 enum Activation : int64_t { kNone = 0, kRelu = 1, kSilu = 2 };
 
-constexpr int64_t kColumns = 16;  // one vector of any instruction set, or several
-
-// Vectors [first, last) of columns in groups of three, and of two where a single one would be left:
-// for (const Columns group : ColumnGroups{first, last}).
+// Vectors [start, start + count) of columns.
 struct Columns {
   int64_t start, count;
 };
 
-struct ColumnGroups {
-  int64_t first, last;
+// Vectors of columns in panels of three, and of two where a single one would be left: as many as a product holds in
+// registers at a time.
+struct Panels {
+  static constexpr int64_t kWidest = 3;
+  int64_t vectors;
 
-  struct Iterator {
-    int64_t start, last;
-
-    int64_t count() const {
-      const int64_t left = last - start;
-      return left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
-    }
-    Columns operator*() const { return {start, count()}; }
-    void operator++() { start += count(); }
-    bool operator!=(const Iterator& end) const { return start < end.start; }
-  };
-
-  Iterator begin() const { return {first, last}; }
-  Iterator end() const { return {last, last}; }
+  int64_t count() const { return ceil_div(vectors, kWidest); }
+  Columns operator[](int64_t i) const {
+    const int64_t start = i * kWidest, left = vectors - start;
+    if (left == 1 && i > 0)
+      return {start - 1, 2};
+    return {start, left == 4 || left == 2 ? 2 : left == 1 ? 1 : kWidest};
+  }
 };
 
-// The weight of a product, columns padded with zeros to `width`, a multiple of kColumns. They lie in panels, a group of
-// columns each, one behind the other and each with all rows: numbers that are read together lie next to each other.
+// The weight of a product, columns padded with zeros to whole vectors of this processor. They lie in panels, one behind
+// the other and each with all rows: numbers that are read together lie next to each other.
 struct Weight {
-  int64_t rows, width;
+  int64_t rows;
   const float* data;
-
-  // In units of kColumns.
-  ColumnGroups panels() const { return {0, width / kColumns}; }
 };
 
 // A product of rows of numbers with a matrix: out = act(row . weight + bias) + residual. A row may

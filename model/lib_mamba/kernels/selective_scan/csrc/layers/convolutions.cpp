@@ -17,14 +17,14 @@ namespace mobilemamba {
 using at::Tensor;
 
 Depthwise depthwise_of(
-    const Tensor& map, const Tensor& out, const Tensor& weight, const Tensor& bias, int64_t stride, int64_t padding,
+    const Map& x, const Map& out, const Tensor& weight, const Tensor& bias, int64_t stride, int64_t padding,
     int64_t activation) {
-  const int64_t C = map.size(1), side = weight.size(0);
+  const int64_t C = x.channels, side = weight.size(0);
   check_vector(weight, side * side * C, "weight");
   check_vector(bias, C, "bias");
   return {
-      map_of(map),
-      map_of(out),
+      x,
+      out,
       side,
       stride,
       padding,
@@ -35,35 +35,33 @@ Depthwise depthwise_of(
       nullptr};
 }
 
-void depthwise_into(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
-    const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation, int64_t last_activation,
-    const Tensor& out) {
-  const Tensor map = channels_last(x);
-  const int64_t C = map.size(1), height = out.size(2);
-  Depthwise d = depthwise_of(map, out, weight, bias, stride, padding, activation);
-  TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
-  if (scale) {
-    check_vector(*scale, C, "scale");
-    check_vector(*shift, C, "shift");
-    d.scale = scale->const_data_ptr<float>(), d.shift = shift->const_data_ptr<float>();
-  }
-  d.last_activation = activation_of(last_activation);
+void run(const Depthwise& d, int64_t images) {
   const Kernels& kernel = kernels();
-  const int64_t blocks = kernel.num_blocks(C);
-  share(map.size(0) * height, kForwards, [&](int64_t i) {
+  const int64_t blocks = kernel.num_blocks(d.x.channels), height = d.out.height;
+  share(images * height, kForwards, [&](int64_t i) {
     for (int64_t block = 0; block < blocks; ++block)
       kernel.depthwise(d, i / height, i % height, block);
   });
+}
+
+void scale_and_shift(Depthwise& d, const Tensor& scale, const Tensor& shift) {
+  check_vector(scale, d.x.channels, "scale");
+  check_vector(shift, d.x.channels, "shift");
+  d.scale = scale.const_data_ptr<float>(), d.shift = shift.const_data_ptr<float>();
 }
 
 Tensor depthwise(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
     const std::optional<Tensor>& shift, int64_t stride, int64_t padding, int64_t activation) {
   const int64_t side = weight.size(0);
+  const Tensor map = channels_last(x);
   const Tensor out = new_map(
       x.size(0), x.size(1), convolved(x.size(2), side, stride, padding), convolved(x.size(3), side, stride, padding));
-  depthwise_into(x, weight, bias, scale, shift, stride, padding, activation, kNone, out);
+  Depthwise d = depthwise_of(map_of(map), map_of(out), weight, bias, stride, padding, activation);
+  TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together");
+  if (scale)
+    scale_and_shift(d, *scale, *shift);
+  run(d, map.size(0));
   return out;
 }
 
@@ -108,24 +106,22 @@ Gradients convolve_backward(
   return {dx, unpack_depthwise(dweight)};
 }
 
-void wavelet_into(const Tensor& x, const Tensor& weight, const Tensor& base, int64_t activation, const Tensor& out) {
-  const Tensor map = channels_last(x), below = channels_last(base);
-  const int64_t C = map.size(1), side = weight.size(0);
-  check_vector(weight, side * side * 4 * C, "weight");
-  check_same(below, map, "base");
-  const Wavelet w{
-      map_of(map), map_of(below), map_of(out), side, weight.const_data_ptr<float>(), activation_of(activation)};
+void wavelet_into(
+    const Map& x, int64_t images, const Tensor& weight, const Map& base, Activation activation, const Map& out) {
+  const int64_t side = weight.size(0);
+  check_vector(weight, side * side * 4 * x.channels, "weight");
+  const Wavelet w{x, base, out, side, weight.const_data_ptr<float>(), activation};
   const Kernels& kernel = kernels();
-  const int64_t vectors = num_vectors(C);
-  const int64_t work_size = kernel.wavelet_work_size(map.size(2), map.size(3), side);
-  share_with_scratch(map.size(0) * vectors, work_size, [&](int64_t i, float* work) {
+  const int64_t vectors = num_vectors(x.channels);
+  share_with_scratch(images * vectors, kernel.wavelet_work_size(x.height, x.width, side), [&](int64_t i, float* work) {
     kernel.wavelet(w, i / vectors, i % vectors * kernel.lanes, work);
   });
 }
 
 Tensor wavelet(const Tensor& x, const Tensor& weight, const Tensor& base) {
-  const Tensor out = new_like(x);
-  wavelet_into(x, weight, base, kNone, out);
+  const Tensor map = channels_last(x), below = channels_last(base), out = new_like(x);
+  check_same(below, map, "base");
+  wavelet_into(map_of(map), map.size(0), weight, map_of(below), kNone, map_of(out));
   return out;
 }
 

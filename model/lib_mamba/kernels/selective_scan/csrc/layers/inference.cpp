@@ -1,7 +1,6 @@
 // The layers of a folded network: products with bias, activation and residual, feed-forwards, squeeze-excite, the
 // stem's convolutions. The mixer is in mixer.cpp.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -22,14 +21,14 @@ using at::Tensor;
 
 constexpr int64_t kRows = 64;  // of a product, as one piece of work: its results stay in the cache
 
-Dense dense_of(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t activation) {
+Dense dense_of(const Tensor& weight, const Tensor& bias, int64_t depth, Activation activation) {
   Dense d;
   d.depth = depth;
   d.columns = d.out_row = bias.numel();
   check_vector(bias, d.columns, "bias");
   d.weight = weight_of(weight, depth, d.columns);
   d.bias = bias.const_data_ptr<float>();
-  d.activation = activation_of(activation);
+  d.activation = activation;
   return d;
 }
 
@@ -52,33 +51,23 @@ void multiply(const Dense& d, const float* x, int64_t stride, int64_t rows) {
     const Pieces pieces = Pieces::for_threads(rows, kRows);
     share(pieces.count, kForwards, [&](int64_t i) {
       const int64_t first = pieces.begin(i);
-      kernel.dense(from_row(d, first), x + first * stride, stride, pieces.size(i), 0, num_vectors(d.columns));
+      kernel.dense(from_row(d, first), x + first * stride, stride, pieces.size(i), 0, num_panels(d.columns));
     });
     return;
   }
-  const Strips columns{num_vectors(d.columns), 3};  // a tile's
-  share(columns.count(), kForwards, [&](int64_t i) {
-    kernel.dense(d, x, stride, rows, columns.begin(i), columns.end(i));
-  });
+  share(num_panels(d.columns), kForwards, [&](int64_t i) { kernel.dense(d, x, stride, rows, i, i + 1); });
 }
 
 }  // namespace
 
-Tensor packed_pointwise(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
-    int64_t activation) {
-  const Tensor rows = as_rows(x);
-  Dense d = dense_of(weight, bias, rows.size(1), activation);
-  const Tensor out = new_map(x.size(0), d.columns, x.size(2), x.size(3));
-  d.out = out.mutable_data_ptr<float>();
-  const Tensor added = residual ? as_rows(*residual) : Tensor();
-  if (residual) {
-    check_same(added, out, "residual");
-    d.residual = added.const_data_ptr<float>();
-    d.residual_row = row_stride(added);
-  }
-  multiply(d, rows.const_data_ptr<float>(), row_stride(rows), num_rows(rows));
-  return out;
+void pointwise_into(
+    const Map& x, int64_t images, const Tensor& weight, const Tensor& bias, const Matrix& residual,
+    Activation activation, const Map& out) {
+  Dense d = dense_of(weight, bias, x.channels, activation);
+  TORCH_CHECK(d.columns == out.channels, "there are ", out.channels, " channels, and a bias for ", d.columns);
+  d.out = out.data, d.out_row = out.pixel;
+  d.residual = residual.data, d.residual_row = residual.stride;
+  multiply(d, x.data, x.pixel, images * x.height * x.width);
 }
 
 namespace {
@@ -111,8 +100,8 @@ struct FeedForward {
     const int64_t stride = before.weight ? x.channels : x.pixel;
     back.residual_row = stride;
     wide.out = between;
-    kernel.dense(wide, from, stride, count, 0, num_vectors(wide.columns));
-    kernel.dense(back, between, widen.columns, count, 0, num_vectors(back.columns));
+    kernel.dense(wide, from, stride, count, 0, num_panels(wide.columns));
+    kernel.dense(back, between, widen.columns, count, 0, num_panels(back.columns));
     add_residual(first * width, count);
   }
 
@@ -131,56 +120,113 @@ struct FeedForward {
   }
 };
 
-Tensor ffn(
-    const Tensor& x, const std::optional<Tensor>& taps, const std::optional<Tensor>& taps_bias,
-    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias,
-    const std::optional<Tensor>& residual) {
-  const Tensor map = as_rows(x), added = residual ? as_rows(*residual) : Tensor();
-  const int64_t C = map.size(1), hidden = first_bias.numel(), rows = num_rows(map);
-  const Tensor out = new_like(map);
+}  // namespace
+
+void ffn_into(const Map& x, int64_t images, at::TensorList p, const Matrix& residual, const Map& out) {
+  TORCH_CHECK(p.size() == kFfnParameters, p.size(), " parameters of a feed-forward instead of ", kFfnParameters + 0);
+  const Tensor &taps = p[0], &taps_bias = p[1];
+  TORCH_CHECK(taps.defined() == taps_bias.defined(), "taps and their bias go together");
+  const int64_t C = x.channels, hidden = p[3].numel(), rows = images * x.height * x.width;
   FeedForward f;
-  f.x = map_of(map);
-  f.x.pixel = row_stride(map);
-  f.widen = dense_of(first_weight, first_bias, C, kRelu);
-  f.narrow = dense_of(second_weight, second_bias, hidden, kNone);
+  f.x = x;
+  f.widen = dense_of(p[2], p[3], C, kRelu);
+  f.narrow = dense_of(p[4], p[5], hidden, kNone);
   TORCH_CHECK(f.narrow.columns == C, "the second product must lead back to ", C, " channels, got ", f.narrow.columns);
-  f.narrow.out = out.mutable_data_ptr<float>();
-  f.narrow.residual = f.x.data;
-  if (residual) {
-    check_same(added, map, "residual");
-    f.residual = matrix_of(added);
-  }
-  TORCH_CHECK(taps.has_value() == taps_bias.has_value(), "taps and their bias go together");
-  if (taps)
-    f.before = depthwise_of(map, out, *taps, *taps_bias, 1, taps->size(0) / 2, kNone);
+  f.narrow.out = out.data, f.narrow.out_row = out.pixel;
+  f.residual = residual;
+  if (taps.defined())
+    f.before = depthwise_of(x, out, taps, taps_bias, 1, taps.size(0) / 2, kNone);
   if (has_rows_for_threads(rows)) {
-    const int64_t width = std::max<int64_t>(f.x.width, 1);
+    const int64_t width = std::max<int64_t>(x.width, 1);
     const Pieces lines = Pieces::for_threads(rows / width, std::max<int64_t>(1, kRows / width));
     share_with_scratch(lines.count, lines.largest() * width * f.floats_per_pixel(), [&](int64_t i, float* scratch) {
       f.rows(lines.begin(i), lines.begin(i + 1), scratch);
     });
-    return out;
+    return;
   }
-  const Tensor y = taps ? depthwise(map, *taps, *taps_bias, {}, {}, 1, taps->size(0) / 2, kNone) : map;
-  const Tensor between = floats(rows * hidden);
-  f.widen.out = between.mutable_data_ptr<float>();
-  f.narrow.residual = y.const_data_ptr<float>();
-  f.narrow.residual_row = row_stride(y);
-  multiply(f.widen, f.narrow.residual, row_stride(y), rows);
-  multiply(f.narrow, f.widen.out, hidden, rows);
+  const Tensor scratch = floats(rows * f.floats_per_pixel());
+  float* between = scratch.mutable_data_ptr<float>();
+  Map y = x;
+  if (taps.defined()) {
+    y = map_without_gaps(x.height, x.width, C, between + rows * hidden);
+    f.before.out = y;
+    run(f.before, images);
+  }
+  f.widen.out = between;
+  f.narrow.residual = y.data, f.narrow.residual_row = y.pixel;
+  multiply(f.widen, y.data, y.pixel, rows);
+  multiply(f.narrow, between, hidden, rows);
   f.add_residual(0, rows);
+}
+
+namespace {
+
+// Over the pixels of each image, to rows of C.
+void means_into(const Map& x, int64_t images, float* mean) {
+  const Kernels& kernel = kernels();
+  share(images, kForwards, [&](int64_t image) {
+    kernel.means({x.data + image * x.image, x.pixel}, x.height * x.width, x.channels, mean + image * x.channels);
+  });
+}
+
+}  // namespace
+
+void squeeze_excite_into(const Map& x, int64_t images, at::TensorList p, const Map& out) {
+  TORCH_CHECK(
+      p.size() == kSqueezeExciteParameters, p.size(), " parameters of squeeze-excite instead of ",
+      kSqueezeExciteParameters + 0);
+  const int64_t C = x.channels, hidden = p[1].numel();
+  const Tensor scratch = floats(images * (2 * C + hidden) + C);
+  float *mean = scratch.mutable_data_ptr<float>(), *gate = mean + images * C, *zero = gate + images * C;
+  const Map means = map_without_gaps(1, 1, C, mean), gates = map_without_gaps(1, 1, C, gate);
+  const Map reduced = map_without_gaps(1, 1, hidden, zero + C);
+  std::fill_n(zero, C, 0.f);
+  means_into(x, images, mean);
+  pointwise_into(means, images, p[0], p[1], {}, kRelu, reduced);
+  pointwise_into(reduced, images, p[2], p[3], {}, kNone, gates);
+  const Kernels& kernel = kernels();
+  share(images, kForwards, [&](int64_t image) {
+    float* own = gate + image * C;
+    for (int64_t c = 0; c < C; ++c)
+      own[c] = 1 / (1 + std::exp(-own[c]));
+    const Map from = from_image(x, image), to = from_image(out, image);
+    const Normalization scale{C, zero, own, zero, kNone};
+    kernel.normalize(scale, {from.data, from.pixel}, {}, {to.data, to.pixel}, x.height * x.width);
+  });
+}
+
+namespace {
+
+Tensor pointwise(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual,
+    int64_t activation) {
+  const Tensor map = as_rows(x), out = new_map(x.size(0), bias.numel(), x.size(2), x.size(3));
+  const Tensor added = residual ? as_rows(*residual) : Tensor();
+  if (residual)
+    check_same(added, out, "residual");
+  pointwise_into(
+      rows_of(map), map.size(0), weight, bias, residual ? matrix_of(added) : Matrix{}, activation_of(activation),
+      rows_of(out));
+  return out;
+}
+
+Tensor ffn(
+    const Tensor& x, const std::optional<Tensor>& taps, const std::optional<Tensor>& taps_bias,
+    const Tensor& first_weight, const Tensor& first_bias, const Tensor& second_weight, const Tensor& second_bias,
+    const std::optional<Tensor>& residual) {
+  const Tensor map = as_rows(x), added = residual ? as_rows(*residual) : Tensor(), out = new_like(map);
+  if (residual)
+    check_same(added, map, "residual");
+  const Tensor parameters[] = {
+      taps.value_or(Tensor()), taps_bias.value_or(Tensor()), first_weight, first_bias, second_weight, second_bias};
+  ffn_into(rows_of(map), map.size(0), parameters, residual ? matrix_of(added) : Matrix{}, rows_of(out));
   return out;
 }
 
 // Over the pixels of each image: (B, C, H, W) to (B, C, 1, 1).
 Tensor means(const Tensor& x) {
   const Tensor map = as_rows(x), out = new_map(map.size(0), map.size(1), 1, 1);
-  const int64_t C = map.size(1), pixels = map.size(2) * map.size(3);
-  const Kernels& kernel = kernels();
-  float* mean = out.mutable_data_ptr<float>();
-  share(map.size(0), kForwards, [&](int64_t image) {
-    kernel.means(matrix_of(map).from(image * pixels), pixels, C, mean + image * C);
-  });
+  means_into(rows_of(map), map.size(0), out.mutable_data_ptr<float>());
   return out;
 }
 
@@ -189,142 +235,115 @@ Tensor squeeze_excite(
     const Tensor& x, const Tensor& reduce_weight, const Tensor& reduce_bias, const Tensor& expand_weight,
     const Tensor& expand_bias) {
   const Tensor map = as_rows(x), out = new_like(map);
-  const int64_t B = map.size(0), C = map.size(1), pixels = map.size(2) * map.size(3);
-  const Kernels& kernel = kernels();
-  const Tensor hidden = packed_pointwise(means(map), reduce_weight, reduce_bias, {}, kRelu);
-  const Tensor gates = packed_pointwise(hidden, expand_weight, expand_bias, {}, kNone), zeros = at::zeros({C});
-  TORCH_CHECK(gates.size(1) == C, "there are ", C, " channels, and gates for ", gates.size(1));
-  float* gate = gates.mutable_data_ptr<float>();
-  const float* zero = zeros.const_data_ptr<float>();
-  share(B, kForwards, [&](int64_t image) {
-    float* own = gate + image * C;
-    for (int64_t c = 0; c < C; ++c)
-      own[c] = 1 / (1 + std::exp(-own[c]));
-    const Normalization scale{C, zero, own, zero, kNone};
-    kernel.normalize(scale, matrix_of(map).from(image * pixels), Matrix{}, matrix_of(out).from(image * pixels), pixels);
-  });
+  const Tensor parameters[] = {reduce_weight, reduce_bias, expand_weight, expand_bias};
+  squeeze_excite_into(rows_of(map), map.size(0), parameters, rows_of(out));
   return out;
 }
 
-struct Range {
-  int64_t first, last;
-};
-
-// Which taps of a kernel that begins at `start` lie on a side of `size` pixels.
-Range inside(int64_t start, int64_t side, int64_t size) {
-  return {std::max<int64_t>(0, -start), std::min(side, size - start)};
+// A map with zeros left and right of its rows: as many pixels as a kernel reaches over either side, which two rows
+// share.
+Map map_with_zeros(int64_t height, int64_t width, int64_t channels, int64_t reach, float* data) {
+  const int64_t row = (width + reach) * channels;
+  return {height, width, channels, height * row + reach * channels, row, channels, data + reach * channels};
 }
 
-// A dense convolution of one image: each row of pixels under the kernel is a piece of a row of the product. Pieces off
-// the map are left out; where the kernel reaches over the left or right side, the piece is shorter.
+void write_zeros(const Map& x, int64_t row, int64_t reach) {
+  const int64_t count = reach * x.channels;
+  std::fill_n(x.data + row * x.row - count, count, 0.f);
+  std::fill_n(x.data + row * x.row + x.width * x.channels, count, 0.f);
+}
+
+// A dense convolution of one image, with zeros beside its rows: each row of pixels under the kernel is a piece of a row
+// of the product. Pieces above and below the map are left out.
 struct Convolution {
   Dense whole;
-  Map x{};
-  int64_t side, stride, padding, height, width;
-
-  void columns(int64_t row, Range vertical, int64_t first, int64_t last) const {
-    const Kernels& kernel = kernels();
-    const int64_t top = row * stride - padding, left = first * stride - padding;
-    const Range horizontal = inside(left, side, x.width);
-    Dense d = from_row(whole, row * width + first);
-    const float* from = x.data + (top + vertical.first) * x.row + (left + horizontal.first) * x.pixel;
-    d.pieces = vertical.last - vertical.first;
-    d.piece_stride = x.row;
-    d.depth = (horizontal.last - horizontal.first) * x.channels;
-    d.first_row = (vertical.first * side + horizontal.first) * x.channels;
-    d.piece_rows = side * x.channels;
-    kernel.dense(d, from, stride * x.pixel, last - first, 0, num_vectors(d.columns));
-  }
+  Map x{}, out{};
+  int64_t side, stride, padding;
 
   void row(int64_t row) const {
-    const Range vertical = inside(row * stride - padding, side, x.height);
-    const int64_t first = std::min(width, (padding + stride - 1) / stride);
-    const int64_t last = std::max(first, std::min(width, (x.width - side + padding) / stride + 1));
-    for (int64_t column = 0; column < first; ++column)
-      columns(row, vertical, column, column + 1);
-    if (first < last)
-      columns(row, vertical, first, last);
-    for (int64_t column = last; column < width; ++column)
-      columns(row, vertical, column, column + 1);
+    const int64_t top = row * stride - padding;
+    const int64_t first = std::max<int64_t>(0, -top), last = std::min(side, x.height - top);
+    Dense d = whole;
+    d.out = out.data + row * out.row, d.out_row = out.pixel;
+    d.pieces = last - first, d.piece_stride = x.row;
+    d.depth = d.piece_rows = side * x.channels;
+    d.first_row = first * d.depth;
+    const float* from = x.data + (top + first) * x.row - padding * x.pixel;
+    kernels().dense(d, from, stride * x.pixel, out.width, 0, num_panels(d.columns));
   }
 };
 
-Convolution convolution_of(
-    const Map& map, const Tensor& weight, const Tensor& bias, int64_t side, int64_t stride, int64_t padding,
-    Activation activation) {
-  return {
-      dense_of(weight, bias, side * side * map.channels, activation),
-      map,
-      side,
-      stride,
-      padding,
-      convolved(map.height, side, stride, padding),
-      convolved(map.width, side, stride, padding)};
-}
-
-// An image as it comes from a data loader, (B, C, H, W) in any order, to a channels-last map without gaps.
-Tensor dense_map(const Tensor& x) {
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "a map must be (B, C, H, W) in float32, got ", x.sizes());
-  if (x.is_contiguous(at::MemoryFormat::ChannelsLast))
-    return x;
-  const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
-  const Tensor out = new_map(x.size(0), C, H, W);
-  const float* from = x.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  share(x.size(0) * H, kForwards, [&](int64_t i) {
-    const float* row = from + i / H * x.stride(0) + i % H * x.stride(2);
-    for (int64_t pixel = 0; pixel < W; ++pixel)
-      for (int64_t c = 0; c < C; ++c)
-        to[(i * W + pixel) * C + c] = row[c * x.stride(1) + pixel * x.stride(3)];
-  });
-  return out;
-}
-
-Map compact(int64_t channels, int64_t height, int64_t width, float* data) {
-  return {height, width, channels, height * width * channels, width * channels, channels, data};
+// A row of an image as it comes from a data loader, channel by channel or in any other order.
+void read_row(const Tensor& x, int64_t image, int64_t row, const Map& to) {
+  const float* from = x.const_data_ptr<float>() + image * x.stride(0) + row * x.stride(2);
+  const int64_t step = x.stride(3);
+  for (int64_t c = 0; c < to.channels; ++c, from += x.stride(1)) {
+    float* pixel = to.data + row * to.row + c;
+    for (int64_t i = 0; i < to.width; ++i, pixel += to.channels)
+      *pixel = from[i * step];
+  }
 }
 
 // Convolutions one after the other, a ReLU between them, image by image: the maps between them stay in the cache.
 Tensor convs(
     const Tensor& x, at::TensorList weights, at::TensorList biases, int64_t side, int64_t stride, int64_t padding) {
   TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "there must be as many biases as weights");
-  const Tensor pixels = dense_map(x);
-  const Map map = map_of(pixels);
+  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "a map must be (B, C, H, W) in float32, got ", x.sizes());
+  const int64_t images = x.size(0);
+  // The map before each convolution, and the last one's.
+  std::vector<Map> maps{map_with_zeros(x.size(2), x.size(3), x.size(1), padding, nullptr)};
   std::vector<Convolution> layers;
   int64_t largest = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const bool is_last = i + 1 == weights.size();
-    const Map from =
-        i == 0 ? map : compact(layers[i - 1].whole.columns, layers[i - 1].height, layers[i - 1].width, nullptr);
-    layers.push_back(convolution_of(from, weights[i], biases[i], side, stride, padding, is_last ? kNone : kRelu));
-    if (!is_last)
-      largest = std::max(largest, layers[i].height * layers[i].width * layers[i].whole.columns);
+    const Map from = maps.back();
+    const int64_t columns = biases[i].numel();
+    const Activation activation = i + 1 == weights.size() ? kNone : kRelu;
+    const Dense whole = dense_of(weights[i], biases[i], side * side * from.channels, activation);
+    layers.push_back({whole, {}, {}, side, stride, padding});
+    largest = std::max(largest, from.image + padding * from.channels);
+    const int64_t height = convolved(from.height, side, stride, padding);
+    maps.push_back(map_with_zeros(height, convolved(from.width, side, stride, padding), columns, padding, nullptr));
   }
-  const Convolution& last = layers.back();
-  const Tensor out = new_map(x.size(0), last.whole.columns, last.height, last.width);
-  float* to = out.mutable_data_ptr<float>();
-  const auto run = [&](int64_t image, float* scratch, const auto& for_lines) {
+  const Map& last = maps.back();
+  const Tensor out = new_map(images, last.channels, last.height, last.width);
+  const auto run = [&](int64_t image, float* scratch, const auto& for_rows) {
+    const auto at = [&](size_t i) {
+      Map map = maps[i];
+      map.data = scratch + i % 2 * largest + padding * map.channels;
+      return i < layers.size() ? map : from_image(rows_of(out), image);
+    };
+    const Map pixels = at(0);
+    for_rows(pixels.height, [&](int64_t row) {
+      read_row(x, image, row, pixels);
+      write_zeros(pixels, row, padding);
+    });
     for (size_t i = 0; i < layers.size(); ++i) {
       Convolution c = layers[i];
-      c.x.data = i == 0 ? map.data + image * map.image : scratch + (i + 1) % 2 * largest;
-      c.whole.out = scratch + i % 2 * largest;
-      if (i + 1 == layers.size())
-        c.whole.out = to + image * c.height * c.width * c.whole.columns;
-      for_lines(c.height, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-          c.row(row);
+      c.x = at(i), c.out = at(i + 1);
+      for_rows(c.out.height, [&](int64_t row) {
+        c.row(row);
+        if (i + 1 < layers.size())
+          write_zeros(c.out, row, padding);
       });
     }
   };
-  if (is_balanced(x.size(0))) {
-    share_with_scratch(x.size(0), 2 * largest, [&](int64_t image, float* scratch) {
-      run(image, scratch, [](int64_t rows, const auto& body) { body(0, rows); });
+  if (is_balanced(images)) {
+    share_with_scratch(images, 2 * largest, [&](int64_t image, float* scratch) {
+      run(image, scratch, [](int64_t rows, const auto& body) {
+        for (int64_t row = 0; row < rows; ++row)
+          body(row);
+      });
     });
     return out;
   }
   const Tensor scratch = floats(2 * largest);
-  for (int64_t image = 0; image < x.size(0); ++image)
-    run(image, scratch.mutable_data_ptr<float>(), [](int64_t rows, const auto& body) { share_range(rows, 1, body); });
+  for (int64_t image = 0; image < images; ++image)
+    run(image, scratch.mutable_data_ptr<float>(), [](int64_t rows, const auto& body) {
+      share_range(rows, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+          body(row);
+      });
+    });
   return out;
 }
 
@@ -365,7 +384,7 @@ Tensor traced_convs(
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
-  m.impl("pointwise", mobilemamba::OnOwnThreads<mobilemamba::packed_pointwise>::call);
+  m.impl("pointwise", mobilemamba::OnOwnThreads<mobilemamba::pointwise>::call);
   m.impl("means", mobilemamba::OnOwnThreads<mobilemamba::means>::call);
   m.impl("squeeze_excite", mobilemamba::OnOwnThreads<mobilemamba::squeeze_excite>::call);
   m.impl("ffn", mobilemamba::OnOwnThreads<mobilemamba::ffn>::call);

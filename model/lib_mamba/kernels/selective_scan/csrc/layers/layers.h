@@ -65,29 +65,47 @@ at::Tensor strided_conv(const at::Tensor& x, const Norm& norm, const at::Tensor&
 Gradients strided_conv_backward(
     const at::Tensor& grad, const at::Tensor& x, const Norm& norm, const at::Tensor& weight);
 
-// The wavelet branch, plus base, by its packed weight (side, side, 4C), to a new map, or activated to `out`; the
-// gradient of that weight.
+// The wavelet branch, plus base, by its packed weight (side, side, 4C); the gradient of that weight.
 at::Tensor wavelet(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& base);
-void wavelet_into(
-    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& base, int64_t activation, const at::Tensor& out);
 at::Tensor wavelet_weight_gradient(const at::Tensor& grad, const at::Tensor& x, int64_t side);
 
-// A depthwise convolution by its packed weight (side, side, C): act(conv + bias), then times scale, plus shift; to a
-// new map, or with a last activation to `out`.
-Depthwise depthwise_of(
-    const at::Tensor& map, const at::Tensor& out, const at::Tensor& weight, const at::Tensor& bias, int64_t stride,
-    int64_t padding, int64_t activation);
+// A depthwise convolution by its packed weight (side, side, C): act(conv + bias), then times scale, plus shift.
 at::Tensor depthwise(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& shift, int64_t stride, int64_t padding, int64_t activation);
-void depthwise_into(
-    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale,
-    const std::optional<at::Tensor>& shift, int64_t stride, int64_t padding, int64_t activation,
-    int64_t last_activation, const at::Tensor& out);
 
-// act(x W + b) + residual, for every pixel, by the packed W (layers/weights.h).
-at::Tensor packed_pointwise(
-    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& residual,
+// The layers of a folded network on maps by address, to `out`. Weights are packed (layers/weights.h). Where not said
+// otherwise, the pixels of a map are equally far apart from its first to its last.
+
+// A depthwise convolution, on maps of any strides, is described and then run.
+Depthwise depthwise_of(
+    const Map& x, const Map& out, const at::Tensor& weight, const at::Tensor& bias, int64_t stride, int64_t padding,
     int64_t activation);
+void scale_and_shift(Depthwise& d, const at::Tensor& scale, const at::Tensor& shift);
+void run(const Depthwise& d, int64_t images);
+
+// act(wavelet branch + base), on maps of any strides.
+void wavelet_into(
+    const Map& x, int64_t images, const at::Tensor& weight, const Map& base, Activation activation, const Map& out);
+
+// act(x W + b) + residual, which may have no address.
+void pointwise_into(
+    const Map& x, int64_t images, const at::Tensor& weight, const at::Tensor& bias, const Matrix& residual,
+    Activation activation, const Map& out);
+
+// The feed-forward of y, plus y and the residual, where y is a depthwise convolution of x, or x where its taps are not
+// defined. Parameters: taps and their bias; weight and bias of the first product, of the second.
+constexpr int64_t kFfnParameters = 6;
+void ffn_into(const Map& x, int64_t images, at::TensorList parameters, const Matrix& residual, const Map& out);
+
+// x times the gates of its channels; `out` may be x. Parameters: weight and bias of the reduction, of the expansion.
+constexpr int64_t kSqueezeExciteParameters = 4;
+void squeeze_excite_into(const Map& x, int64_t images, at::TensorList parameters, const Map& out);
+
+// The residual mixer; its parameters stand in mixer.cpp.
+constexpr int64_t kMixerParameters = 21;
+void mixer_into(
+    const Map& x, int64_t images, at::TensorList parameters, at::IntArrayRef split, at::IntArrayRef reverse,
+    double norm_eps, const Map& out);
 
 }  // namespace mobilemamba

@@ -62,6 +62,28 @@ Matrix matrix_of(const Tensor& map) {
   return {const_cast<float*>(map.const_data_ptr<float>()), row_stride(map)};
 }
 
+Map rows_of(const Tensor& map) {
+  const int64_t H = map.size(2), W = map.size(3), stride = row_stride(map);
+  return {H, W, map.size(1), H * W * stride, W * stride, stride, matrix_of(map).data};
+}
+
+Map map_without_gaps(int64_t height, int64_t width, int64_t channels, float* data) {
+  return {height, width, channels, height * width * channels, width * channels, channels, data};
+}
+
+Map slice(const Map& x, int64_t first, int64_t channels) {
+  Map part = x;
+  part.channels = channels;
+  part.data += first;
+  return part;
+}
+
+Map from_image(const Map& x, int64_t image) {
+  Map rest = x;
+  rest.data += image * x.image;
+  return rest;
+}
+
 Activation activation_of(int64_t number) {
   TORCH_CHECK(number >= kNone && number <= kSilu, "activations are 0 (none), 1 (ReLU) and 2 (SiLU), got ", number);
   return static_cast<Activation>(number);

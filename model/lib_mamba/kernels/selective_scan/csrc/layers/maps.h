@@ -36,6 +36,16 @@ Map map_of(const at::Tensor& x);
 // A map of `as_rows`: pixels by channels.
 Matrix matrix_of(const at::Tensor& map);
 
+// A map of `as_rows`, or one without gaps: pixels at equal distances from the first to the last.
+Map rows_of(const at::Tensor& map);
+Map map_without_gaps(int64_t height, int64_t width, int64_t channels, float* data);
+
+// Some of the channels of a map.
+Map slice(const Map& x, int64_t first, int64_t channels);
+
+// A map from one image on.
+Map from_image(const Map& x, int64_t image);
+
 Activation activation_of(int64_t number);
 
 void check_vector(const at::Tensor& tensor, int64_t size, const char* name);

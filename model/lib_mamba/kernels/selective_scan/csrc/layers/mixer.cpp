@@ -45,42 +45,69 @@ enum Parameter {
   kNumParameters,
 };
 
-void relu_into(const Tensor& x, const Tensor& out) {
-  const Tensor map = as_rows(x);
-  const Matrix from = matrix_of(map), to = matrix_of(out);
-  const int64_t channels = map.size(1);
-  share_range(num_rows(map), 64, [&](int64_t begin, int64_t end) {
+static_assert(kNumParameters == kMixerParameters);
+
+void relu_into(const Map& x, int64_t images, const Map& out) {
+  share_range(images * x.height * x.width, 64, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      for (int64_t c = 0; c < channels; ++c)
-        to.at(row)[c] = std::max(from.at(row)[c], 0.f);
+      for (int64_t c = 0; c < x.channels; ++c)
+        out.data[row * out.pixel + c] = std::max(x.data[row * x.pixel + c], 0.f);
   });
 }
 
-Tensor mixer(const Tensor& x, at::TensorList p, at::IntArrayRef split, at::IntArrayRef reverse, double norm_eps) {
+}  // namespace
+
+void mixer_into(
+    const Map& x, int64_t images, at::TensorList p, at::IntArrayRef split, at::IntArrayRef reverse, double norm_eps,
+    const Map& out) {
   TORCH_CHECK(p.size() == kNumParameters, p.size(), " parameters instead of ", kNumParameters + 0);
   TORCH_CHECK(split.size() == 3, "split must have three parts, got ", split);
   const int64_t global = split[0], local = split[1], rest = split[2], side = p[kLocalWeight].size(0);
-  TORCH_CHECK(global + local + rest == x.size(1), "split must add up to ", x.size(1), " channels, got ", split);
-  const Tensor map = as_rows(x), joined = new_like(map), x_global = map.narrow(1, 0, global);
+  TORCH_CHECK(global + local + rest == x.channels, "split must add up to ", x.channels, " channels, got ", split);
+  const int64_t inner = p[kInBias].numel() / 2, conv_side = p[kConvWeight].size(0);
+  const int64_t width = p[kXBias].numel(), pixels = images * x.height * x.width;
+  const Tensor scratch = floats(pixels * (4 * inner + width + global + x.channels));
+  float* next = scratch.mutable_data_ptr<float>();
+  const auto new_map = [&](int64_t channels) {
+    const Map map = map_without_gaps(x.height, x.width, channels, next);
+    next += images * map.image;
+    return map;
+  };
+  const Map xz = new_map(2 * inner), x_scan = new_map(inner), projection = new_map(width), y_scan = new_map(inner);
+  const Map base = new_map(global), joined = new_map(x.channels);
+  const Map x_global = slice(x, 0, global), x_in = slice(xz, 0, inner), z = slice(xz, inner, inner);
 
-  const Tensor xz = packed_pointwise(x_global, p[kInWeight], p[kInBias], {}, kNone);
-  const int64_t inner = xz.size(1) / 2, conv_side = p[kConvWeight].size(0);
-  const Tensor x_in = xz.narrow(1, 0, inner), z = xz.narrow(1, inner, inner);
-  const Tensor x_scan = depthwise(x_in, p[kConvWeight], p[kConvBias], {}, {}, 1, conv_side / 2, kSilu);
-  const Tensor projection = packed_pointwise(x_scan, p[kXWeight], p[kXBias], {}, kNone);
-  const Tensor y_scan = gated_scan(
-      sequence_of(x_scan), sequence_of(z), sequence_of(projection), p[kDtWeight], p[kDtBias], p[kALog], p[kDSkip],
-      p[kNormWeight], p[kNormBias], norm_eps, reverse);
-  const Tensor base = packed_pointwise(map_like(y_scan, map), p[kOutWeight], p[kOutBias], {}, kNone);
-  wavelet_into(x_global, p[kBandWeight], base, kRelu, joined.narrow(1, 0, global));
+  pointwise_into(x_global, images, p[kInWeight], p[kInBias], {}, kNone, xz);
+  run(depthwise_of(x_in, x_scan, p[kConvWeight], p[kConvBias], 1, conv_side / 2, kSilu), images);
+  pointwise_into(x_scan, images, p[kXWeight], p[kXBias], {}, kNone, projection);
+  Problem scan{};
+  scan.batch = images, scan.length = x.height * x.width, scan.channels = inner;
+  scan.x = x_scan.data, scan.x_batch = x_scan.image, scan.x_row = x_scan.pixel;
+  scan.z = z.data, scan.z_batch = z.image, scan.z_row = z.pixel;
+  scan.projection = projection.data, scan.y = y_scan.data;
+  gated_scan_into(
+      scan, p[kDtWeight], p[kDtBias], p[kALog], p[kDSkip], p[kNormWeight], p[kNormBias], norm_eps, reverse, width);
+  pointwise_into(y_scan, images, p[kOutWeight], p[kOutBias], {}, kNone, base);
+  wavelet_into(x_global, images, p[kBandWeight], base, kRelu, slice(joined, 0, global));
 
-  if (local)
-    depthwise_into(
-        map.narrow(1, global, local), p[kLocalWeight], p[kLocalBias], p[kLocalScale], p[kLocalShift], 1, side / 2,
-        kRelu, kRelu, joined.narrow(1, global, local));
+  if (local) {
+    const Map from = slice(x, global, local), to = slice(joined, global, local);
+    Depthwise d = depthwise_of(from, to, p[kLocalWeight], p[kLocalBias], 1, side / 2, kRelu);
+    scale_and_shift(d, p[kLocalScale], p[kLocalShift]);
+    d.last_activation = kRelu;
+    run(d, images);
+  }
   if (rest)
-    relu_into(map.narrow(1, global + local, rest), joined.narrow(1, global + local, rest));
-  return packed_pointwise(joined, p[kProjWeight], p[kProjBias], map, kNone);
+    relu_into(slice(x, global + local, rest), images, slice(joined, global + local, rest));
+  pointwise_into(joined, images, p[kProjWeight], p[kProjBias], {x.data, x.pixel}, kNone, out);
+}
+
+namespace {
+
+Tensor mixer(const Tensor& x, at::TensorList p, at::IntArrayRef split, at::IntArrayRef reverse, double norm_eps) {
+  const Tensor map = as_rows(x), out = new_like(map);
+  mixer_into(rows_of(map), map.size(0), p, split, reverse, norm_eps, rows_of(out));
+  return out;
 }
 
 Tensor traced_mixer(

@@ -4,18 +4,23 @@
 // A tile of rows by vectors of columns is held in registers while it runs through the depth: every weight that is
 // loaded serves all rows of the tile, every number of a row all its columns.
 
-#if LANES == 16
-constexpr int MOST_ROWS = 8;  // with three vectors: 24 sums, 3 weights, 1 number in 32 registers
+#if LANES == 16 || defined(__aarch64__)
+constexpr int MOST_SUMS = 24;  // and 3 weights, 1 number in 32 registers
 #else
-constexpr int MOST_ROWS = 4;  // 12 sums, 3 weights, 1 number in 16 registers
+constexpr int MOST_SUMS = 12;  // and 3 weights, 1 number in 16 registers
 #endif
+
+// As many as keep both units for multiplication busy while a sum waits for its last product.
+constexpr int most_rows(int num_vectors) {
+  return MOST_SUMS / (num_vectors > 2 ? num_vectors : 2);
+}
 
 // Calls `body(v, r)` for the vectors and rows of a tile, each in code of its own: registers have no addresses.
 template <int ROWS, int NV, class Body>
 INLINE void for_each_sum(Body body) {
 #pragma GCC unroll 3
   for (int v = 0; v < NV; ++v)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r)
       body(v, r);
 }
@@ -58,10 +63,17 @@ INLINE void finish_tile(const Dense& d, Vec (&sums)[NV][ROWS], int64_t row, int6
     finish_rows(d, row, ROWS, column, (NV - 1) * LANES + count);
 }
 
-// `weight` is the first row's, in a panel of `width` columns.
+// Memory to fetch while a tile is made: so many floats for each step through the depth.
+struct Ahead {
+  const float* from;
+  int64_t step;
+};
+
+// `weight` is the first row's, in its panel.
 template <int ROWS, int NV>
 NOINLINE void dense_tile(
-    const Dense& d, const float* weight, int64_t width, const float* x, int64_t stride, int64_t row, int64_t column) {
+    const Dense& d, const float* weight, Ahead ahead, const float* x, int64_t stride, int64_t row, int64_t column) {
+  constexpr int64_t width = NV * LANES;
   // The processor does not foresee where the tile will be stored; there is time to fetch it while the sums are made.
   const float* out = d.out + row * d.out_row + column;
   for_each_sum<ROWS, NV>([&](int v, int r) { __builtin_prefetch(out + r * d.out_row + v * LANES, 1); });
@@ -77,11 +89,12 @@ NOINLINE void dense_tile(
   });
   for (int64_t piece = 0; piece < d.pieces; ++piece, x += d.piece_stride, weight += d.piece_rows * width) {
     const float* from = weight;
-    for (int64_t k = 0; k < d.depth; ++k, from += width) {
+    for (int64_t k = 0; k < d.depth; ++k, from += width, ahead.from += ahead.step) {
+      __builtin_prefetch(ahead.from);
       Vec w[NV];
       for (int v = 0; v < NV; ++v)
         w[v] = load(from + v * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < NV; ++v)
           sums[v][r] += w[v] * x[r * stride + k];
@@ -93,53 +106,51 @@ NOINLINE void dense_tile(
     finish_tile<ROWS, NV, true>(d, sums, row, column, left);
 }
 
+// Calls `body(count)` with a count of up to MOST rows as a constant.
+template <int MOST, class Body>
+INLINE void with_rows(int64_t count, Body body) {
+  if constexpr (MOST > 1)
+    if (count < MOST)
+      return with_rows<MOST - 1>(count, body);
+  body(Constant<MOST>());
+}
+
+// Calls `body(rows, vectors, row, column)` for the tiles of all rows, with their sizes as constants.
 template <int NV, class Body>
-INLINE void with_tile(int64_t rows, int64_t row, int64_t column, Body body) {
-  switch (rows) {
-    case 1: return body(Constant<1>(), Constant<NV>(), row, column);
-    case 2: return body(Constant<2>(), Constant<NV>(), row, column);
-    case 3: return body(Constant<3>(), Constant<NV>(), row, column);
-    case 4: return body(Constant<4>(), Constant<NV>(), row, column);
-#if LANES == 16
-    case 5: return body(Constant<5>(), Constant<NV>(), row, column);
-    case 6: return body(Constant<6>(), Constant<NV>(), row, column);
-    case 7: return body(Constant<7>(), Constant<NV>(), row, column);
-    case 8: return body(Constant<8>(), Constant<NV>(), row, column);
-#endif
+INLINE void for_each_tile_of(int64_t rows, int64_t column, Body body) {
+  const int64_t num_tiles = ceil_div(rows, most_rows(NV));
+  for (int64_t i = 0; i < num_tiles; ++i) {
+    const int64_t row = i * rows / num_tiles, size = (i + 1) * rows / num_tiles - row;
+    with_rows<most_rows(NV)>(size, [&](auto count) { body(count, Constant<NV>(), row, column); });
   }
 }
 
-// Calls `body(rows, vectors, row, column)` for the tiles of all rows and of vectors [first, last): their sizes, and
+// Calls `body(rows, vectors, row, column)` for the tiles of all rows and of panels [first, last): their sizes, and
 // where they begin.
 template <class Body>
-INLINE void for_each_tile(int64_t rows, int64_t first, int64_t last, Body body) {
-  const int64_t num_tiles = ceil_div(rows, MOST_ROWS);
-  for (const Columns vectors : ColumnGroups{first, last})
-    for (int64_t i = 0; i < num_tiles; ++i) {
-      const int64_t row = i * rows / num_tiles, size = (i + 1) * rows / num_tiles - row;
-      if (vectors.count == 3)
-        with_tile<3>(size, row, vectors.start * LANES, body);
-      else if (vectors.count == 2)
-        with_tile<2>(size, row, vectors.start * LANES, body);
-      else
-        with_tile<1>(size, row, vectors.start * LANES, body);
-    }
+INLINE void for_each_tile(int64_t rows, const Panels& panels, int64_t first, int64_t last, Body body) {
+  for (int64_t panel = first; panel < last; ++panel) {
+    const Columns vectors = panels[panel];
+    if (vectors.count == 3)
+      for_each_tile_of<3>(rows, vectors.start * LANES, body);
+    else if (vectors.count == 2)
+      for_each_tile_of<2>(rows, vectors.start * LANES, body);
+    else
+      for_each_tile_of<1>(rows, vectors.start * LANES, body);
+  }
 }
 
-// Rows of x, `stride` apart, times columns [first, last), in units of LANES; row 0 belongs to row 0 of the output.
+// Rows of x, `stride` apart, times the columns in panels [first, last); row 0 belongs to row 0 of the output.
 static void dense(const Dense& d, const float* x, int64_t stride, int64_t rows, int64_t first, int64_t last) {
-  constexpr int64_t vectors_of_unit = kColumns / LANES;
-  for (const Columns panel : d.weight.panels()) {
-    const int64_t start = panel.start * kColumns, width = panel.count * kColumns;
-    const float* from = d.weight.data + start * d.weight.rows + d.first_row * width;
-    const int64_t begin = panel.start * vectors_of_unit, end = begin + panel.count * vectors_of_unit;
-    for_each_tile(
-        rows, begin > first ? begin : first, end < last ? end : last,
-        [&](auto size, auto vectors, int64_t row, int64_t column) {
-          const float* weight = from + column - start;
-          dense_tile<size.value, vectors.value>(d, weight, width, x + row * stride, stride, row, column);
-        });
-  }
+  const Panels panels{ceil_div(d.columns, LANES)};
+  for_each_tile(rows, panels, first, last, [&](auto size, auto vectors, int64_t row, int64_t column) {
+    constexpr int64_t width = vectors.value * LANES;
+    const float* weight = d.weight.data + column * d.weight.rows + d.first_row * width;
+    // The next panel follows. All tiles of this one together fetch it: the processor's own prefetching stops at the end
+    // of every page.
+    const Ahead ahead{weight + (d.weight.rows * rows + d.depth * row) * width / rows, width * size.value / rows};
+    dense_tile<size.value, vectors.value>(d, weight, ahead, x + row * stride, stride, row, column);
+  });
 }
 
 // As `dense_tile`; in registers are the sums of ROWS numbers of x by NV vectors of grad.
@@ -153,7 +164,7 @@ NOINLINE void dense_weight_gradient_tile(const DenseGradient& d, int64_t row, in
       Vec g[NV];
       for (int v = 0; v < NV; ++v)
         g[v] = load(grad + v * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < NV; ++v)
           sums[v][r] += g[v] * x[r];
@@ -164,7 +175,8 @@ NOINLINE void dense_weight_gradient_tile(const DenseGradient& d, int64_t row, in
 
 // Adds the product of the transpose of x with grad to out (depth, vectors of columns).
 static void dense_weight_gradient(const DenseGradient& d, const Matrix& out) {
-  for_each_tile(d.depth, 0, d.vectors, [&](auto rows, auto vectors, int64_t row, int64_t column) {
+  const Panels panels{d.vectors};
+  for_each_tile(d.depth, panels, 0, panels.count(), [&](auto rows, auto vectors, int64_t row, int64_t column) {
     dense_weight_gradient_tile<rows.value, vectors.value>(d, row, column, out);
   });
 }

@@ -94,7 +94,7 @@ Tensor strided_conv(const Tensor& x, const Norm& norm, const Tensor& weight) {
     for (int64_t y = 0; y < count; ++y) {
       Dense d = whole;
       d.out += (image * height + first + y) * width * columns;
-      kernels().dense(d, rows + y * kStride * input.row, kStride * C, width, 0, num_vectors(columns));
+      kernels().dense(d, rows + y * kStride * input.row, kStride * C, width, 0, num_panels(columns));
     }
   });
   return out;
@@ -149,7 +149,7 @@ struct Transpose {
     d.out = dx.data + image * dx.image + y * dx.row + is_odd * dx.pixel;
     d.out_row = kStride * dx.pixel;
     const int64_t count = (dx.width + 1 - is_odd) / kStride;
-    kernels().dense(d, rows, grad.channels, count, 0, num_vectors(dx.channels));
+    kernels().dense(d, rows, grad.channels, count, 0, num_panels(dx.channels));
   }
 
   // The rows of dx that belong to rows [first, last) of the gradient.
@@ -164,7 +164,7 @@ struct Transpose {
 
 // (3, C', 3 * C padded): for every row of the kernel, rows of the gradient times those of x under it.
 Tensor weight_gradient(const Map& grad, const Input& input, int64_t images) {
-  const int64_t C = input.x.channels, depth = round_up(kSide * C, kColumns), block = grad.channels * depth;
+  const int64_t C = input.x.channels, depth = num_vectors(kSide * C) * kernels().lanes, block = grad.channels * depth;
   const Tensor dweight = at::empty({kSide, grad.channels, depth}, at::TensorOptions(at::kFloat));
   const Strips strips{grad.height, kStrip};
   // Whole vectors are read behind the last pixel.

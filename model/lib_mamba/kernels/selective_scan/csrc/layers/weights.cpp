@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "cpu/dispatch.h"
 #include "layers/maps.h"
 
 namespace mobilemamba {
@@ -30,18 +31,18 @@ void check_depthwise(const Tensor& weight) {
 
 Tensor pack_columns(const Tensor& matrix) {
   TORCH_CHECK(matrix.dim() == 2 && matrix.size(1) > 0, "a matrix must be (K, N), got ", matrix.sizes());
-  const int64_t columns = matrix.size(1), width = round_up(columns, kColumns);
-  const Tensor padded = at::constant_pad_nd(matrix, {0, width - columns});
-  std::vector<Tensor> panels;
-  for (const Columns panel : Weight{matrix.size(0), width, nullptr}.panels())
-    panels.push_back(padded.narrow(1, panel.start * kColumns, panel.count * kColumns).flatten());
-  return at::cat(panels);
+  const int64_t columns = matrix.size(1), lanes = kernels().lanes, vectors = num_vectors(columns);
+  const Tensor padded = at::constant_pad_nd(matrix, {0, vectors * lanes - columns});
+  const Panels panels{vectors};
+  std::vector<Tensor> parts;
+  for (int64_t i = 0; i < panels.count(); ++i)
+    parts.push_back(padded.narrow(1, panels[i].start * lanes, panels[i].count * lanes).flatten());
+  return at::cat(parts);
 }
 
 Weight weight_of(const Tensor& packed, int64_t rows, int64_t columns) {
-  const int64_t width = round_up(columns, kColumns);
-  check_vector(packed, rows * width, "weight, in panels,");
-  return {rows, width, packed.const_data_ptr<float>()};
+  check_vector(packed, rows * num_vectors(columns) * kernels().lanes, "weight, in panels,");
+  return {rows, packed.const_data_ptr<float>()};
 }
 
 Tensor pack_depthwise(const Tensor& weight) {

@@ -7,7 +7,7 @@
 
 namespace mobilemamba {
 
-// A matrix (K, N) to (K * N'): its columns, padded with zeros to N', a multiple of kColumns, in panels (see `Weight`).
+// A matrix (K, N) to (K * N'): its columns, padded with zeros to whole vectors of this processor, in panels (`Weight`).
 at::Tensor pack_columns(const at::Tensor& matrix);
 
 // That result, of `rows` by `columns`, for the kernels.

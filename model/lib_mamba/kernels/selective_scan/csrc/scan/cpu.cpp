@@ -50,27 +50,37 @@ struct Call {
   Call(
       const Tensor& x_, const Tensor& projection_, const Tensor& dt_weight_, const Tensor& dt_bias_,
       const Tensor& A_log_, const Tensor& D_skip_, at::IntArrayRef reverse_, at::ScalarType type_)
-      : reverse(reverse_.vec()), type(type_) {
-    TORCH_CHECK(
-        x_.dim() == 3 && dt_weight_.dim() == 3 && A_log_.dim() == 2, "x and dt_weight have 3 dimensions, A_log 2");
+      : type(type_) {
+    TORCH_CHECK(x_.dim() == 3, "x has 3 dimensions, got ", x_.sizes());
     p.batch = x_.size(0), p.length = x_.size(1), p.channels = x_.size(2);
+    take_parameters(dt_weight_, dt_bias_, A_log_, D_skip_, reverse_);
+    TORCH_CHECK(projection_.numel() == p.batch * p.length * p.width(), "the projection does not fit the scan's x");
+    x = unit_stride(x_, type);
+    projection = as_floats(projection_);
+    p.is_bfloat16 = type == at::kBFloat16;
+    p.x = x.const_data_ptr(), p.x_batch = x.stride(0), p.x_row = x.stride(1);
+    p.projection = projection.const_data_ptr<float>();
+  }
+
+  // Of sequences by address.
+  explicit Call(const Problem& problem) : p(problem), type(at::kFloat) {}
+
+  void take_parameters(
+      const Tensor& dt_weight_, const Tensor& dt_bias_, const Tensor& A_log_, const Tensor& D_skip_,
+      at::IntArrayRef reverse_) {
+    TORCH_CHECK(dt_weight_.dim() == 3 && A_log_.dim() == 2, "dt_weight has 3 dimensions, A_log 2");
+    reverse = reverse_.vec();
     p.directions = dt_weight_.size(0), p.rank = dt_weight_.size(2), p.states = A_log_.size(1);
     const auto K = p.directions, D = p.channels;
     TORCH_CHECK(
         static_cast<int64_t>(reverse.size()) == K && dt_weight_.size(1) == D && dt_bias_.numel() == K * D &&
-            A_log_.size(0) == K * D && D_skip_.numel() == K * D &&
-            projection_.numel() == p.batch * p.length * p.width(),
+            A_log_.size(0) == K * D && D_skip_.numel() == K * D,
         "the arguments of the scan do not fit together");
-    x = unit_stride(x_, type);
-    projection = as_floats(projection_);
     dt_weight = channels_inside(dt_weight_);
     dt_bias = as_floats(dt_bias_);
     A_log = p.states == 1 ? as_floats(A_log_) : channels_inside(A_log_.reshape({K, D, p.states}));
     D_skip = as_floats(D_skip_);
     p.reverse = reverse.data();
-    p.is_bfloat16 = type == at::kBFloat16;
-    p.x = x.const_data_ptr(), p.x_batch = x.stride(0), p.x_row = x.stride(1);
-    p.projection = projection.const_data_ptr<float>();
     p.dt_weight = dt_weight.const_data_ptr<float>();
     p.dt_bias = dt_bias.const_data_ptr<float>();
     p.A_log = A_log.const_data_ptr<float>();
@@ -78,15 +88,19 @@ struct Call {
   }
 
   void gate(const Tensor& z_, const Tensor& norm_weight_, const Tensor& norm_bias_, double eps) {
-    TORCH_CHECK(
-        z_.dim() == 3 && z_.numel() == x.numel() && norm_weight_.numel() == p.channels &&
-            norm_bias_.numel() == p.channels,
-        "the arguments of the gate do not fit the scan's");
+    TORCH_CHECK(z_.dim() == 3 && z_.numel() == x.numel(), "the arguments of the gate do not fit the scan's");
     z = unit_stride(z_, type);
+    p.z = z.const_data_ptr(), p.z_batch = z.stride(0), p.z_row = z.stride(1);
+    take_norm(norm_weight_, norm_bias_, eps);
+  }
+
+  void take_norm(const Tensor& norm_weight_, const Tensor& norm_bias_, double eps) {
+    TORCH_CHECK(
+        norm_weight_.numel() == p.channels && norm_bias_.numel() == p.channels,
+        "the arguments of the gate do not fit the scan's");
     norm_weight = as_floats(norm_weight_);
     norm_bias = as_floats(norm_bias_);
     p.is_gated = true;
-    p.z = z.const_data_ptr(), p.z_batch = z.stride(0), p.z_row = z.stride(1);
     p.norm_weight = norm_weight.const_data_ptr<float>();
     p.norm_bias = norm_bias.const_data_ptr<float>();
     p.eps = static_cast<float>(eps);
@@ -296,6 +310,16 @@ Tensor gated_scan(
   call.p.y = y.mutable_data_ptr();
   forward(call.p);
   return y.to(x.scalar_type());
+}
+
+void gated_scan_into(
+    const Problem& p, const Tensor& dt_weight, const Tensor& dt_bias, const Tensor& A_log, const Tensor& D_skip,
+    const Tensor& norm_weight, const Tensor& norm_bias, double eps, at::IntArrayRef reverse, int64_t width) {
+  Call call(p);
+  call.take_parameters(dt_weight, dt_bias, A_log, D_skip, reverse);
+  TORCH_CHECK(width == call.p.width(), "the projection does not fit the scan's parameters");
+  call.take_norm(norm_weight, norm_bias, eps);
+  forward(call.p);
 }
 
 std::tuple<Tensor, Tensor> gated_scan_with_states(

@@ -8,6 +8,8 @@
 
 namespace mobilemamba {
 
+struct Problem;
+
 // Gradients of the arguments from x to D_skip.
 using ScanGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -40,6 +42,13 @@ GatedGradients gated_scan_backward(
     const at::Tensor& dt_weight, const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip,
     const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse,
     const std::optional<at::Tensor>& states);
+
+// As `gated_scan`, of float32 sequences by address: `p` holds batch, length, channels, x, z, the projection, whose rows
+// have `width` numbers, and y.
+void gated_scan_into(
+    const Problem& p, const at::Tensor& dt_weight, const at::Tensor& dt_bias, const at::Tensor& A_log,
+    const at::Tensor& D_skip, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
+    at::IntArrayRef reverse, int64_t width);
 
 at::Tensor selective_scan_cuda(
     const at::Tensor& x, const at::Tensor& projection, const at::Tensor& dt_weight, const at::Tensor& dt_bias,
