@@ -25,6 +25,8 @@ EXTRAS = {
         "ftfy",
         "regex",
     ],
+    "explain": ["grad-cam"],
+    "demo": ["gradio>=6", "grad-cam"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
     "dev": [
         *TRAIN,
@@ -42,6 +44,8 @@ EXTRAS = {
         "mutmut",
         "pytest-xdist",
         "pillow-heif",
+        "selenium",
+        "grad-cam",
         "setuptools>=77,<82",
     ],
 }
