@@ -28,8 +28,7 @@ def settings(runs: Sequence[RunFiles]) -> str:
         if path not in follows and any(isinstance(cell, Cell) and cell.is_changed for cell in rows[path])
     ]
     header = ["entry", "recipe", *([run.name for run in runs] if len(runs) > 1 else ["this run"])]
-    between = "; where runs differ from each other too" if len(runs) > 1 else ""
-    text = f"What differs from {name}{between}. Entries that follow from others are in the full list only."
+    text = f"What differs from {name}. Entries that follow from others are in the full list only."
     if not different:
         text = f"Nothing differs from {name}."
     return (

@@ -33,7 +33,7 @@ th{font-weight:600}
 tbody th{color:var(--faint);font-weight:400}
 td[style]{background:color-mix(in srgb,var(--heat-colour) var(--heat),transparent)}
 td.changed{background:var(--mark)}
-table.settings th,table.settings td{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12px}
+table.settings th,table.settings td{min-width:8em;font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12px}
 table.matrix td{text-align:right;padding:4px 6px}
 table.matrix thead th{text-align:right;max-width:9em;padding:4px 6px}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr));gap:16px}
