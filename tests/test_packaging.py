@@ -19,7 +19,7 @@ PARITY = ROOT / "tests" / "parity"
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE", "model")
 BUILD = "import sys; from setuptools import build_meta; build_meta.{}(sys.argv[1])"
 # Where a package is asked for, if not by everyone who installs ours.
-IMPORTED_AS = {"fvcore": "train", "gdown": "zoo", "triton": "torch"}
+IMPORTED_AS = {"PIL": "timm", "fvcore": "train", "gdown": "zoo", "triton": "torch"}
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
