@@ -96,7 +96,7 @@ def area_shares(contribution: Tensor, thresholds: Sequence[float] = THRESHOLDS) 
     distance = np.maximum(rows[:, None], columns[None])  # the square that a pixel is first in
     held = np.bincount(distance.ravel(), weights=weights.ravel()).cumsum() / weights.sum()
     area = np.bincount(distance.ravel()).cumsum() / weights.size
-    return [float(area[min(np.searchsorted(held, level - 1e-9), len(area) - 1)]) for level in thresholds]
+    return [float(area[min(int(np.searchsorted(held, level - 1e-9)), len(area) - 1)]) for level in thresholds]
 
 
 def _median(weights: np.ndarray) -> int:
