@@ -20,6 +20,8 @@ OPTIONS = (
     "--disable-dev-shm-usage",
     "--disable-gpu",
     "--disable-background-networking",
+    "--no-proxy-server",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1 , EXCLUDE localhost",  # this machine only
 )
 CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 
