@@ -17,6 +17,7 @@ LINE = 18
 FONT_SIZE = 13
 
 DECADES = 4.0  # of contribution below the largest that are told apart
+LEVELS = 32  # of colour: a map is noise to the eye, and a file of few colours is small
 COLOURS = np.array([[255, 255, 255], [217, 240, 211], [127, 191, 123], [27, 120, 55], [0, 68, 27]])  # least to most
 BACKGROUND, FRAME, TEXT, FAINT = (255, 255, 255), (209, 217, 224), (28, 30, 34), (89, 99, 110)
 
@@ -41,7 +42,9 @@ def colour(contribution: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         level = np.log10(contribution / max(contribution.max(), np.finfo(float).tiny)) / DECADES + 1
     places = np.linspace(0, 1, len(COLOURS))
-    channels = [np.interp(np.clip(level, 0, 1), places, COLOURS[:, channel]) for channel in range(3)]
+    channels = [
+        np.interp(np.round(np.clip(level, 0, 1) * LEVELS) / LEVELS, places, COLOURS[:, channel]) for channel in range(3)
+    ]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 

@@ -181,7 +181,7 @@ def profile(network: nn.Module, images: torch.Tensor, *, name: str = "", runs: i
     )
 
 
-def _middle_half(passes: list[T], *, key: Callable[[T], float]) -> list[T]:
+def _middle_half(passes: Sequence[T], *, key: Callable[[T], float]) -> list[T]:
     """Return the passes from the first to the third quartile: their mean is robust, and parts of it add up to it."""
     cut = len(passes) // 4
     return sorted(passes, key=key)[cut : len(passes) - cut]

@@ -34,6 +34,7 @@ RUNTIMES = {"PyTorch, folded": True, "PyTorch": False}  # whether the network is
 NUM_CLASSES = 5
 NUM_TIMED = 3  # passes, of which the median is shown
 TITLE = "MobileMamba"
+SIDE = 320  # pixels, height of the pictures
 
 
 class Answer(NamedTuple):
@@ -138,12 +139,12 @@ def build_page(checkpoints: Sequence[Path], config_path: str) -> Any:
         gradio.Markdown(f"# {TITLE}\nDrop an image, or use the camera.")
         with gradio.Row():
             with gradio.Column():
-                image = gradio.Image(type="pil", sources=["upload", "webcam", "clipboard"], label="Image")
+                image = gradio.Image(type="pil", sources=["upload", "webcam", "clipboard"], label="Image", height=SIDE)
                 name = gradio.Dropdown(list(files), value=first, label="Checkpoint")
                 runtime = gradio.Dropdown(list(RUNTIMES), value=next(iter(RUNTIMES)), label="Runtime")
             with gradio.Column():
                 shares = gradio.Label(num_top_classes=NUM_CLASSES, label="Classes")
-                overlay = gradio.Image(label="Where it looks", interactive=False)
+                overlay = gradio.Image(label="Where it looks", interactive=False, height=SIDE)
                 said = gradio.Markdown(elem_id="time")
         inputs, outputs = [image, name, runtime], [shares, overlay, said]
         for changed in inputs:
