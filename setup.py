@@ -35,6 +35,8 @@ EXTRAS = {
     "coreml": ["coremltools>=9", "numpy<2.4"],
     "litert": ["litert_torch", "ai_edge_litert"],
     "executorch": ["executorch"],
+    "explain": ["grad-cam"],
+    "demo": ["gradio>=6", "grad-cam"],
     "dev": [
         *TRAIN,
         "gdown>=6",
@@ -53,6 +55,8 @@ EXTRAS = {
         "pillow-heif",
         "webdataset",
         "simplejpeg",
+        "selenium",
+        "grad-cam",
         "setuptools>=77,<82",
         "onnx",
         "onnxruntime",

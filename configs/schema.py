@@ -447,6 +447,7 @@ class Predict(Node):
     output: str = ""  # file of all predictions, .json or .csv
     sheet: str = ""  # picture file that shows the images with their classes, .png, .jpg, ...
     sheet_images: PositiveCount = 100  # images on the sheet at most, the first ones
+    explain: bool = False  # beside each of them, where the network sees its first class (needs grad-cam)
 
 
 @dataclass(kw_only=True, slots=True)

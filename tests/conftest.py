@@ -1,4 +1,4 @@
-"""Fixtures of several test folders: the parity kit, weights' folders, logs, threads."""
+"""Fixtures of several test folders: the parity kit, weights' folders, logs, threads, a browser."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from browser import open_browser
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -72,3 +73,11 @@ def parity_json():
 @pytest.fixture(scope="session")
 def parity_arrays():
     return lambda name: np.load(PARITY / name)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A headless Chromium; tests that ask for one are skipped where there is none."""
+    opened = open_browser(tmp_path_factory.mktemp("browser"))
+    yield opened
+    opened.driver.quit()

@@ -14,7 +14,8 @@ SIDE = 208  # of the square that a picture is fitted into
 GAP = 12
 LINE = 20
 FONT_SIZE = 13
-MAX_COLUMNS = 5
+MAX_COLUMNS, MAX_WIDE_COLUMNS = 5, 3
+INNER_GAP = 4
 
 BACKGROUND = (255, 255, 255)
 FRAME = (236, 238, 241)
@@ -37,46 +38,51 @@ class Tile:
         title: Above the bars.
         bars: Texts, each with the share (0 to 1) of the width that its bar takes.
         note: Text in place of a missing image.
+        overlay: Beside the image, of the same size in the end; the sheet keeps room where any tile has one.
     """
 
     image: Image.Image | None
     title: str
     bars: list[tuple[str, float]] = field(default_factory=list)
     note: str = ""
+    overlay: Image.Image | None = None
 
 
 def draw_sheet(tiles: Sequence[Tile]) -> Image.Image:
-    """Return the tiles row by row, five a row, in RGB."""
-    columns = min(MAX_COLUMNS, max(len(tiles), 1))
+    """Return the tiles row by row, five a row, in RGB; three a row where there are overlays."""
+    width = SIDE if all(tile.overlay is None for tile in tiles) else 2 * SIDE + INNER_GAP
+    columns = min(MAX_COLUMNS if width == SIDE else MAX_WIDE_COLUMNS, max(len(tiles), 1))
     rows = -(-len(tiles) // columns)
     height = SIDE + LINE * (1 + max((len(tile.bars) for tile in tiles), default=0)) + GAP
-    sheet = Image.new("RGB", (GAP + columns * (SIDE + GAP), GAP + max(rows, 1) * (height + GAP)), BACKGROUND)
+    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + max(rows, 1) * (height + GAP)), BACKGROUND)
     font = ImageFont.load_default(FONT_SIZE)
     for index, tile in enumerate(tiles):
         row, column = divmod(index, columns)
-        _draw_tile(sheet, tile, GAP + column * (SIDE + GAP), GAP + row * (height + GAP), font)
+        _draw_tile(sheet, tile, GAP + column * (width + GAP), GAP + row * (height + GAP), font, width=width)
     return sheet
 
 
-def _draw_tile(sheet: Image.Image, tile: Tile, left: int, top: int, font: Font) -> None:
+def _draw_tile(sheet: Image.Image, tile: Tile, left: int, top: int, font: Font, *, width: int) -> None:
     draw = ImageDraw.Draw(sheet)
-    draw.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), fill=FRAME)
-    if tile.image is not None:
-        picture = _fit(tile.image)
-        sheet.paste(picture, (left + (SIDE - picture.width) // 2, top + (SIDE - picture.height) // 2))
-    else:
+    for picture, start in ((tile.image, left), (tile.overlay, left + SIDE + INNER_GAP)):
+        if start + SIDE <= left + width:
+            draw.rectangle((start, top, start + SIDE - 1, top + SIDE - 1), fill=FRAME)
+        if picture is not None:
+            fitted = _fit(picture)
+            sheet.paste(fitted, (start + (SIDE - fitted.width) // 2, top + (SIDE - fitted.height) // 2))
+    if tile.image is None:
         _draw_note(draw, tile.note, left, top, font)
     top += SIDE
-    draw.text((left, top + LINE // 2), _shorten(tile.title, SIDE, font), fill=FAINT, font=font, anchor="lm")
+    draw.text((left, top + LINE // 2), _shorten(tile.title, width, font), fill=FAINT, font=font, anchor="lm")
     for text, share in tile.bars:
         top += LINE
         figure = f"{100 * share:.1f} %"
-        room = SIDE - int(font.getlength(figure)) - 14
-        draw.rectangle((left, top + 1, left + SIDE - 1, top + LINE - 2), fill=FRAME)
-        if (length := round(share * SIDE)) > 0:
+        room = width - int(font.getlength(figure)) - 14
+        draw.rectangle((left, top + 1, left + width - 1, top + LINE - 2), fill=FRAME)
+        if (length := round(share * width)) > 0:
             draw.rectangle((left, top + 1, left + length - 1, top + LINE - 2), fill=BAR)
         draw.text((left + 4, top + LINE // 2), _shorten(text, room, font), fill=TEXT, font=font, anchor="lm")
-        draw.text((left + SIDE - 4, top + LINE // 2), figure, fill=TEXT, font=font, anchor="rm")
+        draw.text((left + width - 4, top + LINE // 2), figure, fill=TEXT, font=font, anchor="rm")
 
 
 def _draw_note(draw: ImageDraw.ImageDraw, note: str, left: int, top: int, font: Font) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from .network import memory_format
 from .precision import Precision
 from .stop import SignalWatch, StopError, stop_on_signal
 
-__all__ = ["MAX_LISTED", "Evaluator", "Score", "build_evaluator", "count_correct"]
+__all__ = ["MAX_LISTED", "AnswerSheet", "Answers", "Evaluator", "Score", "build_evaluator", "count_correct"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,56 @@ class Score:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """A network's answers to the whole test set, in its order.
+
+    Attributes:
+        targets: The images' classes (N,), int64.
+        predicted: Those that came first (N,), int64; -1 where the logits are not finite.
+        confidence: Their probabilities (N,), float64.
+    """
+
+    targets: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+
+
+class AnswerSheet:
+    """Collects the answers of this process's images, on their device."""
+
+    def __init__(self) -> None:
+        self._batches: list[Tensor] = []
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Note the first class of logits (B, C) beside the targets (B,)."""
+        first = _rank(logits)[:, :1]
+        confidence = logits.double().softmax(1).gather(1, first)[:, 0]
+        predicted = first[:, 0].where(logits.isfinite().all(dim=1), -1)
+        self._batches.append(torch.stack([targets.double(), predicted.double(), confidence]))
+
+    def gather(self, process: Process) -> Answers:
+        """Return the answers of all processes; a collective."""
+        own = torch.cat(self._batches, dim=1).cpu().numpy() if self._batches else np.zeros((3, 0))
+        shares = process.gather_objects(own)
+        together = np.empty((3, sum(share.shape[1] for share in shares)))
+        for rank, share in enumerate(shares):
+            together[:, rank :: process.world_size] = share
+        targets, predicted = together[:2].astype(np.int64)
+        return Answers(targets=targets, predicted=predicted, confidence=together[2])
+
+
+def _rank(logits: Tensor) -> Tensor:
+    """Return the first five classes of logits (B, C), or all if they are fewer."""
+    return logits.float().topk(min(5, logits.shape[1]), dim=1).indices
+
+
 def count_correct(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many of logits (B, C) rank their target (B,) first, and among the first five.
 
     Logits that are not finite rank nothing: such an image is wrong.
     """
-    ranked = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
+    ranked = _rank(logits)
     is_hit = (ranked == targets[:, None]) & logits.isfinite().all(dim=1, keepdim=True)
     return is_hit[:, 0].sum(), is_hit.sum()
 
@@ -86,12 +131,13 @@ class Evaluator:
     memory_format: torch.memory_format
 
     @torch.no_grad()
-    def __call__(self, network: nn.Module, *, title: str) -> Score:
+    def __call__(self, network: nn.Module, *, title: str, sheet: AnswerSheet | None = None) -> Score:
         """Test a network; a collective.
 
         Args:
             network: The bare network, not one wrapped for data parallelism, so that shards may differ in length.
             title: Names the weights in the log.
+            sheet: Collects every answer.
 
         Raises:
             StopError: On every process, if any image could not be read.
@@ -113,7 +159,7 @@ class Evaluator:
                 start = time.perf_counter()
                 batch = next(batches, None)
                 if batch is not None:
-                    hits = self._count(network, batch)
+                    hits = self._count(network, batch, sheet)
                     counts += hits
                     unreadable += [f"{name} ({cause})" for name, cause in batch.unreadable.items()]
                     names = ("top1_cnt", "top5_cnt", "top_all")
@@ -123,12 +169,15 @@ class Evaluator:
         network.train(was_training)
         return self._score(counts, unreadable)
 
-    def _count(self, network: nn.Module, batch: Batch) -> Tensor:
+    def _count(self, network: nn.Module, batch: Batch, sheet: AnswerSheet | None) -> Tensor:
         """Return the counts of one batch, on the device: first, among the first five, all."""
         images = batch.images.to(self.process.device, non_blocking=True, memory_format=self.memory_format)
         targets = batch.targets.to(self.process.device, non_blocking=True)
         with self.precision.autocast():
-            top1, top5 = count_correct(network(images), targets)
+            logits = network(images)
+            top1, top5 = count_correct(logits, targets)
+        if sheet is not None:
+            sheet.add(logits, targets)
         return torch.stack([top1, top5, torch.full_like(top1, len(targets))]).double()
 
     def _log(self, title: str, number: int, num_batches: int) -> None:

@@ -15,6 +15,7 @@ from util.errors import EXIT_USER_ERROR, RunError
 from util.logging import progress_bar
 
 from .evaluate import MAX_LISTED
+from .explain import Explainer
 from .network import build_tested_network, count_head_classes, memory_format, read_weights
 from .precision import build_precision
 from .predictions import (
@@ -148,7 +149,10 @@ class Predictor:
             write_predictions(options.output, self.predictions, model=self.config.model.name, weights=weights)
             logger.info("predictions are in %s", options.output)
         if options.sheet:
-            num_shown = write_sheet(options.sheet, self.predictions, self.pictures, limit=options.sheet_images)
+            explainer = Explainer(self.network, self.config) if options.explain else None
+            num_shown = write_sheet(
+                options.sheet, self.predictions, self.pictures, limit=options.sheet_images, explainer=explainer
+            )
             logger.info("%d of %d images are shown in %s", num_shown, len(self.predictions), options.sheet)
 
     def _report_failed(self) -> None:

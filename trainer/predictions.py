@@ -18,6 +18,7 @@ from model.files import replacing
 from model.messages import printable
 
 from .contact_sheet import Tile, draw_sheet
+from .explain import Explainer, check_library
 
 __all__ = [
     "ClassScore",
@@ -66,9 +67,14 @@ def check_output(options: Predict) -> None:
     """Make the folders of the files that are asked for.
 
     Raises:
-        ValueError: If the extension of a file names no known format, or a folder has its name.
+        ValueError: If the extension of a file names no known format, or a folder has its name; if explanations have no
+            sheet, or their library is missing.
         OSError: If a folder cannot be made.
     """
+    if options.explain:
+        if not options.sheet:
+            raise ValueError("predict.explain=true draws on the sheet: give predict.sheet=FILE.png")
+        check_library()
     pictures = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
     for entry, known in (("output", {".json", ".csv"}), ("sheet", pictures)):
         path = Path(getattr(options, entry)).expanduser()
@@ -150,7 +156,14 @@ def _write_json(path: Path, predictions: Sequence[Prediction], *, model: str, we
     path.write_text(f"{text}\n", encoding="utf-8")
 
 
-def write_sheet(path: str | Path, predictions: Sequence[Prediction], pictures: Pictures, *, limit: int) -> int:
+def write_sheet(
+    path: str | Path,
+    predictions: Sequence[Prediction],
+    pictures: Pictures,
+    *,
+    limit: int,
+    explainer: Explainer | None = None,
+) -> int:
     """Draw the first images with their classes, and save the picture in the format of its extension, aside at first.
 
     Args:
@@ -158,6 +171,7 @@ def write_sheet(path: str | Path, predictions: Sequence[Prediction], pictures: P
         predictions: The predictions of all images.
         pictures: The images, in the same order.
         limit: Images to draw at most.
+        explainer: Draws beside each image where the network sees its first class.
 
     Returns:
         The number of images on the sheet.
@@ -165,19 +179,22 @@ def write_sheet(path: str | Path, predictions: Sequence[Prediction], pictures: P
     Raises:
         OSError: If the file cannot be written.
     """
-    tiles = [
-        Tile(
-            image=None if prediction.error else pictures.load(index)[0],
-            title=printable(Path(prediction.path).name),
-            bars=[(printable(score.words), score.probability) for score in prediction.classes],
-            note=printable(prediction.error),
-        )
-        for index, prediction in enumerate(predictions[:limit])
-    ]
+    tiles = [_tile(prediction, pictures, index, explainer) for index, prediction in enumerate(predictions[:limit])]
     path = Path(path).expanduser()
     with _replacing(path) as aside:
         draw_sheet(tiles).save(aside, format=Image.registered_extensions()[path.suffix.lower()])
     return len(tiles)
+
+
+def _tile(prediction: Prediction, pictures: Pictures, index: int, explainer: Explainer | None) -> Tile:
+    image = None if prediction.error else pictures.load(index)[0]
+    return Tile(
+        image=image,
+        title=printable(Path(prediction.path).name),
+        bars=[(printable(score.words), score.probability) for score in prediction.classes],
+        note=printable(prediction.error),
+        overlay=explainer.overlay(image, prediction.classes[0].index) if explainer and image else None,
+    )
 
 
 def _rows(prediction: Prediction) -> list[tuple[object, ...]]:

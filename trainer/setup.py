@@ -17,7 +17,7 @@ from torch import nn
 
 from configs import Config, save_config, to_dict, with_classes
 from configs.schema import LogTerm
-from data import ImageDataset, Loaders, build_loaders, count_classes, open_first
+from data import ImageDataset, Loaders, build_loaders, count_classes, find_class_names, open_first
 from loss import build_loss, build_mixup
 from optim import Schedule, build_optimizer, build_scheduler
 from util.distributed import Process
@@ -172,7 +172,7 @@ def build_run(config: Config, process: Process) -> Run:
         epoch_meters=epoch_meters,
         saver=saver,
         state=state,
-        report=_open_report(config, process, folder, state, schedule),
+        report=_open_report(config, process, folder, state, schedule, loaders),
         start=time.perf_counter() - state.seconds,
     )
 
@@ -279,8 +279,18 @@ def _start_or_resume(
     return state
 
 
-def _open_report(config: Config, process: Process, folder: Path, state: RunState, schedule: Schedule) -> Report:
+def _open_report(
+    config: Config, process: Process, folder: Path, state: RunState, schedule: Schedule, loaders: Loaders
+) -> Report:
     logger.info("config %s", json.dumps(to_dict(config), indent=1), extra=FILE_ONLY)
     process.on_first(lambda: save_config(config, folder / "config.yaml"))
     logger.info("files go to %s", folder)
-    return Report(folder, process, state, num_epochs=schedule.num_epochs, steps_per_epoch=schedule.steps_per_epoch)
+    assert config.nb_classes is not None, "a resolved configuration has it"
+    return Report(
+        folder,
+        process,
+        state,
+        num_epochs=schedule.num_epochs,
+        steps_per_epoch=schedule.steps_per_epoch,
+        class_names=find_class_names(loaders.class_names, config.data, num_classes=config.nb_classes).words,
+    )

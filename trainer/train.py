@@ -15,7 +15,7 @@ from util.logging import progress_bar
 from util.memory import frozen_objects
 
 from .batchnorm import equalise_statistics
-from .evaluate import MAX_LISTED, Score
+from .evaluate import MAX_LISTED, AnswerSheet, Score
 from .setup import Run
 from .step import StepResult
 from .stop import SignalError, StopError
@@ -236,10 +236,11 @@ def _end_epoch(run: Run, pace: _EpochPace) -> None:
     epoch = state.epoch + 1
     is_last = epoch == run.schedule.num_epochs
     is_test_due = epoch >= options.test_start_epoch or epoch % options.test_per_epoch == 0 or is_last
-    scores = _test(run) if is_test_due else {}
+    scores, sheets = _test(run) if is_test_due else ({}, {})
     for name in state.add_scores(epoch, scores) if is_test_due else ():
         score = scores[name]
         run.saver.save_best(name, epoch=epoch, scores={"top1": score.top1, "top5": score.top5})
+        run.report.mistakes(name, sheets[name].gather(run.process), run.loaders.test.dataset, epoch=epoch)
     run.schedule.epoch_end(state.epoch, scores["net"].top1 if scores else None)
     _report_epoch(run, pace, epoch, scores)
     state.epoch = epoch
@@ -247,17 +248,18 @@ def _end_epoch(run: Run, pace: _EpochPace) -> None:
     _save(run, periodic_epoch=epoch if epoch % options.save_per_epoch == 0 else None)
 
 
-def _test(run: Run) -> dict[str, Score]:
-    """Return the scores of the plain and the averaged weights."""
+def _test(run: Run) -> tuple[dict[str, Score], dict[str, AnswerSheet]]:
+    """Return the scores and the answers of the plain and the averaged weights."""
     networks = {"net": run.network}
     if run.average is not None:
         networks["net_E"] = run.average.module
-    scores = {}
+    scores, sheets = {}, {}
     for name, network in networks.items():
         equalise_statistics(network, run.config.trainer.dist_BN, run.process)
-        scores[name] = run.evaluator(network, title=name)
+        sheets[name] = AnswerSheet()
+        scores[name] = run.evaluator(network, title=name, sheet=sheets[name])
         logger.info("Test %s: %s", name, scores[name])
-    return scores
+    return scores, sheets
 
 
 def _report_epoch(run: Run, pace: _EpochPace, epoch: int, scores: Mapping[str, Score]) -> None:

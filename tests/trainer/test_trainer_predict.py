@@ -18,7 +18,7 @@ from configs import load_config
 from model import create_model
 from trainer import Predictor, build_run
 from trainer.checkpoint import load_training_checkpoint
-from trainer.contact_sheet import GAP, LINE, SIDE
+from trainer.contact_sheet import GAP, INNER_GAP, LINE, SIDE
 from trainer.train import train
 from util.distributed import Process
 from util.errors import RunError
@@ -182,6 +182,21 @@ def test_the_sheet_shows_the_first_images(predict, class_folders, tmp_path):
         assert np.abs(np.asarray(shown) - original).mean() < 12
 
 
+def test_the_sheet_shows_where_the_network_looks(predict, class_folders, tmp_path):
+    pytest.importorskip("pytorch_grad_cam")
+    path = tmp_path / "sheet.png"
+    more = (f"predict.sheet={path}", "predict.sheet_images=4", "predict.top_k=1")
+    plain = predict(class_folders / "val" / "red", *more).predictions
+    assert predict(class_folders / "val" / "red", *more, "predict.explain=true").predictions == plain
+    sheet = np.asarray(Image.open(path)).astype(int)
+    assert sheet.shape[1] == GAP + 3 * (2 * SIDE + INNER_GAP + GAP)
+    image, overlay = (sheet[GAP : GAP + SIDE, left : left + SIDE] for left in (GAP, GAP + SIDE + INNER_GAP))
+    blue = [picture[..., 2].mean() - picture[..., 0].mean() for picture in (image, overlay)]
+    assert blue[0] < -20  # the picture is red,
+    assert np.ptp(overlay[..., 2]) > 100  # and the colours of the map go from blue to red
+    assert blue[1] > blue[0] + 20
+
+
 def test_an_answer_that_is_no_number_is_an_error(predict, trained, class_folders, tmp_path):
     weights = torch.load(trained / "net.pth", weights_only=True)
     weights["net"]["classifier.bias"][1] = float("nan")
@@ -196,6 +211,7 @@ def test_an_answer_that_is_no_number_is_an_error(predict, trained, class_folders
     [
         (["predict.input="], "needs images: give predict.input"),
         (["predict.output=all.txt"], r"predict\.output=all\.txt: expected a file name that ends in \.json or \.csv"),
+        (["predict.explain=true"], r"predict\.explain=true draws on the sheet: give predict\.sheet"),
         (["predict.sheet=sheet"], r"predict\.sheet=sheet: expected .*\.png"),
         (["model.model_kwargs.checkpoint_path="], "-m predict needs weights"),
         (["model.name=MobileMamba_T2", "model.model_kwargs.extra={}"], r"lacks head\.l\.weight: name the network"),

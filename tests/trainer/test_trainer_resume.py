@@ -91,9 +91,9 @@ def test_a_stop_in_a_test_repeats_the_test(build, finish):
     stopped = build("test_start_epoch=0")
     evaluator = stopped.evaluator
 
-    def signalling(network, *, title):
+    def signalling(network, **options):
         os.kill(os.getpid(), signal.SIGINT)
-        return evaluator(network, title=title)
+        return evaluator(network, **options)
 
     stopped.evaluator = signalling
     assert train(stopped) == 130

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from configs import Config
+from data import ImageDataset
 from util.distributed import Process
 from util.logging import (
     PROGRESS,
@@ -28,9 +29,11 @@ from util.logging import (
 )
 from util.meters import Meters
 
-from .evaluate import Score
-from .precision import Precision
-from .snapshot import RunState
+from ..evaluate import Answers, Score
+from ..precision import Precision
+from ..snapshot import RunState
+from .mistakes import find_mistakes, mistakes_path, write_mistakes
+from .page import page_path, write_page
 
 __all__ = ["Report", "log_environment", "log_network", "log_scores", "open_log"]
 
@@ -94,15 +97,24 @@ class Report:
         state: The run's counters at its start.
         num_epochs: Length of the run.
         steps_per_epoch: Optimiser steps in an epoch.
+        class_names: Name of each class.
     """
 
     def __init__(
-        self, folder: Path, process: Process, state: RunState, *, num_epochs: int, steps_per_epoch: int
+        self,
+        folder: Path,
+        process: Process,
+        state: RunState,
+        *,
+        num_epochs: int,
+        steps_per_epoch: int,
+        class_names: Sequence[str],
     ) -> None:
         self.folder = folder
         self.process = process
         self.num_epochs = num_epochs
         self.num_iterations = num_epochs * steps_per_epoch
+        self.class_names = class_names
         self._start = time.perf_counter()
         self._start_iteration = state.iteration
         self._epoch_path = folder / "epochs.jsonl"
@@ -151,6 +163,29 @@ class Report:
         if self._scalars is not None:
             values = {f"test/{name}_{key}": test[key] for name, test in tests.items() for key in ("top1", "top5")}
             self._guard(self._scalar_path, self._scalars.write, values, step=record["iteration"])
+        self._write_page()
+
+    def mistakes(self, weights: str, answers: Answers, dataset: ImageDataset, *, epoch: int) -> None:
+        """Keep what the best network so far gets wrong, for the run's page.
+
+        Args:
+            weights: Plain (``net``) or averaged (``net_E``).
+            answers: Those to the whole test set.
+            dataset: The test set.
+            epoch: Counted from 1.
+        """
+        path = mistakes_path(self.folder, weights)
+
+        def write() -> None:
+            write_mistakes(path, find_mistakes(answers, dataset, self.class_names, epoch=epoch))
+
+        if self.process.is_logging:
+            self._guard(path, write)
+
+    def _write_page(self) -> None:
+        path = page_path(self.folder)
+        if self.process.is_logging:
+            self._guard(path, write_page, path, [self.folder])
 
     def results(self, state: RunState) -> None:
         """Log the best of each weights, the time and where the files are."""
@@ -159,7 +194,8 @@ class Report:
         log_scores(rows, seconds=state.seconds, place=f"files in {self.folder}")
 
     def close(self) -> None:
-        """Close the files, and name those that were dropped."""
+        """Close the files, bring the page up to date, and name those that were dropped."""
+        self._write_page()
         if self._scalars is not None:
             self._guard(self._scalar_path, self._scalars.close)
         for name, reason in {**self._guard.failures, **failed_outputs()}.items():
