@@ -281,7 +281,7 @@ class Trainer(Node):
     name: str = "CLSTrainer"
     checkpoint: str = "runs/mobilemamba"  # folder in which each run makes its own
     resume_dir: str = ""  # a run's folder, to resume from its latest checkpoint; auto: the newest of this configuration
-    resume_rescale: bool = False  # accept another number of processes or batch size at a resume
+    resume_rescale: bool = False  # accept another total batch size at a resume
     resume_optimizer: bool = True  # False: a resumed run starts its optimiser afresh
     resume_data: bool = False  # accept another validation set, or images of other contents, at a resume
     cuda_deterministic: bool = False

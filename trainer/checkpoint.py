@@ -214,15 +214,17 @@ def check_resumable(
             ``freeze`` (empty, where it is left out); in newer checkpoints ``num_train``, ``num_test``,
             ``test_fingerprint`` and ``contents`` (a hash of some images) as well.
         current: The same of this run.
-        rescale: Whether other numbers of processes and images were asked for.
+        rescale: Whether another number of images per step was asked for. Other shares of the same images, as a job that
+            lost a node has, need no asking: the images of each step stay the same.
         path: The checkpoint, for messages.
         other_data: Whether another validation set and other contents of the images were accepted.
 
     Returns:
-        The names of the numbers that differ; empty unless ``rescale``.
+        The names of the numbers that differ.
 
     Raises:
-        ValueError: The network or the dataset differs, or a number does without ``rescale``; both values are named.
+        ValueError: The network or the dataset differs, or the images per step do without ``rescale``; both values are
+            named.
     """
     saved = saved if isinstance(saved, Mapping) else {}
     lacking = [name for name in FIXED + RESCALABLE if name not in saved]
@@ -246,7 +248,7 @@ def check_resumable(
         return ()
     then = ", ".join(f"{name}={saved[name]}" for name in changed)
     now = ", ".join(f"{name}={current[name]}" for name in changed)
-    if not rescale:
+    if "batch_size" in changed and not rescale:
         raise ValueError(
             f"{path} was saved with {then}, this run has {now}: start it as it was, or accept the change with "
             "trainer.resume_rescale=True"

@@ -25,6 +25,7 @@ HOW = ("trainer.resume_", "trainer.checkpoint", "derived")
 WHERE = (
     "batch_size",
     "logging",
+    "trainer.accumulation_steps",
     "trainer.data",
     "trainer.device",
     "trainer.keep_checkpoints",

@@ -1,0 +1,230 @@
+"""Jobs that lose processes and nodes resume in place, and end with the weights of a job that lost none."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_cases import (
+    CONFIG,
+    REPOSITORY,
+    TINY_NETWORK,
+    assert_same,
+    comparable,
+    epoch_records,
+    free_port,
+    short_run,
+)
+
+from trainer.checkpoint import load_training_checkpoint
+
+SCRIPT = Path(__file__).with_name("elastic.py")
+AUTO = "trainer.resume_dir=auto"
+PATIENCE = 200  # seconds; other tests may keep the cores
+
+
+@dataclass
+class Job:
+    """Runs of one configuration in a folder of their own."""
+
+    folder: Path
+    data: Path
+    overrides: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.marks = self.folder / "marks"
+        self.marks.mkdir(parents=True)
+        self.overrides = short_run(self.data, self.folder / "runs", *TINY_NETWORK, AUTO)
+
+    def mark(self, place: str, text: str = "") -> Path:
+        """Have a process stand still, or die, and return the file that tells that it is there."""
+        (self.marks / place).write_text(text)
+        return self.marks / f"{place}.reached"
+
+    @property
+    def run(self) -> Path:
+        (folder,) = (self.folder / "runs").iterdir()
+        return folder
+
+    def torchrun(self, *options: str, prefix: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+        """Start a launcher with its processes in a group of their own."""
+        return subprocess.Popen(
+            [*prefix, sys.executable, "-m", "torch.distributed.run", "--max-restarts=3", *options]
+            + [str(SCRIPT), str(self.marks), "-c", CONFIG, "-m", "train", *self.overrides],
+            cwd=REPOSITORY,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PET_MASTER_PORT": str(free_port()),
+                "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def checkpoint(self) -> dict:
+        return load_training_checkpoint(self.run / "latest_ckpt.pth")
+
+
+def end(launcher: subprocess.Popen) -> None:
+    """Kill a launcher and everything that it started, as the loss of its node does."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    ranks = [int(child) for child in children.read_text().split()] if children.exists() else []
+    for process in (*ranks, launcher.pid):
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    launcher.communicate(timeout=PATIENCE)
+
+
+def wait_for(file: Path, *launchers: subprocess.Popen) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not file.exists():
+        for launcher in launchers:
+            assert launcher.poll() is None, launcher.communicate()[0]
+        assert time.monotonic() < deadline, f"nobody came to {file.name}"
+        time.sleep(0.05)
+
+
+def finish(*launchers: subprocess.Popen) -> list[str]:
+    """Return what the launchers print until all of them succeed."""
+    outputs = [launcher.communicate(timeout=PATIENCE)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), "\n".join(outputs)
+    return outputs
+
+
+@pytest.fixture
+def job(class_folders, tmp_path):
+    return Job(tmp_path, class_folders)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(class_folders, tmp_path_factory):
+    """The last checkpoint of a job of two processes on one node that nothing happens to."""
+    job = Job(tmp_path_factory.mktemp("undisturbed"), class_folders)
+    finish(job.torchrun("--nproc_per_node=2"))
+    return job.checkpoint()
+
+
+def test_a_rank_that_is_killed_twice_changes_nothing(job, undisturbed):
+    marks = [job.mark("2-1-3", "kill"), job.mark("2-1-5", "kill")]
+    finish(job.torchrun("--nproc_per_node=2"))
+    assert all(mark.exists() for mark in marks)
+    assert_same(comparable(job.checkpoint()), comparable(undisturbed))
+    positions = re.findall(r"resumes from .* iteration (\d)", (job.run / "log.txt").read_text())
+    assert positions == ["2", "4"]
+    assert [record["epoch"] for record in epoch_records(job.run)] == [1, 2]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine, or what stands for one.
+
+    Attributes:
+        address: Where the other reaches it.
+        prefix: Runs a command there.
+        environment: Of processes there.
+    """
+
+    address: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def _ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[Node]]:
+    """Two network namespaces joined by a cable; the machine itself twice where none can be made."""
+    names = [f"node{number}-{os.getpid()}" for number in (0, 1)]
+    with ExitStack() as stack:
+        try:
+            for name in names:
+                _ip(f"netns add {name}")
+                stack.callback(_ip, f"netns del {name}")
+            _ip(f"link add cable netns {names[0]} type veth peer name cable netns {names[1]}")
+        except (OSError, subprocess.CalledProcessError):
+            yield [Node(), Node()]
+            return
+        for number, name in enumerate(names):
+            _ip(f"-n {name} addr add 10.77.0.{number + 1}/24 dev cable")
+            for device in ("lo", "cable"):
+                _ip(f"-n {name} link set {device} up")
+        yield [
+            Node(f"10.77.0.{number + 1}", ("ip", "netns", "exec", name), {"GLOO_SOCKET_IFNAME": "cable"})
+            for number, name in enumerate(names)
+        ]
+
+
+@pytest.fixture
+def start(job, nodes) -> Iterator[object]:
+    """Start the agent of a node in a job of ``num_nodes``."""
+    meeting = f"{nodes[0].address}:{free_port()}"
+    with ExitStack() as stack:
+
+        def start_agent(number: int, num_nodes: str) -> subprocess.Popen:
+            node = nodes[number]
+            options = (
+                f"--nnodes={num_nodes}",
+                "--nproc_per_node=1",
+                "--rdzv-backend=c10d",
+                f"--rdzv-endpoint={meeting}",
+                f"--rdzv-conf=last_call_timeout=1,is_host={number == 0}",
+                f"--local-addr={node.address}",
+                "--monitor-interval=0.1",
+            )
+            agent = job.torchrun(*options, prefix=node.prefix, **node.environment)
+            stack.callback(end, agent)
+            return agent
+
+        yield start_agent
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_and_joins_again_changes_nothing(job, start, undisturbed):
+    """Two nodes of one process each give the gradients of one node of two."""
+    lost = [job.mark(f"2-{rank}-5") for rank in (0, 1)]
+    first, second = start(0, "2"), start(1, "2")
+    for mark in lost:
+        wait_for(mark, first, second)
+    end(second)
+    for mark in lost:
+        mark.unlink()
+    finish(first, start(1, "2"))
+    assert_same(comparable(job.checkpoint()), comparable(undisturbed))
+    assert "after 1 of 2 epochs and 1 steps, iteration 4" in (job.run / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_with_fewer_nodes_until_they_are_back(job, start):
+    marks = [job.mark(f"2-{rank}-2") for rank in (0, 1)]
+    alone = job.mark("1-0-4")
+    first, second = start(0, "1:2"), start(1, "1:2")
+    for mark in marks:
+        wait_for(mark, first, second)
+    end(second)
+    for mark in marks:
+        mark.unlink()
+    wait_for(alone, first)
+    finish(first, start(1, "1:2"))
+    text = (job.run / "log.txt").read_text()
+    changes = re.findall(r"was saved with world_size=(\d), .*; the run resumes with world_size=(\d), ", text)
+    assert changes == [("2", "1"), ("1", "2")]
+    assert job.checkpoint()["iter"] == 6
+    assert [record["epoch"] for record in epoch_records(job.run)] == [1, 2]
