@@ -294,6 +294,7 @@ class Trainer(Node):
     test_per_epoch: PositiveCount = 5  # before that, every so many
     save_per_epoch: PositiveCount = 15
     save_per_iter: Count = 0  # also save the latest checkpoint every so many iterations; 0: at epoch ends
+    async_save: bool = False  # a thread writes the checkpoints, from a copy in memory, while training continues
     keep_checkpoints: PositiveCount | None = None  # periodic checkpoints that are kept, the newest; None: all
     find_unused_parameters: bool = False
     sync_BN: Literal["none", "native", "apex"] = "none"

@@ -26,6 +26,7 @@ WHERE = (
     "batch_size",
     "logging",
     "trainer.accumulation_steps",
+    "trainer.async_save",
     "trainer.data",
     "trainer.device",
     "trainer.keep_checkpoints",

@@ -67,9 +67,9 @@ def train(run: Run) -> int:
         except StopError:
             raise
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(f"{stop}; {_resumable(run.saver.last_good)}") from stop
+            raise KeyboardInterrupt(f"{stop}; {_resumable(run.saver.settle())}") from stop
         except (RuntimeError, OSError, ValueError) as error:
-            explained = _explain(error, last_good=run.saver.last_good)
+            explained = _explain(error, last_good=run.saver.settle())
             if explained is None:
                 raise
             raise explained from error
@@ -84,14 +84,15 @@ def _train_until_stopped(run: Run) -> int:
     try:
         _train_epochs(run)
     except SignalError as stop:
-        _save(run)
+        _save_and_wait(run)
         logger.info("%s; the state is saved, resume with trainer.resume_dir=%s", stop, run.folder)
         return stop.exit_code
     except StopError as stop:
-        _save(run)
+        _save_and_wait(run)
         raise StopError(f"{stop}. The state is saved in {run.saver.last_good}", exit_code=stop.exit_code) from stop
+    run.saver.wait()
     if not run.saver.is_in_place():
-        _save(run)
+        _save_and_wait(run)
     return 0
 
 
@@ -286,6 +287,11 @@ def _save(run: Run, *, periodic_epoch: int | None = None) -> None:
     run.saver.save_latest(run.state, periodic_epoch=periodic_epoch)
 
 
+def _save_and_wait(run: Run) -> None:
+    _save(run)
+    run.saver.wait()
+
+
 def _resumable(last_good: str | None) -> str:
     return f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
 
@@ -302,10 +308,6 @@ def _explain(error: Exception, *, last_good: str | None) -> RunError | None:
         return RunError(f"{text}; {resumable}", exit_code=EXIT_USER_ERROR)
     logger.error("the run ends with an error; %s", resumable)
     return None
-
-
-def _resumable(last_good: str | None) -> str:
-    return f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
 
 
 def _lost(text: str, *, last_good: str | None) -> str:

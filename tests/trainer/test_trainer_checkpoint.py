@@ -313,7 +313,9 @@ def test_same_run_resumes() -> None:
 def test_another_total_batch_is_refused_or_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     then, now = META["batch_size"], 2 * META["batch_size"]
     current = {**META, "batch_size": now}
-    with pytest.raises(ValueError, match=rf"x\.pth was saved with batch_size={then}, this run has batch_size={now}.*") as e:
+    with pytest.raises(
+        ValueError, match=rf"x\.pth was saved with batch_size={then}, this run has batch_size={now}.*"
+    ) as e:
         check_resumable(META, current, rescale=False, path="x.pth")
     assert "trainer.resume_rescale=True" in str(e.value)
     assert check_resumable(META, current, rescale=True, path="x.pth") == ("batch_size",)

@@ -189,7 +189,9 @@ def start(job, nodes) -> Iterator[object]:
                 f"--local-addr={node.address}",
                 "--monitor-interval=0.1",
             )
-            agent = job.torchrun(*options, prefix=node.prefix, **node.environment)
+            # An agent that shares the processes' store does not tell one that joins later where it is.
+            sharing = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            agent = job.torchrun(*options, prefix=node.prefix, **node.environment, **sharing)
             stack.callback(end, agent)
             return agent
 

@@ -90,7 +90,9 @@ def test_both_list_an_unreadable_test_image(played):
 
 
 def test_both_stop_when_one_cannot_save(played):
-    for message in played["disk_full"]:
+    left, right = played["disk_full"]
+    assert len(left) == len(right) == 2
+    for message in (*left, *right):
         assert "No space left on device" in message
         assert "there is no checkpoint yet" in message
 

@@ -280,20 +280,21 @@ def unreadable_test_image(process: Process, runs: Path, data: Path) -> str:
 
 
 @scenario
-def disk_full(process: Process, runs: Path, data: Path) -> str:
-    run = build(process, runs, data)
-
+def disk_full(process: Process, runs: Path, data: Path) -> list[str]:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", str(runs / "latest_ckpt.pth"))
 
-    save, CheckpointStore.save_latest = CheckpointStore.save_latest, full
-    try:
-        train(run)
-    except RunError as error:
-        return str(error)
-    finally:
-        CheckpointStore.save_latest = save
-    return ""
+    told = []
+    for is_async in ("false", "true"):
+        run = build(process, runs, data, f"trainer.async_save={is_async}")
+        save, CheckpointStore.save_latest = CheckpointStore.save_latest, full
+        try:
+            train(run)
+        except RunError as error:
+            told.append(str(error))
+        finally:
+            CheckpointStore.save_latest = save
+    return told
 
 
 @scenario
