@@ -9,12 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 from trainer_cases import (
     CONFIG,
     REPOSITORY,
@@ -29,6 +28,7 @@ from trainer_cases import (
 from trainer.checkpoint import load_training_checkpoint
 
 SCRIPT = Path(__file__).with_name("elastic.py")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--max-restarts=3")
 AUTO = "trainer.resume_dir=auto"
 PATIENCE = 200  # seconds; other tests may keep the cores
 
@@ -59,8 +59,7 @@ class Job:
     def torchrun(self, *options: str, prefix: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
         """Start a launcher with its processes in a group of their own."""
         return subprocess.Popen(
-            [*prefix, sys.executable, "-m", "torch.distributed.run", "--max-restarts=3", *options]
-            + [str(SCRIPT), str(self.marks), "-c", CONFIG, "-m", "train", *self.overrides],
+            [*prefix, *TORCHRUN, *options, str(SCRIPT), str(self.marks), "-c", CONFIG, "-m", "train", *self.overrides],
             cwd=REPOSITORY,
             env={
                 **os.environ,
@@ -84,10 +83,8 @@ def end(launcher: subprocess.Popen) -> None:
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     ranks = [int(child) for child in children.read_text().split()] if children.exists() else []
     for process in (*ranks, launcher.pid):
-        try:
+        with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     launcher.communicate(timeout=PATIENCE)
 
 
