@@ -16,6 +16,8 @@ EXTRAS = {
     "lmdb": ["lmdb"],
     "heic": ["pillow-heif"],
     "zoo": ["gdown>=6"],
+    "wandb": ["wandb"],
+    "mlflow": ["mlflow-skinny>=3"],
     "downstream": [
         "onedl-mmengine==0.10.12",
         "onedl-mmcv==2.3.6",
@@ -42,6 +44,8 @@ EXTRAS = {
         "mutmut",
         "pytest-xdist",
         "pillow-heif",
+        "wandb",
+        "mlflow-skinny>=3",
         "setuptools>=77,<82",
     ],
 }

@@ -418,6 +418,8 @@ class Logging(Node):
     train_reset_log_per: PositiveCount = 50
     train_log_per: PositiveCount = 50
     test_log_per: PositiveCount = 50
+    wandb: str = ""  # also log to this project of Weights & Biases; WANDB_MODE=offline: into the run's folder
+    mlflow: str = ""  # also log to this experiment of MLflow; MLFLOW_TRACKING_URI says where
 
 
 @dataclass(kw_only=True, slots=True)

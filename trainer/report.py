@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from util.logging import (
     PROGRESS,
     EpochLog,
     LogGuard,
-    ScalarLog,
     add_log_file,
     duration,
     failed_outputs,
@@ -27,6 +27,7 @@ from util.logging import (
     table,
 )
 from util.meters import Meters
+from util.trackers import Background, ScalarLogs, ScalarWriter
 
 from .evaluate import Score
 from .precision import Precision
@@ -94,10 +95,18 @@ class Report:
         state: The run's counters at its start.
         num_epochs: Length of the run.
         steps_per_epoch: Optimiser steps in an epoch.
+        trackers: Open further logs of the numbers that TensorBoard gets, by name.
     """
 
     def __init__(
-        self, folder: Path, process: Process, state: RunState, *, num_epochs: int, steps_per_epoch: int
+        self,
+        folder: Path,
+        process: Process,
+        state: RunState,
+        *,
+        num_epochs: int,
+        steps_per_epoch: int,
+        trackers: Mapping[str, Callable[[], ScalarWriter]],
     ) -> None:
         self.folder = folder
         self.process = process
@@ -109,10 +118,12 @@ class Report:
         self._scalar_path = folder / "tensorboard"
         self._guard = LogGuard()
         self._epochs: EpochLog | None = None
-        self._scalars: ScalarLog | None = None
+        self._scalars: ScalarLogs | None = None
         if process.is_logging:
             self._epochs = self._guard(self._epoch_path, EpochLog, self._epoch_path, num_epochs=state.epoch)
-            self._scalars = self._guard(self._scalar_path, open_scalar_log, self._scalar_path, step=state.iteration)
+            curves = partial(open_scalar_log, self._scalar_path, step=state.iteration)
+            background = {name: partial(Background, opener) for name, opener in trackers.items()}
+            self._scalars = ScalarLogs(self._guard, {self._scalar_path: curves, **background})
 
     def train_line(self, meters: Meters, state: RunState) -> str:
         """Log one line of progress; a collective.

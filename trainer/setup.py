@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from configs import Config, save_config, to_dict, with_classes
+from configs.overrides import get_entry
 from configs.schema import LogTerm
 from data import ImageDataset, Loaders, build_loaders, count_classes, open_first
 from loss import build_loss, build_mixup
@@ -25,6 +28,7 @@ from util.logging import FILE_ONLY
 from util.memory import keep_freed_memory
 from util.meters import Meters
 from util.seed import seed_everything
+from util.trackers import MlflowLog, WandbLog, require
 
 from .average import WeightAverage
 from .evaluate import Evaluator, build_evaluator
@@ -103,6 +107,7 @@ def build_run(config: Config, process: Process) -> Run:
         ValueError: If an entry, a checkpoint or the data are not fit for the run.
         OSError: If the run's folder cannot be written to.
     """
+    trackers = _trackers(config)
     config, dataset = fill_classes(config, process)
     if process.device.type == "cpu":
         keep_freed_memory()
@@ -172,7 +177,7 @@ def build_run(config: Config, process: Process) -> Run:
         epoch_meters=epoch_meters,
         saver=saver,
         state=state,
-        report=_open_report(config, process, folder, state, schedule),
+        report=_open_report(config, process, folder, state, schedule, trackers),
         start=time.perf_counter() - state.seconds,
     )
 
@@ -279,8 +284,35 @@ def _start_or_resume(
     return state
 
 
-def _open_report(config: Config, process: Process, folder: Path, state: RunState, schedule: Schedule) -> Report:
+def _trackers(config: Config) -> dict[str, type[WandbLog] | type[MlflowLog]]:
+    """Return the trackers that the configuration asks for, by its entry."""
+    trackers: dict[str, type[WandbLog] | type[MlflowLog]] = {}
+    if config.logging.wandb:
+        require("logging.wandb", "wandb", "wandb")
+        trackers["logging.wandb"] = WandbLog
+    if config.logging.mlflow:
+        require("logging.mlflow", "mlflow", "mlflow-skinny")
+        trackers["logging.mlflow"] = MlflowLog
+    return trackers
+
+
+def _open_report(
+    config: Config,
+    process: Process,
+    folder: Path,
+    state: RunState,
+    schedule: Schedule,
+    trackers: Mapping[str, type[WandbLog] | type[MlflowLog]],
+) -> Report:
     logger.info("config %s", json.dumps(to_dict(config), indent=1), extra=FILE_ONLY)
     process.on_first(lambda: save_config(config, folder / "config.yaml"))
     logger.info("files go to %s", folder)
-    return Report(folder, process, state, num_epochs=schedule.num_epochs, steps_per_epoch=schedule.steps_per_epoch)
+    tree = to_dict(config)
+    return Report(
+        folder,
+        process,
+        state,
+        num_epochs=schedule.num_epochs,
+        steps_per_epoch=schedule.steps_per_epoch,
+        trackers={name: partial(tracker, folder, get_entry(config, name), tree) for name, tracker in trackers.items()},
+    )
