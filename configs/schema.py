@@ -307,6 +307,13 @@ class Trainer(Node):
     compile: bool = False  # torch.compile the training network
     max_bad_steps: PositiveCount = 50  # consecutive steps with a NaN or Inf before the run is stopped
     timeout_seconds: PositiveCount = 1800  # a process that waits longer for the others gives up
+    profile: str = ""  # steps FIRST:LAST since the start, such as 10:15, of which the run's folder gets a profile
+
+    @property
+    def profiled_steps(self) -> range:
+        """Steps of `profile`, counted from 1; none where it is empty."""
+        first, _, last = self.profile.partition(":")
+        return range(int(first), int(last) + 1) if self.profile else range(0)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -30,6 +30,7 @@ WHERE = (
     "trainer.data",
     "trainer.device",
     "trainer.keep_checkpoints",
+    "trainer.profile",
     "trainer.save_per",
     "trainer.timeout_seconds",
 )

@@ -35,6 +35,7 @@ from .evaluate import Evaluator, build_evaluator
 from .freeze import FrozenParts
 from .network import build_network, wrap_parallel
 from .precision import Precision, build_precision
+from .profiler import StepProfiler
 from .report import Report, log_environment, log_network, open_log
 from .resume import AUTO, newest_run
 from .run_folder import make_run_folder
@@ -70,6 +71,7 @@ class Run:
         saver: Writes the checkpoints.
         state: The counters.
         report: Writes the log.
+        profiler: Profiles some steps, if so wanted.
         start: When the run would have started without its interruptions, on the clock of ``time.perf_counter``.
         num_steps: Optimiser steps since the run was started or resumed.
     """
@@ -92,6 +94,7 @@ class Run:
     saver: Saver
     state: RunState
     report: Report
+    profiler: StepProfiler
     start: float
     num_steps: int = 0
 
@@ -178,6 +181,9 @@ def build_run(config: Config, process: Process) -> Run:
         saver=saver,
         state=state,
         report=_open_report(config, process, folder, state, schedule, trackers),
+        profiler=StepProfiler(
+            config.trainer.profiled_steps if process.is_logging else range(0), folder, process.device
+        ),
         start=time.perf_counter() - state.seconds,
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import socket
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,7 +61,9 @@ def train(run: Run) -> int:
         RunError: If the run cannot continue; the message names the checkpoint to resume from.
     """
     if run.process.alarm is not None:
-        run.process.alarm.explain = lambda: _lost(lost_in_nccl(run.process.rank), last_good=run.saver.last_good)
+        run.process.alarm.explain = lambda: _lost(
+            lost_in_nccl(run.process.rank, run.folder), last_good=run.saver.last_good
+        )
     # Signals stay marks while the state is saved: a scheduler may send several. Only a second Ctrl-C does not.
     with run.watch, frozen_objects():
         try:
@@ -74,7 +78,7 @@ def train(run: Run) -> int:
                 raise
             raise explained from error
         finally:
-            close_all(run.report.close, run.saver.close)
+            close_all(run.profiler.close, run.report.close, run.saver.close)
     if code == 0:
         run.report.results(run.state)
     return code
@@ -123,6 +127,7 @@ def _train_epoch(run: Run, pace: _EpochPace) -> None:
         is_shown=run.process.is_logging,
     ) as bar:
         for _ in bar:
+            run.profiler.before(run.num_steps + 1)
             run.schedule.step(state.iteration)
             result = run.stepper(batches)
             state.step += 1
@@ -130,6 +135,7 @@ def _train_epoch(run: Run, pace: _EpochPace) -> None:
             run.num_steps += 1
             launched.append(_LaunchedStep(state.iteration, _learning_rate(run), result))
             stop = _settle(run, launched, pace)
+            run.profiler.after(run.num_steps)
             columns = _log_line(run)
             if columns:
                 bar.set_postfix_str(columns, refresh=False)
@@ -221,10 +227,10 @@ def _count_unreadable(run: Run, paths: list[str]) -> StopError | None:
     known, limit = run.state.unreadable, run.config.data.max_unreadable
     new = [path for path in paths if path not in known]
     known.extend(new)
-    if new and run.process.is_logging:
-        others = [path for path in new if path not in run.loaders.train.unreadable]  # its own, the loader has named
-        names = f", on other processes {listed(others, MAX_LISTED)}" if others else ""
-        logger.warning("%d training images cannot be read so far%s", len(known), names)
+    others = [path for path in new if path not in run.loaders.train.unreadable]  # its own, the loader has named
+    if others and run.process.is_logging:
+        names = listed(others, MAX_LISTED)
+        logger.warning("%d training images cannot be read so far, on other processes %s", len(known), names)
     if len(known) <= limit:
         return None
     message = f"{len(known)} training images cannot be read, more than data.max_unreadable={limit}: "
@@ -264,15 +270,26 @@ def _test(run: Run) -> dict[str, Score]:
 def _report_epoch(run: Run, pace: _EpochPace, epoch: int, scores: Mapping[str, Score]) -> None:
     now = time.perf_counter()
     # The others wait for the slowest within a step: only the wait for images tells them apart.
-    waits = run.process.gather_objects(pace.data_seconds)
+    waits, hosts = zip(*run.process.gather_objects((pace.data_seconds, socket.gethostname())), strict=True)
+    slowest = waits.index(max(waits))
+    if run.process.is_distributed:
+        logger.info(
+            "Epoch %d: rank %d on %s waited longest for images, %.1f s; the median is %.1f s",
+            epoch,
+            slowest,
+            hosts[slowest],
+            waits[slowest],
+            statistics.median(waits),
+        )
     record = {
         "epoch": epoch,
         "iteration": run.state.iteration,
         "lr": _learning_rate(run),
         "train": {name: reading.avg for name, reading in run.epoch_meters.read(run.process).items()},
         "images_per_second": run.process.sum([pace.num_images])[0] / max(pace.step_seconds, 1e-9),
-        "slowest_rank": waits.index(max(waits)),
-        "slowest_rank_data_seconds": max(waits),
+        "slowest_rank": slowest,
+        "slowest_rank_host": hosts[slowest],
+        "slowest_rank_data_seconds": waits[slowest],
         "skipped_steps": run.state.skipped_steps,
         "unreadable": len(run.state.unreadable),
         "seconds": now - pace.start,

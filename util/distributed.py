@@ -215,11 +215,18 @@ def is_lost_process(error: BaseException) -> bool:
     )
 
 
-def lost_in_nccl(rank: int) -> str:
-    """Return the end of a message about a wait for other GPUs that took too long: where the flight record is."""
+def lost_in_nccl(rank: int, folder: Path | None = None) -> str:
+    """Return the end of a message about a wait for other GPUs that took too long: where the flight record is.
+
+    Args:
+        rank: This process.
+        folder: Takes the record; a new folder for temporary files when None.
+    """
     waited = "it did not answer within trainer.timeout_seconds"
-    path = Path(tempfile.gettempdir()) / f"nccl_flight_record_{os.getpid()}_rank{rank}.pickle"
     try:
+        # Others may write to the folder for temporary files: a name there must not be known before.
+        place = Path(tempfile.mkdtemp(prefix="nccl-")) if folder is None else folder
+        path = place / f"nccl_flight_record_rank{rank}.pickle"
         path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
     except (AttributeError, OSError, RuntimeError) as error:
         return f"{waited} (no flight record: {' '.join(str(error).split())})"

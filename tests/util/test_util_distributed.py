@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from util.distributed import NCCL_VARIABLES, Process, choose_device, init_process, is_lost_process
+from util.distributed import NCCL_VARIABLES, Process, choose_device, init_process, is_lost_process, lost_in_nccl
 from util.launch import Launch
 
 
@@ -82,3 +82,14 @@ def test_nccl_gives_up_after_the_alarm_and_keeps_its_record(monkeypatch):
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     }
+
+
+def test_the_flight_record_goes_to_the_run_or_where_nobody_waits_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = tmp_path / "run"
+    run.mkdir()
+    assert f"(NCCL's flight record: {run / 'nccl_flight_record_rank3.pickle'})" in lost_in_nccl(3, run)
+    assert (run / "nccl_flight_record_rank3.pickle").read_bytes() == b"trace"
+    assert lost_in_nccl(3) != lost_in_nccl(3)
+    assert len(list(tmp_path.glob("nccl-*/nccl_flight_record_rank3.pickle"))) == 2
