@@ -1,6 +1,6 @@
 """What processes exchange in a training step, and the time of a step on 1 to 64 nodes: computed, not measured.
 
-    python -m benchmarks.cluster --variant MobileMamba_B4 --step-seconds 0.1
+    python -m benchmarks.cluster --variant MobileMamba_B4 [--step-seconds SECONDS --batch IMAGES]
 
 The bytes are those of the network's gradients and buffers, in the buckets of DistributedDataParallel. The time of a
 collective follows NCCL's own cost model (src/graph/tuning.cc of NVIDIA/nccl): the fastest of a ring and a tree, each
@@ -21,7 +21,17 @@ from model import create_model, list_models
 
 from .common import table
 
-__all__ = ["Cluster", "Exchange", "StepTime", "buckets_of", "exchange_of", "main", "ring_bytes", "step_time"]
+__all__ = [
+    "Bounds",
+    "Cluster",
+    "Exchange",
+    "buckets_of",
+    "compute_for",
+    "exchange_of",
+    "main",
+    "ring_bytes",
+    "step_time",
+]
 
 MIB = 2**20
 BUCKET_LIMITS = [MIB, 25 * MIB]  # of DistributedDataParallel: the first bucket that is sent, and the others
@@ -29,10 +39,9 @@ NUM_FINDINGS = 7  # float64 numbers that the processes agree on in each step: lo
 BACKWARD = 2 / 3  # share of a step that gradients can be sent in
 
 # Rates of a link in one direction, in bytes/s. NVLink: NVIDIA's data sheet of the H100, 900 GB/s in both directions.
-# Network: the DGX H100's user guide, a 400 Gb/s port for each GPU. Ethernet: one such port of 100 Gb/s for all 8 GPUs.
+# InfiniBand: the DGX H100's user guide, eight ports of 400 Gb/s, one for each GPU.
 NVLINK = 450e9
 INFINIBAND = 50e9
-ETHERNET = 100e9 / 8 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +157,8 @@ def exchange_of(network: nn.Module) -> Exchange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepTime:
-    """Bounds of the time of a step, in seconds.
+class Bounds:
+    """A time in seconds: at best, and at worst.
 
     Attributes:
         hidden: Gradients are sent behind the backward pass, but for those that come last.
@@ -160,7 +169,7 @@ class StepTime:
     exposed: float
 
 
-def step_time(exchange: Exchange, cluster: Cluster, *, compute: float) -> StepTime:
+def step_time(exchange: Exchange, cluster: Cluster, *, compute: float) -> Bounds:
     """Return the time of a step.
 
     Args:
@@ -168,45 +177,72 @@ def step_time(exchange: Exchange, cluster: Cluster, *, compute: float) -> StepTi
         cluster: By whom.
         compute: Seconds of a step on one GPU that exchanges nothing.
     """
-    gradients = [cluster.all_reduce(num_bytes) for num_bytes in exchange.buckets]
-    alone = compute + sum(map(cluster.broadcast, exchange.buffers)) + cluster.all_reduce(8 * NUM_FINDINGS)
+    gradients, others = _sending_time(exchange, cluster)
     late = max(gradients[-1], sum(gradients) - BACKWARD * compute)
-    return StepTime(hidden=alone + late, exposed=alone + sum(gradients))
+    return Bounds(hidden=compute + others + late, exposed=compute + others + sum(gradients))
 
 
-def rows(exchange: Exchange, *, compute: float, batch: int, between: float, nodes: Sequence[int]) -> list[list[str]]:
+def compute_for(share: float, exchange: Exchange, cluster: Cluster) -> Bounds:
+    """Return how long a step must compute on one GPU for computing to be ``share`` of the step's time."""
+    gradients, others = _sending_time(exchange, cluster)
+    rest = 1 / share - 1
+    hidden = max((others + gradients[-1]) / rest, (others + sum(gradients)) / (rest + BACKWARD))
+    return Bounds(hidden=hidden, exposed=(others + sum(gradients)) / rest)
+
+
+def _sending_time(exchange: Exchange, cluster: Cluster) -> tuple[list[float], float]:
+    """Return the seconds of each bucket, and of everything else."""
+    gradients = [cluster.all_reduce(num_bytes) for num_bytes in exchange.buckets]
+    return gradients, sum(map(cluster.broadcast, exchange.buffers)) + cluster.all_reduce(8 * NUM_FINDINGS)
+
+
+HEADER = ("nodes", "GPUs", "MB sent by a GPU", "all exchange, ms", "90% from a step of, ms")
+PACE_HEADER = ("images/s", "% of as many single GPUs")
+
+
+def rows(exchange: Exchange, *, between: float, nodes: Sequence[int]) -> list[list[str]]:
     """Return the lines of the table, one for each number of nodes."""
     lines = []
     for number in nodes:
         cluster = Cluster(nodes=number, between=between)
-        time = step_time(exchange, cluster, compute=compute)
         sent = ring_bytes(sum(exchange.buckets), cluster.size) / 1e6
-        gradients = 1e3 * sum(map(cluster.all_reduce, exchange.buckets))
-        pace = f"{batch * cluster.size / time.exposed:,.0f} to {batch * cluster.size / time.hidden:,.0f}"
-        share = f"{100 * compute / time.exposed:.1f} to {100 * compute / time.hidden:.1f}"
-        lines.append([str(number), str(cluster.size), f"{sent:.1f}", f"{gradients:.2f}", pace, share])
+        exchanging = 1e3 * step_time(exchange, cluster, compute=0.0).exposed
+        least = compute_for(0.9, exchange, cluster)
+        needed = f"{1e3 * least.hidden:.0f} to {1e3 * least.exposed:.0f}"
+        lines.append([str(number), str(cluster.size), f"{sent:.1f}", f"{exchanging:.1f}", needed])
     return lines
 
 
-HEADER = ("nodes", "GPUs", "MB sent by a GPU", "all-reduce, ms", "images/s", "% of the sum of single GPUs")
+def pace(exchange: Exchange, cluster: Cluster, *, compute: float, batch: int) -> list[str]:
+    """Return further cells of a line: images/s, and their share of what as many single GPUs do."""
+    time = step_time(exchange, cluster, compute=compute)
+    images = [batch * cluster.size / seconds for seconds in (time.exposed, time.hidden)]
+    shares = [100 * compute / seconds for seconds in (time.exposed, time.hidden)]
+    return [f"{images[0]:,.0f} to {images[1]:,.0f}", f"{shares[0]:.1f} to {shares[1]:.1f}"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="MobileMamba_T2", choices=list_models())
-    parser.add_argument("--step-seconds", type=float, required=True, help="of a step on one GPU, measured")
+    parser.add_argument("--step-seconds", type=float, help="of a step on one GPU, measured")
     parser.add_argument("--batch", type=int, default=128, help="images of that step")
     parser.add_argument("--between", type=float, default=INFINIBAND, help="bytes/s between nodes, for each GPU")
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     given = parser.parse_args(arguments)
-    if given.step_seconds <= 0 or given.batch <= 0 or given.between <= 0 or min(given.nodes) <= 0:
+    seconds = given.step_seconds
+    if min(given.batch, given.between, *given.nodes, 1 if seconds is None else seconds) <= 0:
         parser.error("--step-seconds, --batch, --between and --nodes must be above 0")
     exchange = exchange_of(create_model(given.variant))
     sizes = ", ".join(f"{size / 1e6:.1f}" for size in exchange.buckets)
     print(f"{given.variant}: gradients {sizes} MB by bucket, buffers {sum(exchange.buffers) / 1e6:.2f} MB; computed")
-    lines = rows(exchange, compute=given.step_seconds, batch=given.batch, between=given.between, nodes=given.nodes)
-    print(table(lines, HEADER))
+    lines, header = rows(exchange, between=given.between, nodes=given.nodes), HEADER
+    if seconds is not None:
+        header += PACE_HEADER
+        for line in lines:
+            cluster = Cluster(nodes=int(line[0]), between=given.between)
+            line += pace(exchange, cluster, compute=seconds, batch=given.batch)
+    print(table(lines, header))
 
 
 if __name__ == "__main__":

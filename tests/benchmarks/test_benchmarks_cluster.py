@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.cluster import Cluster, Exchange, buckets_of, exchange_of, main, ring_bytes, step_time
+from benchmarks.cluster import Cluster, Exchange, buckets_of, compute_for, exchange_of, main, ring_bytes, step_time
 from model import create_model
 
 
@@ -79,6 +80,16 @@ def test_a_step_takes_longer_the_more_is_exchanged():
     assert step_time(big, Cluster(nodes=2), compute=0.0).exposed == pytest.approx(2 * 15 / 16 * 1e12 / 50e9, rel=1e-3)
 
 
+@pytest.mark.parametrize("nodes", [1, 8, 64])
+def test_from_that_step_on_the_share_is_reached(nodes):
+    exchange = exchange_of(create_model("MobileMamba_T2"))
+    cluster = Cluster(nodes=nodes)
+    least = compute_for(0.9, exchange, cluster)
+    for kind in ("hidden", "exposed"):
+        compute = getattr(least, kind)
+        assert compute / getattr(step_time(exchange, cluster, compute=compute), kind) == pytest.approx(0.9)
+
+
 def test_the_table(capsys):
     main(["--step-seconds", "0.2", "--batch", "64", "--nodes", "1", "64"])
     lines = capsys.readouterr().out.splitlines()
@@ -86,3 +97,10 @@ def test_the_table(capsys):
     assert [line.split("|")[2].strip() for line in lines[3:]] == ["8", "512"]
     with pytest.raises(SystemExit):
         main(["--step-seconds", "0"])
+
+
+@pytest.mark.parametrize("variant", ["MobileMamba_T2", "MobileMamba_B4"])
+def test_the_guide_shows_what_is_computed(capsys, variant):
+    main(["--variant", variant])
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.split("\n", 1)[1].strip() in guide

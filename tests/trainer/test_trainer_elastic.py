@@ -227,3 +227,74 @@ def test_a_job_goes_on_with_fewer_nodes_until_they_are_back(job, start):
     assert changes == [("2", "1"), ("1", "2")]
     assert job.checkpoint()["iter"] == 6
     assert [record["epoch"] for record in epoch_records(job.run)] == [1, 2]
+
+
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+from pathlib import Path
+
+command = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")]
+tasks = [
+    subprocess.Popen(command, env=os.environ | {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}})
+    for rank in range(int(os.environ["SLURM_NTASKS"]))
+]
+signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
+Path(os.environ["SRUN_PID"]).write_text(str(os.getpid()))
+codes = [task.wait() for task in tasks]
+sys.exit(max(code if code >= 0 else 128 - code for code in codes))
+"""
+SCONTROL = """#!/bin/sh
+echo "$@" >> "$SCONTROL_LOG"
+"""
+
+
+@pytest.fixture
+def sbatch(class_folders, tmp_path):
+    """Start the guide's script under stand-ins for srun, with two tasks, and scontrol."""
+    guide = (REPOSITORY / "docs" / "scale.md").read_text(encoding="utf-8")
+    script = tmp_path / "train.sbatch"
+    script.write_text(
+        next(block for block in re.findall(r"```bash\n(.*?)```", guide, flags=re.S) if "#SBATCH" in block)
+    )
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    short = [*short_run(class_folders, tmp_path / "runs", *TINY_NETWORK, "epoch_full=20"), AUTO]
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+    def submit() -> subprocess.Popen:
+        (tmp_path / "srun.pid").unlink(missing_ok=True)
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        environment |= {"PATH": path, "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environment |= {"SRUN_PID": str(tmp_path / "srun.pid"), "SCONTROL_LOG": str(tmp_path / "scontrol.log")}
+        return subprocess.Popen(
+            ["bash", str(script), *short],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return submit
+
+
+@pytest.mark.slow
+def test_a_slurm_job_whose_time_is_over_is_queued_again_and_resumes(sbatch, tmp_path):
+    job = sbatch()
+    for line in job.stdout:
+        if "Epoch 1:" in line:
+            os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGUSR1)
+            break
+    output = job.communicate(timeout=PATIENCE)[0]
+    assert job.returncode == 138, output
+    assert "stopped by SIGUSR1; the state is saved" in output
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
+    (output,) = finish(sbatch())
+    assert "resumes from" in output
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert [record["epoch"] for record in epoch_records(folder)] == list(range(1, 21))
