@@ -12,8 +12,19 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.cluster import Cluster, Exchange, buckets_of, compute_for, exchange_of, main, ring_bytes, step_time
+from benchmarks.cluster import (
+    NUM_FINDINGS,
+    Cluster,
+    Exchange,
+    buckets_of,
+    compute_for,
+    exchange_of,
+    main,
+    ring_bytes,
+    step_time,
+)
 from model import create_model
+from trainer.stop import WATCHED
 
 
 def play_ring(numbers: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -67,6 +78,10 @@ def test_the_buckets_are_those_of_a_step(group, one_thread):
     buckets = buckets_of(network)
     assert sum(buckets) == sum(sent)
     np.testing.assert_allclose(buckets, sent, rtol=0.1)  # a branch's gradients may come before another's
+
+
+def test_the_findings_are_those_of_a_step():
+    assert 3 + len(WATCHED) == NUM_FINDINGS
 
 
 def test_a_step_takes_longer_the_more_is_exchanged():
