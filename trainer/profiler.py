@@ -56,12 +56,12 @@ class StepProfiler:
         self._profile = profile(activities=activities, acc_events=True)
         self._profile.start()
 
-    def _stop(self, profile: profile) -> None:
+    def _stop(self, taken: profile) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        profile.stop()
-        profile.export_chrome_trace(str(self._path))
+        taken.stop()
+        taken.export_chrome_trace(str(self._path))
         order = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
-        table = profile.key_averages().table(sort_by=order, row_limit=NUM_ROWS)
+        table = taken.key_averages().table(sort_by=order, row_limit=NUM_ROWS)
         self._path.with_suffix(".txt").write_text(table, encoding="utf-8")
         logger.info("the profile of steps %d to %d is in %s", self._steps[0], self._steps[-1], self._path)

@@ -18,7 +18,7 @@ from .logging import LogGuard
 
 __all__ = ["Background", "MlflowLog", "ScalarLogs", "ScalarWriter", "WandbLog", "require"]
 
-PATIENCE_SECONDS = 60.0  # how long a run that has ended waits for a tracker
+PATIENCE_SECONDS = 20.0  # how long a run that has ended waits for a tracker: launchers kill what takes longer
 MAX_WAITING = 10_000  # writes that a tracker may be behind
 
 
@@ -82,7 +82,7 @@ class Background:
         self._put((values, step))
 
     def close(self) -> None:
-        """Wait until all is written, a minute at most.
+        """Wait until all is written, for `PATIENCE_SECONDS` at most.
 
         Raises:
             TimeoutError: The log takes longer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ from trainer_cases import (
 )
 
 from trainer.checkpoint import load_training_checkpoint
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("elastic.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--max-restarts=3")
@@ -122,8 +125,10 @@ def test_a_rank_that_is_killed_twice_changes_nothing(job, undisturbed):
     finish(job.torchrun("--nproc_per_node=2"))
     assert all(mark.exists() for mark in marks)
     assert_same(comparable(job.checkpoint()), comparable(undisturbed))
-    positions = re.findall(r"resumes from .* iteration (\d)", (job.run / "log.txt").read_text())
-    assert positions == ["2", "4"]
+    text = (job.run / "log.txt").read_text()
+    assert re.findall(r"resumes from .* iteration (\d)", text) == ["2", "4"]
+    waits = re.findall(r"Epoch (\d): rank [01] on (\S+) waited longest for images, [\d.]+ s; the median is ", text)
+    assert waits == [("1", socket.gethostname()), ("2", socket.gethostname())]
     assert [record["epoch"] for record in epoch_records(job.run)] == [1, 2]
 
 
@@ -195,7 +200,6 @@ def start(job, nodes) -> Iterator[object]:
         yield start_agent
 
 
-@pytest.mark.slow
 def test_a_node_that_is_lost_and_joins_again_changes_nothing(job, start, undisturbed):
     """Two nodes of one process each give the gradients of one node of two."""
     lost = [job.mark(f"2-{rank}-5") for rank in (0, 1)]
@@ -210,7 +214,6 @@ def test_a_node_that_is_lost_and_joins_again_changes_nothing(job, start, undistu
     assert "after 1 of 2 epochs and 1 steps, iteration 4" in (job.run / "log.txt").read_text()
 
 
-@pytest.mark.slow
 def test_a_job_goes_on_with_fewer_nodes_until_they_are_back(job, start):
     marks = [job.mark(f"2-{rank}-2") for rank in (0, 1)]
     alone = job.mark("1-0-4")
@@ -282,7 +285,6 @@ def sbatch(class_folders, tmp_path):
     return submit
 
 
-@pytest.mark.slow
 def test_a_slurm_job_whose_time_is_over_is_queued_again_and_resumes(sbatch, tmp_path):
     job = sbatch()
     for line in job.stdout:

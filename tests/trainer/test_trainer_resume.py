@@ -321,3 +321,6 @@ def test_auto_with_another_batch_follows_the_rule_of_rescaling(build, half):
         build(AUTO, "batch_size=4")
     resumed = build(AUTO, "batch_size=4", "trainer.resume_rescale=true")
     assert (resumed.folder, resumed.state.epoch) == (run.folder, 1)
+    resumed.saver.close()
+    shared = build(AUTO, "trainer.accumulation_steps=2")  # the same batch in two parts
+    assert (shared.folder, shared.state.iteration) == (run.folder, 3)
