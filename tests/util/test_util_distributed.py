@@ -7,7 +7,15 @@ import os
 import pytest
 import torch
 
-from util.distributed import NCCL_VARIABLES, Process, choose_device, init_process, is_lost_process, lost_in_nccl, open_store
+from util.distributed import (
+    NCCL_VARIABLES,
+    Process,
+    choose_device,
+    init_process,
+    is_lost_process,
+    lost_in_nccl,
+    open_store,
+)
 from util.launch import Launch
 
 
