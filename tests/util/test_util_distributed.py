@@ -111,10 +111,9 @@ def test_each_attempt_of_a_launcher_meets_afresh(monkeypatch, tmp_path, nodes, c
     monkeypatch.setenv("GROUP_WORLD_SIZE", nodes)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", is_shared)
-    launch = Launch(dist_url=f"file://{tmp_path}/store")
-    open_store(launch, timeout_seconds=5).set("key", "value")
-    file = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    assert torch.distributed.PrefixStore(f"attempt{expected}", file).get("key") == b"value"
+    store = open_store(Launch(dist_url=f"file://{tmp_path}/store"), timeout_seconds=5)
+    store.set("key", "value")
+    assert f"/attempt{expected}/key".encode() in (tmp_path / "store").read_bytes()
 
 
 def test_a_restart_on_several_nodes_in_the_store_of_before_is_refused(monkeypatch, tmp_path):
