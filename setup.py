@@ -17,6 +17,8 @@ EXTRAS = {
     "heic": ["pillow-heif"],
     "jpeg": ["simplejpeg"],
     "zoo": ["gdown>=6"],
+    "wandb": ["wandb"],
+    "mlflow": ["mlflow-skinny>=3"],
     "downstream": [
         "onedl-mmengine==0.10.12",
         "onedl-mmcv==2.3.6",
@@ -57,6 +59,8 @@ EXTRAS = {
         "simplejpeg",
         "selenium",
         "grad-cam",
+        "wandb",
+        "mlflow-skinny>=3",
         "setuptools>=77,<82",
         "onnx",
         "onnxruntime",

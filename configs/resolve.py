@@ -7,6 +7,7 @@ in where they are None, and listed in ``Config.derived`` so that they follow aga
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,6 +90,7 @@ def resolve(config: Config, given: Set[str], *, world_size: int) -> Config:
     _follow_mixup(run)
     _follow_classes(run)
     _check_channels(config)
+    _check_profile(config.trainer.profile)
     run.follow("trainer.scheduler_kwargs.noise_seed", config.seed)
     if config.model.model_kwargs.fuse and config.mode not in _TEST_MODES:
         raise ValueError(f"model.model_kwargs.fuse=True folds the network for inference; not with -m {config.mode}")
@@ -279,3 +281,9 @@ def _check_channels(config: Config) -> None:
     for path, values in lists.items():
         if len(values) != channels:
             raise ValueError(f"{path} has {len(values)} values, but data.channels={channels}; give one per channel")
+
+
+def _check_profile(text: str) -> None:
+    steps = re.fullmatch(r"(\d+):(\d+)", text)
+    if text and (steps is None or not 1 <= int(steps[1]) <= int(steps[2])):
+        raise ValueError(f"trainer.profile={text} is not FIRST:LAST with 1 <= FIRST <= LAST, such as 10:15")

@@ -289,7 +289,7 @@ class Trainer(Node):
     name: str = "CLSTrainer"
     checkpoint: str = "runs/mobilemamba"  # folder in which each run makes its own
     resume_dir: str = ""  # a run's folder, to resume from its latest checkpoint; auto: the newest of this configuration
-    resume_rescale: bool = False  # accept another number of processes or batch size at a resume
+    resume_rescale: bool = False  # accept another total batch size at a resume
     resume_optimizer: bool = True  # False: a resumed run starts its optimiser afresh
     resume_data: bool = False  # accept another validation set, or images of other contents, at a resume
     cuda_deterministic: bool = False
@@ -302,6 +302,7 @@ class Trainer(Node):
     test_per_epoch: PositiveCount = 5  # before that, every so many
     save_per_epoch: PositiveCount = 15
     save_per_iter: Count = 0  # also save the latest checkpoint every so many iterations; 0: at epoch ends
+    async_save: bool = False  # a thread writes the checkpoints, from a copy in memory, while training continues
     keep_checkpoints: PositiveCount | None = None  # periodic checkpoints that are kept, the newest; None: all
     find_unused_parameters: bool = False
     sync_BN: Literal["none", "native", "apex"] = "none"
@@ -314,6 +315,13 @@ class Trainer(Node):
     compile: bool = False  # torch.compile the training network
     max_bad_steps: PositiveCount = 50  # consecutive steps with a NaN or Inf before the run is stopped
     timeout_seconds: PositiveCount = 1800  # a process that waits longer for the others gives up
+    profile: str = ""  # steps FIRST:LAST since the start, such as 10:15, of which the run's folder gets a profile
+
+    @property
+    def profiled_steps(self) -> range:
+        """Steps of `profile`, counted from 1; none where it is empty."""
+        first, _, last = self.profile.partition(":")
+        return range(int(first), int(last) + 1) if self.profile else range(0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -425,6 +433,8 @@ class Logging(Node):
     train_reset_log_per: PositiveCount = 50
     train_log_per: PositiveCount = 50
     test_log_per: PositiveCount = 50
+    wandb: str = ""  # also log to this project of Weights & Biases; WANDB_MODE=offline: into the run's folder
+    mlflow: str = ""  # also log to this experiment of MLflow; MLFLOW_TRACKING_URI says where
 
 
 @dataclass(kw_only=True, slots=True)

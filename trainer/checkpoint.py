@@ -25,6 +25,7 @@ __all__ = [
     "check_resumable",
     "load_training_checkpoint",
     "save_atomically",
+    "snapshot",
 ]
 
 logger = logging.getLogger(__name__)
@@ -83,18 +84,29 @@ def save_atomically(obj: Any, path: str | Path) -> None:
         raise OSError(cause.errno or errno.EIO, message, str(path)) from error
 
 
-def _to_plain(value: Any, where: str) -> Any:
-    """Return the value in types that load with ``weights_only``; tensors keep sharing their memory."""
+def snapshot(obj: Any) -> Any:
+    """Return a copy of everything, with tensors on the CPU, that later training steps do not change.
+
+    Raises:
+        TypeError: Something in ``obj`` could not be saved by `save_atomically`.
+    """
+    return _to_plain(obj, "", is_copy=True)
+
+
+def _to_plain(value: Any, where: str, *, is_copy: bool = False) -> Any:
+    """Return the value in types that load with ``weights_only``; tensors keep sharing their memory unless copied."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return value.detach().to("cpu", copy=True) if is_copy else value.detach()
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, Mapping):
-        return {_to_plain(key, where): _to_plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {
+            _to_plain(key, where): _to_plain(item, f"{where}[{key!r}]", is_copy=is_copy) for key, item in value.items()
+        }
     if type(value) in (list, tuple):
-        return type(value)(_to_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+        return type(value)(_to_plain(item, f"{where}[{index}]", is_copy=is_copy) for index, item in enumerate(value))
     if value is None or type(value) in (bool, int, float, complex, str, bytes):
         return value
     raise TypeError(f"checkpoint{where} is a {type(value).__name__}, which would not load again with weights_only")
@@ -214,15 +226,17 @@ def check_resumable(
             ``freeze`` (empty, where it is left out); in newer checkpoints ``num_train``, ``num_test``,
             ``test_fingerprint`` and ``contents`` (a hash of some images) as well.
         current: The same of this run.
-        rescale: Whether other numbers of processes and images were asked for.
+        rescale: Whether another number of images per step was asked for. Other shares of the same images, as a job that
+            lost a node has, need no asking: the images of each step stay the same.
         path: The checkpoint, for messages.
         other_data: Whether another validation set and other contents of the images were accepted.
 
     Returns:
-        The names of the numbers that differ; empty unless ``rescale``.
+        The names of the numbers that differ.
 
     Raises:
-        ValueError: The network or the dataset differs, or a number does without ``rescale``; both values are named.
+        ValueError: The network or the dataset differs, or the images per step do without ``rescale``; both values are
+            named.
     """
     saved = saved if isinstance(saved, Mapping) else {}
     lacking = [name for name in FIXED + RESCALABLE if name not in saved]
@@ -246,7 +260,7 @@ def check_resumable(
         return ()
     then = ", ".join(f"{name}={saved[name]}" for name in changed)
     now = ", ".join(f"{name}={current[name]}" for name in changed)
-    if not rescale:
+    if "batch_size" in changed and not rescale:
         raise ValueError(
             f"{path} was saved with {then}, this run has {now}: start it as it was, or accept the change with "
             "trainer.resume_rescale=True"

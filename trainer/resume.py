@@ -25,9 +25,12 @@ HOW = ("trainer.resume_", "trainer.checkpoint", "derived")
 WHERE = (
     "batch_size",
     "logging",
+    "trainer.accumulation_steps",
+    "trainer.async_save",
     "trainer.data",
     "trainer.device",
     "trainer.keep_checkpoints",
+    "trainer.profile",
     "trainer.save_per",
     "trainer.timeout_seconds",
 )

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from configs import Config, save_config, to_dict, with_classes
+from configs.overrides import get_entry
 from configs.schema import LogTerm
 from data import ImageDataset, Loaders, build_loaders, count_classes, find_class_names, open_first
 from loss import build_loss, build_mixup
@@ -25,12 +28,14 @@ from util.logging import FILE_ONLY
 from util.memory import keep_freed_memory
 from util.meters import Meters
 from util.seed import seed_everything
+from util.trackers import MlflowLog, WandbLog, require
 
 from .average import WeightAverage
 from .evaluate import Evaluator, build_evaluator
 from .freeze import FrozenParts
 from .network import build_network, wrap_parallel
 from .precision import Precision, build_precision
+from .profiler import StepProfiler
 from .report import Report, log_environment, log_network, open_log
 from .resume import AUTO, newest_run
 from .run_folder import make_run_folder
@@ -66,6 +71,7 @@ class Run:
         saver: Writes the checkpoints.
         state: The counters.
         report: Writes the log.
+        profiler: Profiles some steps, if so wanted.
         start: When the run would have started without its interruptions, on the clock of ``time.perf_counter``.
         num_steps: Optimiser steps since the run was started or resumed.
     """
@@ -88,6 +94,7 @@ class Run:
     saver: Saver
     state: RunState
     report: Report
+    profiler: StepProfiler
     start: float
     num_steps: int = 0
 
@@ -103,6 +110,7 @@ def build_run(config: Config, process: Process) -> Run:
         ValueError: If an entry, a checkpoint or the data are not fit for the run.
         OSError: If the run's folder cannot be written to.
     """
+    trackers = _trackers(config)
     config, dataset = fill_classes(config, process)
     if process.device.type == "cpu":
         keep_freed_memory()
@@ -172,7 +180,10 @@ def build_run(config: Config, process: Process) -> Run:
         epoch_meters=epoch_meters,
         saver=saver,
         state=state,
-        report=_open_report(config, process, folder, state, schedule, loaders),
+        report=_open_report(config, process, folder, state, schedule, loaders, trackers),
+        profiler=StepProfiler(
+            config.trainer.profiled_steps if process.is_logging else range(0), folder, process.device
+        ),
         start=time.perf_counter() - state.seconds,
     )
 
@@ -279,13 +290,32 @@ def _start_or_resume(
     return state
 
 
+def _trackers(config: Config) -> dict[str, type[WandbLog] | type[MlflowLog]]:
+    """Return the trackers that the configuration asks for, by its entry."""
+    trackers: dict[str, type[WandbLog] | type[MlflowLog]] = {}
+    if config.logging.wandb:
+        require("logging.wandb", "wandb", "wandb")
+        trackers["logging.wandb"] = WandbLog
+    if config.logging.mlflow:
+        require("logging.mlflow", "mlflow", "mlflow-skinny")
+        trackers["logging.mlflow"] = MlflowLog
+    return trackers
+
+
 def _open_report(
-    config: Config, process: Process, folder: Path, state: RunState, schedule: Schedule, loaders: Loaders
+    config: Config,
+    process: Process,
+    folder: Path,
+    state: RunState,
+    schedule: Schedule,
+    loaders: Loaders,
+    trackers: Mapping[str, type[WandbLog] | type[MlflowLog]],
 ) -> Report:
     logger.info("config %s", json.dumps(to_dict(config), indent=1), extra=FILE_ONLY)
     process.on_first(lambda: save_config(config, folder / "config.yaml"))
     logger.info("files go to %s", folder)
     assert config.nb_classes is not None, "a resolved configuration has it"
+    tree = to_dict(config)
     return Report(
         folder,
         process,
@@ -293,4 +323,5 @@ def _open_report(
         num_epochs=schedule.num_epochs,
         steps_per_epoch=schedule.steps_per_epoch,
         class_names=find_class_names(loaders.class_names, config.data, num_classes=config.nb_classes).words,
+        trackers={name: partial(tracker, folder, get_entry(config, name), tree) for name, tracker in trackers.items()},
     )

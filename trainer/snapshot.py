@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,18 +22,17 @@ from util.seed import get_rng_state, set_rng_state
 
 from .average import WeightAverage
 from .batchnorm import batch_norm_statistics
-from .checkpoint import CheckpointStore, check_resumable, load_training_checkpoint
+from .checkpoint import LATEST, CheckpointStore, check_resumable, load_training_checkpoint
 from .evaluate import Score
 from .fit import check_contents, load_optimizer
 from .precision import Precision
 from .resume import changed_entries
 from .run_folder import RunLock, check_free_space
+from .writer import Writer
 
 __all__ = ["RunState", "Saver"]
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,6 +91,8 @@ class RunState:
 class Saver:
     """Writes a run's checkpoints on rank 0, and puts one back on every process.
 
+    With ``trainer.async_save`` a thread writes them. Then an error of a write is raised by the next save or `wait`.
+
     Args:
         config: The resolved run; part of every checkpoint.
         process: This process.
@@ -139,6 +141,9 @@ class Saver:
         # Ranks differ in their statistics where neither every step nor the save makes them equal.
         self.has_own_statistics = process.is_distributed and config.trainer.dist_BN == "reduce"
         self.last_good: str | None = None
+        self._latest = str(folder / LATEST)
+        self._is_pending = False
+        self._writer = Writer(is_asynchronous=config.trainer.async_save)
         self._lock: RunLock | None = None
         self._store: CheckpointStore | None = None
         process.on_first(self._open)
@@ -150,58 +155,67 @@ class Saver:
         weights = sum(value.numel() * value.element_size() for value in self.network.state_dict().values())
         check_free_space(self.folder, 2 * num_copies * weights)
 
-    def save_latest(self, state: RunState, *, periodic_epoch: int | None = None) -> str:
+    def save_latest(self, state: RunState, *, periodic_epoch: int | None = None) -> None:
         """Save everything; a collective.
 
         Args:
             state: The run's counters.
             periodic_epoch: Keep a copy under this epoch's number as well.
 
-        Returns:
-            The path of the latest checkpoint.
-
         Raises:
             OSError: On every process, if rank 0 could not write. The checkpoint before is whole.
         """
-        contents = self._contents(state)
+        self.wait()
 
-        def save() -> str:
-            if periodic_epoch is None:
-                return str(self._store.save_latest(contents))
-            self._store.save_periodic(contents, periodic_epoch)
-            latest = self._store.save_latest(contents)
-            self._store.prune(self.config.trainer.keep_checkpoints, epoch=periodic_epoch)
-            return str(latest)
+        def save(contents: Mapping[str, Any]) -> None:
+            if periodic_epoch is not None:
+                self._store.save_periodic(contents, periodic_epoch)
+            self._store.save_latest(contents)
+            if periodic_epoch is not None:
+                self._store.prune(self.config.trainer.keep_checkpoints, epoch=periodic_epoch)
 
-        self.last_good = self._write(save)
-        return self.last_good
+        self._write(save, self._contents(state))
+        if self.config.trainer.async_save:
+            self._is_pending = True
+        else:
+            self.last_good = self._latest
 
     def save_best(self, name: str, *, epoch: int, scores: Mapping[str, float]) -> None:
         """Keep the present weights as the best, ``name`` being ``net`` or ``net_E``; a collective."""
         facts = {"epoch": epoch, "scores": scores, "class_names": self.class_names}
 
-        def save() -> None:
-            if name == "net":
-                self._store.save_best_net(self.network.state_dict(), **facts)
-            elif self.average is not None:
-                self._store.save_best_ema(self.average.module.state_dict(), **facts)
+        def save(weights: Mapping[str, Any]) -> None:
+            save_weights = self._store.save_best_net if name == "net" else self._store.save_best_ema
+            save_weights(weights, **facts)
 
-        self._write(save)
+        network = self.network if name == "net" else self.average.module
+        self._write(save, network.state_dict())
+
+    def wait(self) -> None:
+        """Wait until everything is saved; a collective.
+
+        Raises:
+            OSError: On every process, if rank 0 could not write.
+        """
+        if self._is_pending:
+            self._is_pending = False
+            self.process.on_first(self._writer.wait)
+            self.last_good = self._latest
 
     def is_in_place(self) -> bool:
         """Return whether the latest checkpoint is where it was saved; a collective."""
         last_good = self.last_good
         return last_good is not None and self.process.on_first(Path(last_good).is_file)
 
-    def _write(self, save: Callable[[], T]) -> T:
-        """Call a function that saves, on rank 0, in a folder that is there; a collective."""
+    def _write(self, save: Callable[[Any], None], contents: Any) -> None:
+        """Have contents saved by rank 0, in a folder that is there; a collective."""
 
-        def write() -> T:
+        def write() -> None:
             if not self._lock.is_in_place():
                 self._make_folder_again()
-            return save()
+            self._writer(save, contents)
 
-        return self.process.on_first(write)
+        self.process.on_first(write)
 
     def _make_folder_again(self) -> None:
         logger.warning("%s was deleted or moved during the run: it is made again, without its older files", self.folder)
@@ -260,10 +274,26 @@ class Saver:
         self.last_good = path
         return state
 
+    def settle(self) -> str | None:
+        """Wait for this process's own writes; return the path of the latest checkpoint that it knows to be whole."""
+        if self._is_pending and self.process.rank == 0:
+            self._is_pending = False
+            with contextlib.suppress(OSError):  # whoever asks has an error of its own to tell
+                self._writer.wait()
+                self.last_good = self._latest
+        return self.last_good
+
     def close(self) -> None:
-        """Release the folder."""
-        if self._lock is not None:
-            self._lock.release()
+        """Wait for what is being written, and release the folder.
+
+        Raises:
+            OSError: Something could not be written.
+        """
+        try:
+            self._writer.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     def _contents(self, state: RunState) -> dict[str, Any]:
         """Return the checkpoint; every process contributes its own part, under ``rng``."""

@@ -23,6 +23,7 @@ from .batchnorm import StatisticsKeeper
 from .network import memory_format
 from .precision import Precision
 from .stop import WATCHED, SignalWatch
+from .transfer import Transfer
 
 __all__ = ["Objective", "StepResult", "Stepper"]
 
@@ -142,7 +143,7 @@ class Stepper:
         self.compute_loss = compute_loss
         self.watch = watch
         self.num_micro = config.trainer.accumulation_steps
-        self.memory_format = memory_format(config.trainer, process.device)
+        self.transfer = Transfer(process.device, memory_format(config.trainer, process.device))
         self.graph = {"create_graph": config.loss.create_graph, "retain_graph": config.loss.retain_graph}
         self.clip = config.loss.clip_grad
         self.clip_mode = config.loss.clip_mode
@@ -196,8 +197,7 @@ class Stepper:
         result.seconds["data_t"] += time.perf_counter() - start
         result.unreadable += batch.unreadable
         result.num_images += len(batch.targets)
-        images = batch.images.to(self.process.device, non_blocking=True, memory_format=self.memory_format)
-        targets = batch.targets.to(self.process.device, non_blocking=True)
+        images, targets = self.transfer(batch)
         with self._exchange(is_last=is_last):
             with self.precision.autocast():
                 loss, terms = self.compute_loss(images, targets)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import socket
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,7 +61,9 @@ def train(run: Run) -> int:
         RunError: If the run cannot continue; the message names the checkpoint to resume from.
     """
     if run.process.alarm is not None:
-        run.process.alarm.explain = lambda: _lost(lost_in_nccl(run.process.rank), last_good=run.saver.last_good)
+        run.process.alarm.explain = lambda: _lost(
+            lost_in_nccl(run.process.rank, run.folder), last_good=run.saver.last_good
+        )
     # Signals stay marks while the state is saved: a scheduler may send several. Only a second Ctrl-C does not.
     with run.watch, frozen_objects():
         try:
@@ -67,14 +71,14 @@ def train(run: Run) -> int:
         except StopError:
             raise
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(f"{stop}; {_resumable(run.saver.last_good)}") from stop
+            raise KeyboardInterrupt(f"{stop}; {_resumable(run.saver.settle())}") from stop
         except (RuntimeError, OSError, ValueError) as error:
-            explained = _explain(error, last_good=run.saver.last_good)
+            explained = _explain(error, last_good=run.saver.settle())
             if explained is None:
                 raise
             raise explained from error
         finally:
-            close_all(run.report.close, run.saver.close)
+            close_all(run.profiler.close, run.report.close, run.saver.close)
     if code == 0:
         run.report.results(run.state)
     return code
@@ -84,14 +88,15 @@ def _train_until_stopped(run: Run) -> int:
     try:
         _train_epochs(run)
     except SignalError as stop:
-        _save(run)
+        _save_and_wait(run)
         logger.info("%s; the state is saved, resume with trainer.resume_dir=%s", stop, run.folder)
         return stop.exit_code
     except StopError as stop:
-        _save(run)
+        _save_and_wait(run)
         raise StopError(f"{stop}. The state is saved in {run.saver.last_good}", exit_code=stop.exit_code) from stop
+    run.saver.wait()
     if not run.saver.is_in_place():
-        _save(run)
+        _save_and_wait(run)
     return 0
 
 
@@ -122,6 +127,7 @@ def _train_epoch(run: Run, pace: _EpochPace) -> None:
         is_shown=run.process.is_logging,
     ) as bar:
         for _ in bar:
+            run.profiler.before(run.num_steps + 1)
             run.schedule.step(state.iteration)
             result = run.stepper(batches)
             state.step += 1
@@ -129,6 +135,7 @@ def _train_epoch(run: Run, pace: _EpochPace) -> None:
             run.num_steps += 1
             launched.append(_LaunchedStep(state.iteration, _learning_rate(run), result))
             stop = _settle(run, launched, pace)
+            run.profiler.after(run.num_steps)
             columns = _log_line(run)
             if columns:
                 bar.set_postfix_str(columns, refresh=False)
@@ -220,10 +227,10 @@ def _count_unreadable(run: Run, paths: list[str]) -> StopError | None:
     known, limit = run.state.unreadable, run.config.data.max_unreadable
     new = [path for path in paths if path not in known]
     known.extend(new)
-    if new and run.process.is_logging:
-        others = [path for path in new if path not in run.loaders.train.unreadable]  # its own, the loader has named
-        names = f", on other processes {listed(others, MAX_LISTED)}" if others else ""
-        logger.warning("%d training images cannot be read so far%s", len(known), names)
+    others = [path for path in new if path not in run.loaders.train.unreadable]  # its own, the loader has named
+    if others and run.process.is_logging:
+        names = listed(others, MAX_LISTED)
+        logger.warning("%d training images cannot be read so far, on other processes %s", len(known), names)
     if len(known) <= limit:
         return None
     message = f"{len(known)} training images cannot be read, more than data.max_unreadable={limit}: "
@@ -265,15 +272,26 @@ def _test(run: Run) -> tuple[dict[str, Score], dict[str, AnswerSheet]]:
 def _report_epoch(run: Run, pace: _EpochPace, epoch: int, scores: Mapping[str, Score]) -> None:
     now = time.perf_counter()
     # The others wait for the slowest within a step: only the wait for images tells them apart.
-    waits = run.process.gather_objects(pace.data_seconds)
+    waits, hosts = zip(*run.process.gather_objects((pace.data_seconds, socket.gethostname())), strict=True)
+    slowest = waits.index(max(waits))
+    if run.process.is_distributed:
+        logger.info(
+            "Epoch %d: rank %d on %s waited longest for images, %.1f s; the median is %.1f s",
+            epoch,
+            slowest,
+            hosts[slowest],
+            waits[slowest],
+            statistics.median(waits),
+        )
     record = {
         "epoch": epoch,
         "iteration": run.state.iteration,
         "lr": _learning_rate(run),
         "train": {name: reading.avg for name, reading in run.epoch_meters.read(run.process).items()},
         "images_per_second": run.process.sum([pace.num_images])[0] / max(pace.step_seconds, 1e-9),
-        "slowest_rank": waits.index(max(waits)),
-        "slowest_rank_data_seconds": max(waits),
+        "slowest_rank": slowest,
+        "slowest_rank_host": hosts[slowest],
+        "slowest_rank_data_seconds": waits[slowest],
         "skipped_steps": run.state.skipped_steps,
         "unreadable": len(run.state.unreadable),
         "seconds": now - pace.start,
@@ -286,6 +304,11 @@ def _report_epoch(run: Run, pace: _EpochPace, epoch: int, scores: Mapping[str, S
 def _save(run: Run, *, periodic_epoch: int | None = None) -> None:
     run.state.seconds = time.perf_counter() - run.start
     run.saver.save_latest(run.state, periodic_epoch=periodic_epoch)
+
+
+def _save_and_wait(run: Run) -> None:
+    _save(run)
+    run.saver.wait()
 
 
 def _resumable(last_good: str | None) -> str:
@@ -304,10 +327,6 @@ def _explain(error: Exception, *, last_good: str | None) -> RunError | None:
         return RunError(f"{text}; {resumable}", exit_code=EXIT_USER_ERROR)
     logger.error("the run ends with an error; %s", resumable)
     return None
-
-
-def _resumable(last_good: str | None) -> str:
-    return f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
 
 
 def _lost(text: str, *, last_good: str | None) -> str:

@@ -161,11 +161,21 @@ def open_store(launch: Launch, *, timeout_seconds: float) -> dist.Store:
 def _attempt() -> str:
     """Return the number of times that the launcher has restarted this run.
 
-    torchrun's default store outlives a restart, with the addresses of processes that are gone. Launchers on several
-    nodes may count differently; with ``--rdzv-backend=c10d`` they get a fresh store.
+    torchrun's own store outlives a restart, with the addresses of processes that are gone. Its agents on several nodes
+    may count differently; told to share no store, they have a fresh one each time.
+
+    Raises:
+        ValueError: If processes on several nodes would meet in the store of before.
     """
-    is_one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_node else "0"
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return count
+    if count != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            "torchrun restarts processes on several nodes where those before them met: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node, and --rdzv-backend=c10d"
+        )
+    return "0"
 
 
 @contextlib.contextmanager
@@ -215,11 +225,18 @@ def is_lost_process(error: BaseException) -> bool:
     )
 
 
-def lost_in_nccl(rank: int) -> str:
-    """Return the end of a message about a wait for other GPUs that took too long: where the flight record is."""
+def lost_in_nccl(rank: int, folder: Path | None = None) -> str:
+    """Return the end of a message about a wait for other GPUs that took too long: where the flight record is.
+
+    Args:
+        rank: This process.
+        folder: Takes the record; a new folder for temporary files when None.
+    """
     waited = "it did not answer within trainer.timeout_seconds"
-    path = Path(tempfile.gettempdir()) / f"nccl_flight_record_{os.getpid()}_rank{rank}.pickle"
     try:
+        # Others may write to the folder for temporary files: a name there must not be known before.
+        place = Path(tempfile.mkdtemp(prefix="nccl-")) if folder is None else folder
+        path = place / f"nccl_flight_record_rank{rank}.pickle"
         path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
     except (AttributeError, OSError, RuntimeError) as error:
         return f"{waited} (no flight record: {' '.join(str(error).split())})"

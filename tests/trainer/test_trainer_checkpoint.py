@@ -310,17 +310,21 @@ def test_same_run_resumes() -> None:
     assert check_resumable(META, META, rescale=False, path="x.pth") == ()
 
 
-@pytest.mark.parametrize(
-    ("name", "now"), [("world_size", 4), ("batch_size", 128), ("batch_size_per_gpu", 16), ("accumulation_steps", 2)]
-)
-def test_other_scale_is_refused_or_asked_for(name: str, now: int, caplog: pytest.LogCaptureFixture) -> None:
-    current = {**META, name: now}
+def test_another_total_batch_is_refused_or_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    then, now = META["batch_size"], 2 * META["batch_size"]
+    current = {**META, "batch_size": now}
     with pytest.raises(
-        ValueError, match=rf"x\.pth was saved with {name}={META[name]}, this run has {name}={now}.*"
+        ValueError, match=rf"x\.pth was saved with batch_size={then}, this run has batch_size={now}.*"
     ) as e:
         check_resumable(META, current, rescale=False, path="x.pth")
     assert "trainer.resume_rescale=True" in str(e.value)
-    assert check_resumable(META, current, rescale=True, path="x.pth") == (name,)
+    assert check_resumable(META, current, rescale=True, path="x.pth") == ("batch_size",)
+    assert f"batch_size={then}; the run resumes with batch_size={now}" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "now"), [("world_size", 4), ("batch_size_per_gpu", 16), ("accumulation_steps", 2)])
+def test_the_same_batch_may_be_shared_otherwise(name: str, now: int, caplog: pytest.LogCaptureFixture) -> None:
+    assert check_resumable(META, {**META, name: now}, rescale=False, path="x.pth") == (name,)
     assert f"{name}={META[name]}; the run resumes with {name}={now}" in caplog.text
 
 

@@ -30,10 +30,16 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+by_whom = pytest.mark.parametrize(
+    "is_async", ["trainer.async_save=false", "trainer.async_save=true"], ids=["at once", "by a thread"]
+)
+
+
 @pytest.mark.parametrize("log", ["_scalars", "_epochs"])
 def test_a_log_that_cannot_be_written_does_not_stop_the_run(build, monkeypatch, caplog, log):
     run = build()
-    monkeypatch.setattr(getattr(run.report, log), "write", full)
+    target = run.report._epochs if log == "_epochs" else run.report._scalars._logs[run.folder / "tensorboard"]
+    monkeypatch.setattr(target, "write", full)
     assert train(run) == 0
     name = {"_scalars": "tensorboard", "_epochs": "epochs.jsonl"}[log]
     text = caplog.text
@@ -42,9 +48,10 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_run(build, monkeypatch, 
     assert load_training_checkpoint(run.folder / "latest_ckpt.pth")["iter"] == 6
 
 
-def test_the_run_has_the_last_word_on_a_full_disk(build, monkeypatch, caplog):
+@by_whom
+def test_the_run_has_the_last_word_on_a_full_disk(build, monkeypatch, caplog, is_async):
     """Neither the logs nor the closers hide the error and the last good checkpoint."""
-    run = build()
+    run = build(is_async)
     save = CheckpointStore.save_latest
 
     def save_first_epoch(store, state):
@@ -61,8 +68,9 @@ def test_the_run_has_the_last_word_on_a_full_disk(build, monkeypatch, caplog):
     assert lock == ""
 
 
-def test_a_stop_that_cannot_be_saved_names_the_last_good_checkpoint(build, monkeypatch):
-    run = build("trainer.max_bad_steps=1")
+@by_whom
+def test_a_stop_that_cannot_be_saved_names_the_last_good_checkpoint(build, monkeypatch, is_async):
+    run = build("trainer.max_bad_steps=1", is_async)
     compute_loss = run.stepper.compute_loss
 
     def spoil(images, targets):
@@ -87,12 +95,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_disk_that_fills_up_during_a_run(build, small_disk, caplog):
-    run = build(f"trainer.checkpoint={small_disk}", "epoch_full=50")
+@by_whom
+def test_a_disk_that_fills_up_during_a_run(build, small_disk, caplog, is_async):
+    run = build(f"trainer.checkpoint={small_disk}", "epoch_full=50", is_async)
     compute_loss = run.stepper.compute_loss
 
     def filling(images, targets):
         if run.state.iteration == 4:
+            run.saver.wait()
             with (small_disk / "others").open("wb", buffering=0) as file:
                 while shutil.disk_usage(small_disk).free:
                     file.write(bytes(shutil.disk_usage(small_disk).free))
@@ -104,13 +114,15 @@ def test_a_disk_that_fills_up_during_a_run(build, small_disk, caplog):
     assert load_training_checkpoint(run.folder / "latest_ckpt.pth")["iter"] == 4
 
 
-def test_a_folder_deleted_during_a_run_is_made_again(build, caplog):
+@by_whom
+def test_a_folder_deleted_during_a_run_is_made_again(build, caplog, is_async):
     setup_console(is_logging=True)
-    run = build()
+    run = build(is_async)
     compute_loss = run.stepper.compute_loss
 
     def deleting(images, targets):
         if run.state.iteration == 4:
+            run.saver.wait()
             shutil.rmtree(run.folder)
         return compute_loss(images, targets)
 
@@ -123,16 +135,17 @@ def test_a_folder_deleted_during_a_run_is_made_again(build, caplog):
     assert "results" in (run.folder / "log.txt").read_text()
 
 
-def test_a_folder_deleted_after_the_last_save_is_made_again(build, monkeypatch):
-    run = build()
+@by_whom
+def test_a_folder_deleted_after_the_last_save_is_made_again(build, monkeypatch, is_async):
+    run = build(is_async)
     save = run.saver.save_latest
 
     def save_and_delete(state, **more):
-        saved = save(state, **more)
+        save(state, **more)
         if state.epoch == 2:
+            run.saver.wait()
             shutil.rmtree(run.folder)
             run.saver.save_latest = save
-        return saved
 
     run.saver.save_latest = save_and_delete
     assert train(run) == 0
@@ -156,11 +169,12 @@ def test_a_folder_that_cannot_be_made_again_fails_the_run(build):
     assert str(run.folder) in str(caught.value)
 
 
-def test_a_job_killed_every_few_steps_gets_on(build):
+@by_whom
+def test_a_job_killed_every_few_steps_gets_on(build, is_async):
     """Each start does 3 steps and dies without a word; at least 2 of them are kept."""
     reached, resume = [], ()
     for _ in range(3):
-        run = build("trainer.save_per_epoch=1000", "batch_size=2", "epoch_full=9", *resume)
+        run = build("trainer.save_per_epoch=1000", "batch_size=2", "epoch_full=9", is_async, *resume)
         compute_loss = run.stepper.compute_loss
 
         def dying(images, targets, run=run, compute_loss=compute_loss):

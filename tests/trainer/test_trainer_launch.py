@@ -124,50 +124,6 @@ def test_sigterm_saves_and_exits_with_143(class_folders, tmp_path):
     assert (folder / "latest_ckpt.pth").is_file()
 
 
-FLAKY = """
-import os, sys
-import run, trainer.train
-from util.cli import interruptible
-
-count = trainer.train._count_step
-
-def dying(run, step):
-    stop = count(run, step)
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if first and os.environ["RANK"] == "1" and run.state.iteration == 5:
-        os._exit(9)
-    return stop
-
-trainer.train._count_step = dying
-sys.exit(interruptible(run.main))
-"""
-
-
-def test_an_elastic_restart_resumes_in_place(class_folders, tmp_path):
-    (tmp_path / "flaky.py").write_text(FLAKY)
-    short = short_run(class_folders, tmp_path / "runs", *TINY_NETWORK, "trainer.resume_dir=auto")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "flaky.py"), "-c", CONFIG, "-m", "train", *short],
-        cwd=REPOSITORY,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PET_MASTER_PORT": str(free_port()),
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = run_folder(tmp_path / "runs")
-    text = (folder / "log.txt").read_text()
-    assert "resumes from" in text
-    assert "after 1 of 2 epochs and 1 steps, iteration 4" in text
-    assert [record["epoch"] for record in epoch_records(folder)] == [1, 2]
-
-
 def test_sighup_saves_and_exits_with_129(class_folders, tmp_path):
     run = start_training(class_folders, tmp_path)
     run.stdout.close()

@@ -83,6 +83,23 @@ def test_scalars_are_written(trained):
     assert {("train/CE", 12), ("train/lr", 3), ("test/net_top1", 12), ("test/net_E_top5", 6)} <= tags
 
 
+def test_a_tracker_gets_the_numbers_of_a_run(finish, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'tracked'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    run, _ = finish("logging.mlflow=squares", "test_start_epoch=0", "logging.train_log_per=2")
+    client = mlflow.MlflowClient()
+    (tracked,) = client.search_runs([client.get_experiment_by_name("squares").experiment_id])
+    assert tracked.data.params["trainer.epoch_full"] == "2"
+
+    def history(name):
+        return [(point.step, point.value) for point in client.get_metric_history(tracked.info.run_id, name)]
+
+    expected = [(record["iteration"], record["test"]["net"]["top1"]) for record in epoch_records(run.folder)]
+    assert history("test/net_top1") == expected
+    assert [step for step, _ in history("train/CE")] == [2, 3, 4, 6]
+
+
 def test_lines_hold_progress_and_are_reset_as_asked(build, capsys):
     setup_console(is_logging=True)
     logging.getLogger().setLevel(logging.INFO)

@@ -68,6 +68,14 @@ def test_two_ranks_resume_bit_for_bit(played):
     assert_same(*(result["whole"] for result in played["resume"]))  # the last test made the statistics equal
 
 
+def test_a_smaller_world_continues_the_same_training(played):
+    result = played["smaller_world"][0]
+    assert result["position"] == (2, 2)
+    for name, expected in result["whole"].items():
+        torch.testing.assert_close(result["alone"][name], expected, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(result["alone"][name], result["stopped"][name])
+
+
 def test_frozen_parts_stay_on_both(played):
     left, right = played["frozen"]
     assert left["changed"] == ["classifier", "conv_head"]
@@ -82,7 +90,9 @@ def test_both_list_an_unreadable_test_image(played):
 
 
 def test_both_stop_when_one_cannot_save(played):
-    for message in played["disk_full"]:
+    left, right = played["disk_full"]
+    assert len(left) == len(right) == 2
+    for message in (*left, *right):
         assert "No space left on device" in message
         assert "there is no checkpoint yet" in message
 

@@ -8,15 +8,13 @@ import signal
 
 import pytest
 import torch
-from trainer_cases import assert_same, epoch_records, write_class_folders
+from trainer_cases import assert_same, comparable, epoch_records, write_class_folders
 
 from data.prepare import folder_to_lmdb
 from trainer.checkpoint import load_training_checkpoint
 from trainer.precision import Precision
 from trainer.resume import newest_run
 from trainer.train import train
-
-VARIED = ("config", "time_spent")  # differ in the folder's name and in time
 
 
 def stop_after(run, num_steps: int, number: int = signal.SIGTERM) -> None:
@@ -30,17 +28,6 @@ def stop_after(run, num_steps: int, number: int = signal.SIGTERM) -> None:
         return compute_loss(images, targets)
 
     run.stepper.compute_loss = signalling
-
-
-def comparable(checkpoint: dict) -> dict:
-    """Leave out entries that depend on the clock."""
-    kept = {name: value for name, value in checkpoint.items() if name not in VARIED}
-    kept["progress"] = {**checkpoint["progress"], "seconds": None}
-    kept["rng"] = [
-        {"state": own["state"], "epoch": own["meters"]["epoch"], "CE": own["meters"]["train"]["CE"]}
-        for own in checkpoint["rng"]
-    ]
-    return kept
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -334,3 +321,6 @@ def test_auto_with_another_batch_follows_the_rule_of_rescaling(build, half):
         build(AUTO, "batch_size=4")
     resumed = build(AUTO, "batch_size=4", "trainer.resume_rescale=true")
     assert (resumed.folder, resumed.state.epoch) == (run.folder, 1)
+    resumed.saver.close()
+    shared = build(AUTO, "trainer.accumulation_steps=2")  # the same batch in two parts
+    assert (shared.folder, shared.state.iteration) == (run.folder, 3)

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from torch import nn
-from trainer_cases import assert_same, epoch_records
+from trainer_cases import assert_same, epoch_records, write_class_folders
 
 from data import Batch
 from trainer.checkpoint import load_training_checkpoint
@@ -226,6 +226,15 @@ def test_unreadable_training_images_are_counted_once_and_capped(build, caplog):
     assert [caplog.text.count(count) for count in counts] == [1, 1]
     assert run.state.iteration == 4
     assert epoch_records(run.folder)[0]["unreadable"] == 1
+
+
+def test_an_unreadable_image_of_this_process_is_told_of_once(build, tmp_path, caplog):
+    root = write_class_folders(tmp_path / "broken")
+    (root / "train" / "red" / "1.png").write_bytes(b"")
+    run = build(f"data.root={root}")
+    assert train(run) == 0
+    assert caplog.text.count("red/1.png") == 1
+    assert epoch_records(run.folder)[1]["unreadable"] == 1
 
 
 def test_the_first_signal_decides(build):

@@ -12,6 +12,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = "configs/mobilemamba/mobilemamba_t2"
+VARIED = ("config", "time_spent")  # of a checkpoint: differ in the folder's name and in time
 CLASSES = ("blue", "green", "red")
 TINY_NETWORK = ("model.name=timm_mobilenetv3_small_050", "model.model_kwargs.extra.drop_rate=0.2")
 
@@ -61,6 +62,17 @@ def free_port() -> int:
 
 def epoch_records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
+
+
+def comparable(checkpoint: dict) -> dict:
+    """Return a checkpoint without entries that depend on the clock."""
+    kept = {name: value for name, value in checkpoint.items() if name not in VARIED}
+    kept["progress"] = {**checkpoint["progress"], "seconds": None}
+    kept["rng"] = [
+        {"state": own["state"], "epoch": own["meters"]["epoch"], "CE": own["meters"]["train"]["CE"]}
+        for own in checkpoint["rng"]
+    ]
+    return kept
 
 
 def assert_same(left, right, path: str = "") -> None:

@@ -235,6 +235,25 @@ def resume(process: Process, runs: Path, data: Path) -> dict[str, Any]:
 
 
 @scenario
+def smaller_world(process: Process, runs: Path, data: Path) -> dict[str, Any]:
+    """Two ranks stop in an epoch; rank 0 ends the run alone. Without BatchNorm and mixup, this is the same training."""
+    network = ("model.name=timm_vit_tiny_patch16_224", "model.model_kwargs.extra={'img_size': 32, 'depth': 2}")
+    more = (*network, "trainer.mixup_kwargs.prob=0", "optim.optim_kwargs.name=sgd")
+    whole = build(process, runs, data, *more)
+    train(whole)
+    stopped = build(process, runs, data, *more)
+    during_step(stopped, 2, kill_self if process.rank == 1 else nn.Identity())
+    train(stopped)
+    if process.rank == 1:
+        return {}
+    overrides = short_run(data, runs, *TINY_NETWORK, *more, f"trainer.resume_dir={stopped.folder}")
+    alone = build_run(load_config(CONFIG, overrides, world_size=1), Process())
+    position = (alone.state.step, alone.state.iteration)
+    train(alone)
+    return {"whole": weights(whole), "stopped": weights(stopped), "alone": weights(alone), "position": position}
+
+
+@scenario
 def frozen(process: Process, runs: Path, data: Path) -> dict[str, Any]:
     """Train the head and the last stage; return the parts that changed, in the weights or in their average."""
     more = ("trainer.dist_BN=reduce", "test_start_epoch=0", "nb_classes=None", "model.freeze=conv_stem,bn1,blocks")
@@ -261,20 +280,21 @@ def unreadable_test_image(process: Process, runs: Path, data: Path) -> str:
 
 
 @scenario
-def disk_full(process: Process, runs: Path, data: Path) -> str:
-    run = build(process, runs, data)
-
+def disk_full(process: Process, runs: Path, data: Path) -> list[str]:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", str(runs / "latest_ckpt.pth"))
 
-    save, CheckpointStore.save_latest = CheckpointStore.save_latest, full
-    try:
-        train(run)
-    except RunError as error:
-        return str(error)
-    finally:
-        CheckpointStore.save_latest = save
-    return ""
+    told = []
+    for is_async in ("false", "true"):
+        run = build(process, runs, data, f"trainer.async_save={is_async}")
+        save, CheckpointStore.save_latest = CheckpointStore.save_latest, full
+        try:
+            train(run)
+        except RunError as error:
+            told.append(str(error))
+        finally:
+            CheckpointStore.save_latest = save
+    return told
 
 
 @scenario

@@ -7,7 +7,15 @@ import os
 import pytest
 import torch
 
-from util.distributed import NCCL_VARIABLES, Process, choose_device, init_process, is_lost_process
+from util.distributed import (
+    NCCL_VARIABLES,
+    Process,
+    choose_device,
+    init_process,
+    is_lost_process,
+    lost_in_nccl,
+    open_store,
+)
 from util.launch import Launch
 
 
@@ -82,3 +90,34 @@ def test_nccl_gives_up_after_the_alarm_and_keeps_its_record(monkeypatch):
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     }
+
+
+def test_the_flight_record_goes_to_the_run_or_where_nobody_waits_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = tmp_path / "run"
+    run.mkdir()
+    assert f"(NCCL's flight record: {run / 'nccl_flight_record_rank3.pickle'})" in lost_in_nccl(3, run)
+    assert (run / "nccl_flight_record_rank3.pickle").read_bytes() == b"trace"
+    assert lost_in_nccl(3) != lost_in_nccl(3)
+    assert len(list(tmp_path.glob("nccl-*/nccl_flight_record_rank3.pickle"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count", "is_shared", "expected"),
+    [("1", "2", "True", "2"), ("1", "2", "False", "2"), ("2", "0", "True", "0"), ("2", "2", "False", "0")],
+)
+def test_each_attempt_of_a_launcher_meets_afresh(monkeypatch, tmp_path, nodes, count, is_shared, expected):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", nodes)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", is_shared)
+    store = open_store(Launch(dist_url=f"file://{tmp_path}/store"), timeout_seconds=5)
+    store.set("key", "value")
+    assert f"/attempt{expected}/key".encode() in (tmp_path / "store").read_bytes()
+
+
+def test_a_restart_on_several_nodes_in_the_store_of_before_is_refused(monkeypatch, tmp_path):
+    for name, value in (("GROUP_WORLD_SIZE", "2"), ("RESTART_COUNT", "1"), ("USE_AGENT_STORE", "True")):
+        monkeypatch.setenv(name if name.startswith("GROUP") else f"TORCHELASTIC_{name}", value)
+    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node"):
+        open_store(Launch(dist_url=f"file://{tmp_path}/store"), timeout_seconds=5)

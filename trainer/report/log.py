@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from util.logging import (
     PROGRESS,
     EpochLog,
     LogGuard,
-    ScalarLog,
     add_log_file,
     duration,
     failed_outputs,
@@ -28,6 +28,7 @@ from util.logging import (
     table,
 )
 from util.meters import Meters
+from util.trackers import Background, ScalarLogs, ScalarWriter
 
 from ..evaluate import Answers, Score
 from ..precision import Precision
@@ -98,6 +99,7 @@ class Report:
         num_epochs: Length of the run.
         steps_per_epoch: Optimiser steps in an epoch.
         class_names: Name of each class.
+        trackers: Open further logs of the numbers that TensorBoard gets, by name.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Report:
         num_epochs: int,
         steps_per_epoch: int,
         class_names: Sequence[str],
+        trackers: Mapping[str, Callable[[], ScalarWriter]],
     ) -> None:
         self.folder = folder
         self.process = process
@@ -121,10 +124,12 @@ class Report:
         self._scalar_path = folder / "tensorboard"
         self._guard = LogGuard()
         self._epochs: EpochLog | None = None
-        self._scalars: ScalarLog | None = None
+        self._scalars: ScalarLogs | None = None
         if process.is_logging:
             self._epochs = self._guard(self._epoch_path, EpochLog, self._epoch_path, num_epochs=state.epoch)
-            self._scalars = self._guard(self._scalar_path, open_scalar_log, self._scalar_path, step=state.iteration)
+            curves = partial(open_scalar_log, self._scalar_path, step=state.iteration)
+            background = {name: partial(Background, opener) for name, opener in trackers.items()}
+            self._scalars = ScalarLogs(self._guard, {self._scalar_path: curves, **background})
 
     def train_line(self, meters: Meters, state: RunState) -> str:
         """Log one line of progress; a collective.
