@@ -30,9 +30,27 @@ def write(network: nn.Module, request: ExportRequest, path: Path) -> None:
     whole = replace(request, fp16=False)  # OpenVINO itself keeps weights in 16 bits
     graph = io.BytesIO(build_model(network, whole, has_fast_softplus=True).SerializeToString())
     model = openvino.convert_model(graph)
+    _keep_antialias(model, request)
     for name, text in request.metadata().items():
         model.set_rt_info(text, ["model_info", name])
     openvino.save_model(model, path, compress_to_fp16=request.fp16)
+
+
+def _keep_antialias(model: Any, request: ExportRequest) -> None:
+    """Resize as Pillow and PyTorch do, where OpenVINO's reading of ONNX leaves the antialiasing out."""
+    from openvino import opset11
+
+    for node in model.get_ops():
+        if node.get_type_name() == "Interpolate":
+            resized = opset11.interpolate(
+                node.input_value(0),
+                np.array(request.size),
+                "bicubic_pillow",
+                "sizes",
+                cube_coeff=-0.5,
+                axes=np.array([2, 3]),
+            )
+            node.output(0).replace(resized.output(0))
 
 
 def load(path: Path) -> Runner:
