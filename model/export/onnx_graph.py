@@ -307,7 +307,12 @@ def _center_crop(graph: _Graph, x: str, size: tuple[int, int], crop_pct: float) 
 def _interpolate(graph: _Graph, x: str, size: Sequence[int], *, mode: str, antialias: bool, **_: Any) -> str:
     modes = {"bilinear": "linear", "bicubic": "cubic"}
     inputs = [x, "", "", graph.constant(list(size))]
-    return graph.add("Resize", inputs, mode=modes[mode], antialias=int(antialias), cubic_coeff_a=-0.5, axes=[2, 3])
+    filters: dict[str, Any] = {
+        "cubic_coeff_a": -0.5,
+        "exclude_outside": 1,
+        "antialias": int(antialias),
+    }  # as PyTorch has them
+    return graph.add("Resize", inputs, mode=modes[mode], axes=[2, 3], **filters)
 
 
 def _to(graph: _Graph, x: str, dtype: torch.dtype) -> str:
