@@ -38,6 +38,7 @@ __all__ = [
     "measure",
     "precision_context",
     "result_path",
+    "save_and_draw",
     "save_result",
     "set_up",
     "speedup",
@@ -411,3 +412,27 @@ def _compact_json(content: Mapping[str, Any]) -> str:
             text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
         entries.append(f" {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(entries) + "\n}"
+
+
+def save_and_draw(
+    benchmark: str, machine: Mapping[str, Any], arguments: argparse.Namespace, plan: Plan, figures: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the result file of a benchmark and its picture, and print where they are.
+
+    Args:
+        benchmark: Name of the module.
+        machine: From `describe_machine`.
+        arguments: Of the command line.
+        plan: How long was measured.
+        figures: What was measured, as JSON.
+
+    Returns:
+        The result, as `benchmarks.plots` draws it.
+    """
+    path = result_path(arguments, benchmark, machine)
+    saved = save_result(path, benchmark, machine, arguments, plan=vars(plan), **figures)
+    from .plots import draw  # needs matplotlib, which measuring does not
+
+    result = {"benchmark": benchmark, "machine": machine, **figures}
+    print(f"\n{saved}\n{draw(result, path)}")
+    return result

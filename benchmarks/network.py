@@ -33,8 +33,7 @@ from .common import (
     describe_machine,
     measure,
     precision_context,
-    result_path,
-    save_result,
+    save_and_draw,
     set_up,
     speedup,
     summary_line,
@@ -323,13 +322,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             figures["scan_share"] += shares
             figures["cases"] += measurement.rows()
             figures["failures"] += failures
-    path = result_path(arguments, "network", machine)
-    saved = save_result(path, "network", machine, arguments, plan=vars(plan), **figures)
-    from .plots import draw  # needs matplotlib, which measuring does not
-
-    result = {"benchmark": "network", "machine": machine, **figures}
-    print(f"\n{saved}\n{draw(result, path)}")
-    return result
+    return save_and_draw("network", machine, arguments, plan, figures)
 
 
 def _default_modes(arguments: argparse.Namespace) -> list[str]:

@@ -22,8 +22,7 @@ from .common import (
     add_arguments,
     describe_machine,
     measure,
-    result_path,
-    save_result,
+    save_and_draw,
     set_up,
     speedup,
     summary_line,
@@ -133,13 +132,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             header = ("network", "runtime", "precision", "images_per_s", "over_eager", "error")
             cells = [[row[key] for key in header] for row in rows]
             print(table(cells, ("network", "runtime", "precision", "images/s", "over eager", "error")))
-    path = result_path(arguments, "runtimes", machine)
-    saved = save_result(path, "runtimes", machine, arguments, plan=vars(plan), **figures)
-    from .plots import draw  # needs matplotlib, which measuring does not
-
-    result = {"benchmark": "runtimes", "machine": machine, **figures}
-    print(f"\n{saved}\n{draw(result, path)}")
-    return result
+    return save_and_draw("runtimes", machine, arguments, plan, figures)
 
 
 def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:

@@ -31,8 +31,7 @@ from .common import (
     add_arguments,
     describe_machine,
     measure,
-    result_path,
-    save_result,
+    save_and_draw,
     set_up,
     speedup,
     summary_line,
@@ -380,13 +379,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     _print_calls(calls)
     _print_totals(sums)
     figures = {"totals": sums, "calls": calls, "lengths": lengths}
-    path = result_path(arguments, "scan", machine)
-    saved = save_result(path, "scan", machine, arguments, plan=vars(plan), **figures)
-    from .plots import draw  # needs matplotlib, which measuring does not
-
-    result = {"benchmark": "scan", "machine": machine, **figures}
-    print(f"\n{saved}\n{draw(result, path)}")
-    return result
+    return save_and_draw("scan", machine, arguments, plan, figures)
 
 
 def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:

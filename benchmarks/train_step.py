@@ -32,8 +32,7 @@ from .common import (
     add_arguments,
     describe_machine,
     precision_context,
-    result_path,
-    save_result,
+    save_and_draw,
     set_up,
     speedup,
     summary_line,
@@ -173,13 +172,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             ratios[-1] |= {key: memory[0][key] / memory[1][key] for key in memory[0]}
     _print(rows, ratios)
     figures = {"cases": rows, "ratios": ratios}
-    path = result_path(arguments, "train_step", machine)
-    saved = save_result(path, "train_step", machine, arguments, plan=vars(plan), **figures)
-    from .plots import draw  # needs matplotlib, which measuring does not
-
-    result = {"benchmark": "train_step", "machine": machine, **figures}
-    print(f"\n{saved}\n{draw(result, path)}")
-    return result
+    return save_and_draw("train_step", machine, arguments, plan, figures)
 
 
 def _print(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> None:
