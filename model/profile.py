@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from torch import nn
 from . import create_model
 from .lib_mamba import use_backend
 from .profile_hooks import Clock, Ledger, Place, find_parts, new_bytes
+from .profile_parts import Part, Profile
 from .profile_plot import draw_bars
 
 __all__ = ["Part", "Profile", "count_macs", "gated_scan_macs", "profile", "scan_macs"]
@@ -80,58 +81,6 @@ def _analyse(network: nn.Module, images: torch.Tensor) -> FlopCountAnalysis:
     analysis.set_op_handle("mobilemamba::selective_scan", scan_macs)
     analysis.set_op_handle("mobilemamba::gated_scan", gated_scan_macs)
     return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-
-
-@dataclass(kw_only=True, slots=True)
-class Part:
-    """The layers of one kind in one stage.
-
-    Attributes:
-        stage: Name of the module, as in the network's ``feature_info``, or of another one at its top.
-        kind: Of the layers.
-        parameters: Their number.
-        macs: Multiply-accumulates of the batch.
-        bytes: Of the maps that they return and others keep, each once.
-        seconds: Their time in a forward pass: the mean over the middle half of the passes.
-        share: Of the time of all parts.
-    """
-
-    stage: str
-    kind: str
-    parameters: int = 0
-    macs: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    share: float = 0.0
-
-
-@dataclass(kw_only=True, slots=True)
-class Profile:
-    """A network in parts.
-
-    Attributes:
-        network: Its name.
-        images: Shape of the batch (B, C, H, W).
-        device: Where it was measured.
-        seconds: Time of a forward pass that is left alone, the mean of the middle half.
-        parts: In the order of the network.
-    """
-
-    network: str
-    images: tuple[int, ...]
-    device: str
-    seconds: float
-    parts: list[Part] = field(default_factory=list)
-
-    def sums(self, key: str) -> list[Part]:
-        """Return the parts added up by ``stage`` or by ``kind``; the other one is "all"."""
-        sums: dict[str, Part] = {}
-        for part in self.parts:
-            name = getattr(part, key)
-            total = sums.setdefault(name, Part(**{"stage": "all", "kind": "all", key: name}))
-            for entry in ("parameters", "macs", "bytes", "seconds", "share"):
-                setattr(total, entry, getattr(total, entry) + getattr(part, entry))
-        return list(sums.values())
 
 
 @torch.no_grad()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .profile import Profile
+from .profile_parts import Profile
 
 __all__ = ["draw_bars"]
 
