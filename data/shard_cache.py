@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,14 +54,14 @@ class RemoteShards:
         """
         name = index_name(split)
         try:
-            sha256 = self._text(name + SHA256_SUFFIX).split()[0]
+            sha256 = self._text(name + SHA256_SUFFIX).partition(" ")[0]
         except FileNotFoundError as error:
             raise ValueError(
                 f"{self.address} has no {name}{SHA256_SUFFIX}; where the shards lie, run `python -m data.prepare index "
                 "FOLDER`, and publish what it writes beside them"
             ) from error
-        except IndexError as error:
-            raise ValueError(f"{self.address}/{name}{SHA256_SUFFIX} is empty; make it again there") from error
+        if not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise ValueError(f"{self.address}/{name}{SHA256_SUFFIX} holds no SHA-256; make it again there")
         path = self.folder / f"{sha256[:24]}-{name}"
         with self._locked(path):
             if not path.exists():

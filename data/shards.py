@@ -64,9 +64,10 @@ class Shards(ImageDataset):
         self.loader_type = loader_type
         self._files: OrderedDict[str, FileIO] = OrderedDict()
         names = self.index.class_names
+        num_classes = _num_classes(self.index, f"{self.root}/{index_name(split)}")
         super().__init__(
             source=f"{self.root}/{split} shards",
-            class_names=names or index_names(_num_classes(self.index, f"{self.root}/{index_name(split)}")),
+            class_names=names or index_names(num_classes),
             has_all_classes=names is not None or split == "train",
             labels=self.index.labels,
         )

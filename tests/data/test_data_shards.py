@@ -267,6 +267,17 @@ def test_an_index_that_points_outside_a_shard_is_refused(packed, place):
         Shards(packed, split="val").read_bytes(0)
 
 
+@pytest.mark.parametrize("label", [-1, 10**9])
+def test_an_index_with_impossible_classes_is_refused(packed, label):
+    path = packed / index_name("val")
+    index = ShardIndex.load(path)
+    index.labels[1] = label
+    index.save(packed / "other")
+    (packed / "other").replace(path)
+    with pytest.raises(ValueError, match=r"val-index\.safetensors: .*class index"):
+        Shards(packed, split="val")
+
+
 @pytest.mark.parametrize("damage", ["cut", "text"])
 def test_a_damaged_index_is_refused(packed, damage):
     path = packed / index_name("val")

@@ -154,6 +154,10 @@ def test_an_address_without_an_index_or_a_server_is_refused(packed, serve, tmp_p
     cache = Cache.create(str(tmp_path / "cache"))
     _, address = serve()
     Shards(address, split="val", cache=cache)
+    for text in ("", "../../x  val-index.safetensors", "x" * 64):
+        (packed / "val-index.safetensors.sha256").write_text(text)
+        with pytest.raises(ValueError, match=r"val-index\.safetensors\.sha256 holds no SHA-256"):
+            Shards(address, split="val", cache=cache)
     for path in packed.glob("val-index*"):
         path.unlink()
     with pytest.raises(
