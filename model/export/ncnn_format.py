@@ -56,12 +56,15 @@ def load(path: Path) -> Runner:
         if read(str(file)):
             raise ValueError(f"ncnn cannot read {file}: see its own messages above")
 
+    # Sums that nothing reads are outputs too; pnnx numbers the network's own.
+    names = sorted(name for name in net.output_names() if name.startswith("out"))
+
     def run(images: np.ndarray) -> list[np.ndarray]:
         results = []
         with net.create_extractor() as extractor:
             (image,) = images
             extractor.input("in0", ncnn.Mat(np.ascontiguousarray(image)))
-            for name in net.output_names():
+            for name in names:
                 code, output = extractor.extract(name)
                 if code:
                     raise RuntimeError(f"ncnn stopped with code {code} at {name} of {path}")
