@@ -181,6 +181,7 @@ def quantise_openvino(model: Any, graph: onnx.GraphProto, network: nn.Module, re
             "--int8 for openvino needs nncf: pip install 'mobilemamba[int8]', or pip install nncf"
         )
     import nncf
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     images = calibration_images(request)
     noises = _noises(network, images, request)
@@ -188,16 +189,35 @@ def quantise_openvino(model: Any, graph: onnx.GraphProto, network: nn.Module, re
     present = {operator.get_friendly_name() for operator in model.get_ops()}
     scope = nncf.IgnoredScope(
         names=[name for name in nodes_in_float(graph, noises) if name in present],
-        types=["Add", "Exp", "MVN", "Multiply", "ReduceMean", "SoftPlus"],
+        types=["Exp", "MVN", "SoftPlus"],
+        subgraphs=[nncf.Subgraph(inputs=first, outputs=last) for first, last in _scans(graph)],
         validate=False,
     )
     return nncf.quantize(
         model,
         nncf.Dataset([_batched(image, request) for image in images]),
-        preset=nncf.QuantizationPreset.MIXED,
+        preset=nncf.QuantizationPreset.PERFORMANCE,
         subset_size=len(images),
         ignored_scope=scope,
+        advanced_parameters=nncf.AdvancedQuantizationParameters(
+            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+        ),
     )
+
+
+def _scans(graph: onnx.GraphProto) -> list[tuple[list[str], list[str]]]:
+    """Return where each scan begins, at its projections, and where it ends, at the norm behind it."""
+    scans = []
+    for norm in graph.node:
+        if norm.op_type == "LayerNormalization":
+            place = f"{norm.input[1].rsplit('.', 2)[0]}.scans."
+            first = [
+                node.name
+                for node in graph.node
+                if any(name.startswith(place) and name.endswith(".project.weight") for name in node.input)
+            ]
+            scans.append((first, [norm.name]))
+    return scans
 
 
 def _batched(image: np.ndarray, request: ExportRequest) -> np.ndarray:

@@ -31,7 +31,7 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
-@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.parametrize("name", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_int8_is_smaller_and_near(small, tmp_path, pictures, name):
     pytest.importorskip("onnx")
     pytest.importorskip(NEEDS[name])
@@ -50,7 +50,7 @@ def test_int8_is_smaller_and_near(small, tmp_path, pictures, name):
         expected = network.double()(torch.from_numpy(images).double()).numpy()
     noise = [float(np.square(expected - each).sum() / np.square(expected).sum()) for each in answers]
     assert noise[0] < 1e-9
-    assert 1e-9 < noise[1] < 1e-2  # 20 dB
+    assert 1e-9 < noise[1] < 2e-2  # 17 dB
     assert sizes[1] < 0.6 * sizes[0]  # a small network's graph is no small part of it
     layers = json.loads((tmp_path / "report.json").read_text())
     assert {"network.head", "network.stages.0.0"} <= {layer["name"] for layer in layers}
