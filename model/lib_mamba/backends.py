@@ -163,15 +163,16 @@ def choose(device_type: str) -> Choice:
 @contextlib.contextmanager
 def _untraced() -> Iterator[None]:
     """Keep what is done within out of a trace of torch.jit, which stops at operators that it has no node for."""
-    state = torch._C._get_tracing_state()
+    tracer: Any = torch._C
+    state = tracer._get_tracing_state()
     if state is None:
         yield
         return
-    torch._C._set_tracing_state(None)
+    tracer._set_tracing_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        tracer._set_tracing_state(state)
 
 
 @functools.cache

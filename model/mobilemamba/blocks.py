@@ -105,7 +105,7 @@ class Stem(steps.StepGroup, nn.Sequential):
 
     def forward_intermediates(self, x: Tensor) -> list[Tensor]:
         """Return the map after each convolution and its ReLU, at strides 2, 4, 8 and 16."""
-        maps = []
+        maps: list[Tensor] = []
         for layer in self:
             x = layer(x)
             if isinstance(layer, nn.ReLU):

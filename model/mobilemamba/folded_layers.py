@@ -331,7 +331,7 @@ class FoldedSqueezeExcite(nn.Module):
         self.reduce = reduce
         self.expand = expand
 
-    def kernel_weights(self) -> list[Tensor]:
+    def kernel_weights(self) -> list[Tensor | None]:
         """Return the weights in the order of the kernels."""
         return [*self.reduce.kernel_weights, *self.expand.kernel_weights]
 
@@ -524,7 +524,8 @@ class FoldedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if (kernels := _serve_whole(self, x, _BLOCK)) is not None:
-            ffn0, mixer, ffn1 = self._modules.values()
+            parts: Any = self._modules
+            ffn0, mixer, ffn1 = parts.values()
             if mixer.is_one_operator():
                 weights = [*ffn0.kernel_weights(), *mixer.kernel_weights(), *ffn1.kernel_weights()]
                 return kernels.block(x, weights, *mixer.kernel_settings())
@@ -541,7 +542,8 @@ class FoldedPatchMerging(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         if (kernels := _serve_whole(self, x, _PATCH_MERGING)) is not None:
-            widen, depthwise, excite, narrow = self._modules.values()
+            parts: Any = self._modules
+            widen, depthwise, excite, narrow = parts.values()
             weights = [*widen.kernel_weights, *depthwise.kernel_weights, *excite.kernel_weights()]
             return kernels.patch_merging(x, [*weights, *narrow.kernel_weights])
         return super().forward(x)
@@ -556,7 +558,7 @@ def _serve_whole(module: nn.Module, x: Tensor, kinds: list[type[nn.Module]]) -> 
     kernels = cpu_layers.serve(x)
     if kernels is None:
         return None
-    parts = module._modules.values()
+    parts: Any = module._modules.values()
     if [type(part) for part in parts] != kinds or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
         return None
     return None if not torch.compiler.is_compiling() and torch_modules._has_any_global_hook() else kernels

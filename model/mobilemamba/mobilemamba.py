@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layers import BatchNorm2d, BatchNormLinear, count_batch, is_on_gpu
 from ..recompute import recompute
-from .blocks import Block, downsample, patch_embed
+from .blocks import Block, Stem, downsample, patch_embed
 from .folded_layers import average, is_folded, type_under_autocast
 from .fuse import fuse
 from .wavelet import WTEMamba
@@ -76,7 +76,7 @@ class MobileMamba(nn.Module):
         TypeError: In `forward`, if the images are of another type than the weights.
     """
 
-    patch_embed: nn.Sequential
+    patch_embed: Stem
     blocks1: nn.Sequential
     blocks2: nn.Sequential
     blocks3: nn.Sequential
@@ -260,7 +260,7 @@ class MobileMamba(nn.Module):
         if stop_early or intermediates_only:
             stages = stages[: max(stages.index(_stage_of(name)) for name in names) + 1]
         x = self._enter(x)
-        maps = {}
+        maps: dict[str, Tensor] = {}
         for stage in stages:
             if stage == STEM and any(name.startswith(f"{STEM}.") for name in names):
                 inner = self.patch_embed.forward_intermediates(x)

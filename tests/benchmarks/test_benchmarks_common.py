@@ -65,7 +65,7 @@ def test_a_result_file_has_a_row_a_line(tmp_path):
         "cases": rows,
         "failures": [],
     }
-    assert text.count("\n") == 9
+    assert text.count("\n") == 10
 
 
 def test_table():
