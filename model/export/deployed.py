@@ -12,7 +12,9 @@ from ..mobilemamba import MobileMamba
 from .portable import Portable
 from .request import ExportRequest
 
-__all__ = ["Deployed", "Preprocess", "center_crop"]
+__all__ = ["TIE", "Deployed", "Preprocess", "center_crop"]
+
+TIE = 1e-3  # pixels: a side halfway between two is rounded up, whatever a runtime's rounding errors
 
 
 @torch.fx.wrap
@@ -26,7 +28,7 @@ def center_crop(x: Tensor, size: tuple[int, int], crop_pct: float) -> Tensor:
     """
     height, width = x.shape[2:]
     scale = crop_pct * min(height / size[0], width / size[1])
-    sides = [max(1, round(scale * side)) for side in size]
+    sides = [max(1, round(scale * side + TIE)) for side in size]
     top, left = (height - sides[0]) // 2, (width - sides[1]) // 2
     return x[:, :, top : top + sides[0], left : left + sides[1]]
 

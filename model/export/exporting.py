@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from .check import Report, compare, read_images, size_on_disk
@@ -45,8 +46,8 @@ def default_request(network: nn.Module, **wishes: Any) -> ExportRequest:
     if cfg:
         known["size"] = tuple(cfg["input_size"][1:])
         known["crop_pct"] = cfg["crop_pct"]
-    for name in ("mean", "std"):
-        values = tuple(cfg.get(name, ())) or (0.5,) * channels
+    for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        values = tuple(cfg.get(name, default))
         known[name] = values if len(values) == channels else (sum(values) / len(values),) * channels
     return ExportRequest(**{**known, **wishes})
 

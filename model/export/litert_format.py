@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .portable import Form
 from .programs import refuse, write_metadata
@@ -26,8 +27,28 @@ def write(network: nn.Module, request: ExportRequest, path: Path) -> None:
     import litert_torch
 
     refuse(request, "litert", ("dynamic batch", "--dynamic-size", "--fp16", "--int8", "--preprocess"))
+    network = copy.deepcopy(network)
+    _flatten_products(network)
     litert_torch.convert(network, (torch.zeros(request.input_shape),)).export(str(path))
     write_metadata(request, path)
+
+
+class _FlatLinear(nn.Module):
+    """A product over the last dimension, as one of matrices: LiteRT has none of maps."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def _flatten_products(network: nn.Module) -> None:
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, _FlatLinear(child))
 
 
 def load(path: Path) -> Runner:

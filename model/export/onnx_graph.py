@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from .deployed import center_crop
+from .deployed import TIE, center_crop
 from .portable import crop_like
 from .request import ExportRequest
 from .scan import any_recurrence, row_before
@@ -295,7 +295,8 @@ def _center_crop(graph: _Graph, x: str, size: tuple[int, int], crop_pct: float) 
     wanted = graph.constant(size, np.float32)
     scale = graph.add("ReduceMin", [graph.add("Div", [sides, wanted])], keepdims=1)
     kept = graph.add("Mul", [wanted, graph.add("Mul", [scale, graph.constant(crop_pct, np.float32)])])
-    kept = graph.add("Max", [graph.add("Round", [kept]), graph.constant(1, np.float32)])
+    kept = graph.add("Round", [graph.add("Add", [kept, graph.constant(TIE, np.float32)])])
+    kept = graph.add("Max", [kept, graph.constant(1, np.float32)])
     half = graph.add("Mul", [graph.add("Sub", [sides, kept]), graph.constant(0.5, np.float32)])
     start = graph.add("Floor", [half])
     end = graph.add("Add", [start, kept])
@@ -306,7 +307,12 @@ def _center_crop(graph: _Graph, x: str, size: tuple[int, int], crop_pct: float) 
 def _interpolate(graph: _Graph, x: str, size: Sequence[int], *, mode: str, antialias: bool, **_: Any) -> str:
     modes = {"bilinear": "linear", "bicubic": "cubic"}
     inputs = [x, "", "", graph.constant(list(size))]
-    return graph.add("Resize", inputs, mode=modes[mode], antialias=int(antialias), cubic_coeff_a=-0.5, axes=[2, 3])
+    filters: dict[str, Any] = {
+        "cubic_coeff_a": -0.5,
+        "exclude_outside": 1,
+        "antialias": int(antialias),
+    }  # as PyTorch has them
+    return graph.add("Resize", inputs, mode=modes[mode], axes=[2, 3], **filters)
 
 
 def _to(graph: _Graph, x: str, dtype: torch.dtype) -> str:

@@ -31,11 +31,29 @@ def write(network: nn.Module, request: ExportRequest, path: Path) -> None:
     whole = replace(request, fp16=False)  # OpenVINO itself keeps weights in 16 bits
     onnx_model = build_model(network, whole, has_fast_softplus=True)
     model = openvino.convert_model(io.BytesIO(onnx_model.SerializeToString()))
+    _keep_antialias(model, request)
     if request.int8:
         model = quantise_openvino(model, onnx_model.graph, network, request)
     for name, text in request.metadata().items():
         model.set_rt_info(text, ["model_info", name])
     openvino.save_model(model, path, compress_to_fp16=request.fp16)
+
+
+def _keep_antialias(model: Any, request: ExportRequest) -> None:
+    """Resize as Pillow and PyTorch do, where OpenVINO's reading of ONNX leaves the antialiasing out."""
+    from openvino import opset11
+
+    for node in model.get_ops():
+        if node.get_type_name() == "Interpolate":
+            resized = opset11.interpolate(
+                node.input_value(0),
+                np.array(request.size),
+                "bicubic_pillow",
+                "sizes",
+                cube_coeff=-0.5,
+                axes=np.array([2, 3]),
+            )
+            node.output(0).replace(resized.output(0))
 
 
 def load(path: Path) -> Runner:
