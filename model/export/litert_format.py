@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .portable import Form
 from .programs import refuse, write_metadata
@@ -26,8 +28,31 @@ def write(network: nn.Module, request: ExportRequest, path: Path) -> None:
     import litert_torch
 
     refuse(request, "litert", ("dynamic batch", "--dynamic-size", "--fp16", "--int8", "--preprocess"))
+    network = copy.deepcopy(network)
+    _products_as_convolutions(network)
     litert_torch.convert(network, (torch.zeros(request.input_shape),)).export(str(path))
     write_metadata(request, path)
+
+
+class _Pointwise(nn.Module):
+    """A product over the channels of a map (B, H, W, C) as a convolution: LiteRT has products of matrices alone."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            return self.linear(x)
+        y = F.conv2d(x.permute(0, 3, 1, 2), self.linear.weight[..., None, None], self.linear.bias)
+        return y.permute(0, 2, 3, 1)
+
+
+def _products_as_convolutions(network: nn.Module) -> None:
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, _Pointwise(child))
 
 
 def load(path: Path) -> Runner:

@@ -138,7 +138,8 @@ def _conv(weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int 
     conv = nn.Conv2d(
         inputs * groups, outputs, side, stride, padding, groups=groups, bias=bias is not None, device="meta"
     )
-    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    plain = weight.detach().clone(memory_format=torch.contiguous_format)  # folding may leave it channels-last
+    conv.weight = nn.Parameter(plain, requires_grad=False)
     if bias is not None:
         conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return conv

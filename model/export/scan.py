@@ -48,6 +48,8 @@ def _steps(
     decay: Tensor, inputs: Tensor, dim: int, side: int, *, is_reverse: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the state at each position along a dimension, and the product of the decays up to there."""
+    if side == 1:
+        return [inputs], [decay]
     split_decay, split_inputs = decay.split([1] * side, dim), inputs.split([1] * side, dim)
     decays, states = ([parts[index] for index in range(side)] for parts in (split_decay, split_inputs))
     order = range(side)[:: -1 if is_reverse else 1]

@@ -43,7 +43,7 @@ def test_file_gives_what_the_network_gives_in_float64(small, parity_fill, relati
     assert relative_error(logits, expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["torch", "ncnn"])
+@pytest.mark.parametrize("name", [pytest.param("torch", marks=pytest.mark.slow), "ncnn"])
 def test_feature_maps_come_in_order(small, parity_fill, relative_error, tmp_path, name):
     network = small()
     report, path = write(network, tmp_path, name, features=True)
