@@ -57,6 +57,8 @@ EXTRAS = {
         "pillow-heif",
         "webdataset",
         "simplejpeg",
+        "segmentation-models-pytorch",
+        "transformers",
         "selenium",
         "grad-cam",
         "wandb",

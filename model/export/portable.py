@@ -111,6 +111,7 @@ class _Translator:
             folded.FoldedSqueezeExcite: _squeeze_excite,
             folded.FoldedMixer: self._mixer,
             folded.FoldedBlock: self._block,
+            folded.FoldedPatchMerging: self._sequential,
             nn.Sequential: self._sequential,
             nn.Identity: lambda identity: identity,
         }

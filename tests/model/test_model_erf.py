@@ -105,7 +105,7 @@ def test_the_command(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--data", "nowhere"], "--data nowhere: there is no such folder"),
-        (["--stage", "7", "--images", "1"], "of 4 stages"),
+        (["--stage", "7", "--images", "1"], "of 4 features"),
         (["timm_mobilenetv3_small_050", "--stage", "99", "--images", "1"], "has no stage 99"),
         (["--images", "0"], "--images 0: at least one"),
         (["--out", "erf.txt"], "--out erf.txt: expected a picture's extension"),
