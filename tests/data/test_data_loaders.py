@@ -203,7 +203,7 @@ def test_workers_outlive_signals_to_the_group(two_classes, make_config):
     expected = list(loader.iterate(0))
     known = set(multiprocessing.active_children())
     batches = loader.iterate(0)
-    received = [next(batches)]
+    received = [next(batches), next(batches)]  # one of each worker: both have started
     workers = set(multiprocessing.active_children()) - known
     assert len(workers) == 2
     for worker in workers:
