@@ -61,7 +61,7 @@ $(RUNTIMES)/.requirements: requirements-runtimes.txt $(VENV)/.requirements-dev
 	$(RUNTIMES)/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-deps -r requirements-runtimes.txt
 	@touch $@
 
-runtimes: $(RUNTIMES)/.requirements ## Install what exporting to Core ML, LiteRT and ExecuTorch needs, into .venv-runtimes (1.2 GB)
+runtimes: $(RUNTIMES)/.requirements ## Install what exporting to Core ML, LiteRT and ExecuTorch needs, into .venv-runtimes
 
 test-runtimes: runtimes ## Run the tests of exporting to these
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUNTIMES)/bin/python -m pytest -m "slow or not slow" $(wildcard tests/model/export/test_model_export_formats.py)

@@ -258,7 +258,9 @@ def measure_batch(
                 continue
             if candidate.kind == "ours" and (case.layout, case.mode) == ("channels_last", "eager"):
                 share = _scan_share(runs[case], arguments.device)
-                shares.append({"network": case.network, "precision": case.precision, "batch": batch, "share": share})
+                if share is not None:
+                    own = {"network": case.network, "precision": case.precision, "batch": batch}
+                    shares.append({**own, "share": share})
     timings = measure(runs, plan, arguments.device)
     return Measurement(batch, timings, {candidate.name: candidate for candidate in candidates}), failures, shares
 
@@ -288,7 +290,7 @@ def _print(measurement: Measurement, shares: list[dict[str, Any]]) -> None:
     if rows:
         print("\nTimes the throughput of\n")
         print(table(rows, ("network", "precision", "over", "eager", "best")))
-    rows = [(row["network"], row["precision"], 100 * row["share"]) for row in shares if row["share"]]
+    rows = [(row["network"], row["precision"], 100 * row["share"]) for row in shares]
     if rows:
         print("\nThe scan's share of the eager network's time\n")
         print(table(rows, ("network", "precision", "%")))
