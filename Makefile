@@ -50,8 +50,8 @@ MMCV_OPERATORS ?=
 $(VENV)/.requirements-openmmlab: requirements-openmmlab.txt requirements-downstream.txt $(VENV)/.requirements
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off "setuptools>=80,<82" wheel ninja packaging psutil
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements-downstream.txt
+	grep -v '^onedl-mmcv' requirements-openmmlab.txt | $(PY) -m pip install --disable-pip-version-check --progress-bar off --no-deps -r /dev/stdin
 	$(PY) -m downstream.mmcv_build $(MMCV_OPERATORS)
-	$(PY) -m pip install --disable-pip-version-check --progress-bar off --no-deps -r requirements-openmmlab.txt
 	@touch $@
 
 # An environment beside .venv, which it sees: these want other versions of what the suite runs on.
