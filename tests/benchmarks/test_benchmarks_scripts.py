@@ -59,7 +59,7 @@ def test_network(run):
 
 @pytest.mark.slow
 def test_each_network_in_every_mode(tmp_path):
-    """One of ours and a peer; the table of the best has one row for each. The runtimes' threads end with the process."""
+    """One of ours and a peer, in a process that ends with the runtimes' threads; one row for each is the best."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")
     names, modes = ["MobileMamba_T2", "mobilenetv4_conv_small"], ["plain", "onnxruntime", "openvino"]
