@@ -4,6 +4,7 @@ Importing this package needs nothing of OpenMMLab; importing its modules registe
 where mmdet, mmseg and mmpretrain all look after their own. Configurations name the modules in ``custom_imports``.
 """
 
-from .forks import find_forks
+from .forks import find_forks, leave_out_language_models
 
 find_forks()
+leave_out_language_models()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 
-__all__ = ["find_forks"]
+__all__ = ["find_forks", "leave_out_language_models"]
 
 
 def find_forks() -> None:
@@ -22,3 +22,19 @@ def find_forks() -> None:
         importlib.metadata.version(MODULE2PACKAGE["mmseg"])
     except importlib.metadata.PackageNotFoundError:
         MODULE2PACKAGE["mmseg"] = "mmseg"
+
+
+def leave_out_language_models() -> None:
+    """Let mmpretrain, and mmdet with it, be imported beside transformers 5, without mmpretrain's language models.
+
+    These take names that transformers 5 no longer has, and are offered wherever there is a transformers.
+    """
+    try:
+        major = int(importlib.metadata.version("transformers").partition(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if major < 5 or importlib.util.find_spec("mmpretrain") is None:
+        return
+    from mmpretrain.utils import dependency
+
+    dependency.WITH_MULTIMODAL = False
