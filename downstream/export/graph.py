@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.export.portable import Form, portable
+from model.export.scan import DirectionalScan
 
 from .detectors import MaskRCNN, OneStage
 from .segmentors import Segmentor
@@ -98,7 +99,10 @@ def as_graph(model: Any, size: tuple[int, int], *, is_exact: bool) -> Graph:
     _check_settings(model)
     pixels = _Pixels(model.data_preprocessor)
     height, width = (-(-side // pixels.divisor) * pixels.divisor for side in size)
-    backbone = portable(model.backbone, Form(), (height, width), is_exact=is_exact)
+    backbone = portable(model.backbone, Form(), (height, width) if is_exact else None)
+    for scan in () if is_exact else backbone.modules():
+        if isinstance(scan, DirectionalScan):
+            scan.double((-(-height // 16), -(-width // 16)))  # the first stage's maps, the largest
     neck = model.neck if model.with_neck else nn.Identity()
     return Graph(pixels, backbone, model.backbone.out_indices, neck, HEADS[kind](model)).eval()
 

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from ..lib_mamba import SCANS
 
-__all__ = ["DirectionalScan", "any_recurrence", "exact_recurrence", "row_before", "scan_directions"]
+__all__ = [
+    "DirectionalScan",
+    "any_recurrence",
+    "doubling_recurrence",
+    "exact_recurrence",
+    "row_before",
+    "scan_directions",
+]
 
 _HEIGHT, _WIDTH = 1, 2
 
@@ -66,6 +73,33 @@ def any_recurrence(decay: Tensor, inputs: Tensor, *, is_reverse: bool = False) -
     return exact_recurrence(decay, inputs, (height, width), is_reverse=is_reverse)
 
 
+def doubling_recurrence(decay: Tensor, inputs: Tensor, levels: tuple[int, int], *, is_reverse: bool = False) -> Tensor:
+    """Do as `exact_recurrence` on maps of sides up to two to the power of ``levels``, for exporters without a loop.
+
+    Every pixel takes in its neighbour, then that neighbour's neighbours, ..., 1, 2, 4, ... pixels away.
+    """
+    row_levels, column_levels = levels
+    states, decays = _double(decay, inputs, _WIDTH, column_levels, is_reverse=is_reverse)
+    end = slice(None, 1) if is_reverse else slice(-1, None)
+    rows, _ = _double(decays[:, :, end], states[:, :, end], _HEIGHT, row_levels, is_reverse=is_reverse)
+    return states + decays * row_before(rows, is_reverse=is_reverse)
+
+
+def _double(decay: Tensor, inputs: Tensor, dim: int, levels: int, *, is_reverse: bool) -> tuple[Tensor, Tensor]:
+    for level in range(levels):
+        inputs = inputs + decay * _shift(inputs, 2**level, dim, is_reverse=is_reverse, value=0.0)
+        decay = decay * _shift(decay, 2**level, dim, is_reverse=is_reverse, value=1.0)
+    return inputs, decay
+
+
+def _shift(x: Tensor, steps: int, dim: int, *, is_reverse: bool, value: float) -> Tensor:
+    """Move a map along a dimension, and put ``value`` where nothing came."""
+    before, after = (0, steps) if is_reverse else (steps, 0)
+    padded = F.pad(x, (0, 0, before, after) if dim == _WIDTH else (0, 0, 0, 0, before, after), value=value)
+    kept = slice(steps, None) if is_reverse else slice(None, -steps)
+    return padded[:, :, kept] if dim == _WIDTH else padded[:, kept]
+
+
 @torch.fx.wrap
 def row_before(x: Tensor, *, is_reverse: bool = False) -> Tensor:
     """Move a map (B, H, W, D) down by a row, or up, with zeros where nothing came."""
@@ -95,6 +129,7 @@ class DirectionalScan(nn.Module):
         self.reverse = tuple(directions.values())
         self.is_columns = is_columns
         self.sides = (sides[1], sides[0]) if sides and is_columns else sides
+        self.levels: tuple[int, int] | None = None
         num_all, channels, rank = scan.dt_projs_weight.shape
         self.channels, self.num_states = channels, scan.A_logs.shape[1]
         # Of each direction in turn: the time step's R numbers, then B and C of each component of the state.
@@ -104,6 +139,11 @@ class DirectionalScan(nn.Module):
         rates = -scan.A_logs.double().exp().to(scan.A_logs.dtype)
         rates = rates.view(num_all, channels, self.num_states)[places].flatten(0, 1)  # (K * D, N)
         self.rates = nn.ParameterList(_frozen(rate) for rate in rates.t())
+
+    def double(self, sides: tuple[int, int]) -> None:
+        """Run on maps of up to these sides by a fixed number of doublings, in place of a loop."""
+        row_levels, column_levels = ((side - 1).bit_length() for side in sides)
+        self.levels = (column_levels, row_levels) if self.is_columns else (row_levels, column_levels)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_columns:
@@ -132,6 +172,8 @@ class DirectionalScan(nn.Module):
 
     def _recurrence(self, decay: Tensor, inputs: Tensor) -> Tensor:
         is_reverse = len(self.reverse) == 1 and self.reverse[0]
+        if self.levels is not None:
+            return doubling_recurrence(decay, inputs, self.levels, is_reverse=is_reverse)
         if self.sides is None:
             return any_recurrence(decay, inputs, is_reverse=is_reverse)
         return exact_recurrence(decay, inputs, self.sides, is_reverse=is_reverse)
