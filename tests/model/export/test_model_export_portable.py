@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.export import Form, portable
-from model.export.scan import any_recurrence, exact_recurrence
+from model.export.scan import any_recurrence, doubling_recurrence, exact_recurrence
 
 
 def loop(decay, inputs, is_reverse):
@@ -30,6 +30,8 @@ def test_recurrence_agrees_with_a_loop(height, width, is_reverse):
     exact = exact_recurrence(decay, inputs, (height, width), is_reverse=is_reverse)
     torch.testing.assert_close(exact, expected, rtol=1e-13, atol=1e-13)
     assert torch.equal(any_recurrence(decay, inputs, is_reverse=is_reverse), exact)
+    doubled = doubling_recurrence(decay, inputs, (4, 5), is_reverse=is_reverse)  # enough for 16 by 32 pixels
+    torch.testing.assert_close(doubled, exact, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
