@@ -102,7 +102,7 @@ def as_graph(model: Any, size: tuple[int, int], *, is_exact: bool) -> Graph:
     backbone = portable(model.backbone, Form(), (height, width) if is_exact else None)
     for scan in () if is_exact else backbone.modules():
         if isinstance(scan, DirectionalScan):
-            scan.double((-(-height // 16), -(-width // 16)))  # the first stage's maps, the largest
+            scan.use_doublings((-(-height // 16), -(-width // 16)))  # the first stage's maps, the largest
     neck = model.neck if model.with_neck else nn.Identity()
     return Graph(pixels, backbone, model.backbone.out_indices, neck, HEADS[kind](model)).eval()
 

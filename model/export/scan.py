@@ -140,7 +140,7 @@ class DirectionalScan(nn.Module):
         rates = rates.view(num_all, channels, self.num_states)[places].flatten(0, 1)  # (K * D, N)
         self.rates = nn.ParameterList(_frozen(rate) for rate in rates.t())
 
-    def double(self, sides: tuple[int, int]) -> None:
+    def use_doublings(self, sides: tuple[int, int]) -> None:
         """Run on maps of up to these sides by a fixed number of doublings, in place of a loop."""
         row_levels, column_levels = ((side - 1).bit_length() for side in sides)
         self.levels = (column_levels, row_levels) if self.is_columns else (row_levels, column_levels)
