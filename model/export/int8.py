@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,21 +78,28 @@ def find_noise(network: nn.Module, images: Sequence[np.ndarray]) -> list[LayerNo
         if isinstance(module, nn.Conv2d) or (name == HEAD and isinstance(module, nn.Linear))
     }
     step = math.ceil(len(images) / NUM_FOR_NOISE)
-    inputs = {name: _inputs(network, module, images[::step]) for name, module in layers.items()}
+    inputs = _inputs(network, layers, images[::step])
     noises = {name: _decibels(module, inputs[name]) for name, module in layers.items()}
     return [
         LayerNoise(name=name, decibels=round(noise, 1), is_float=noise < MIN_DECIBELS) for name, noise in noises.items()
     ]
 
 
-def _inputs(network: nn.Module, layer: nn.Module, images: Iterable[np.ndarray]) -> list[Tensor]:
-    """Return what a layer is given for each image."""
-    seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+def _inputs(
+    network: nn.Module, layers: Mapping[str, nn.Module], images: Iterable[np.ndarray]
+) -> dict[str, list[Tensor]]:
+    """Return what each layer is given for each image."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, arguments: seen[name].append(arguments[0])
+
+    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
     with torch.inference_mode():
         for image in images:
             network(torch.from_numpy(image))
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     return seen
 
 
