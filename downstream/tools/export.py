@@ -19,6 +19,7 @@ from downstream.export.check import Agreement, compare_detections, compare_label
 from downstream.export.graph import as_graph
 from downstream.export.writing import load, write
 from model.export.formats import require
+from model.export.pictures import PICTURES, find_pictures
 
 from .arguments import add_options
 from .errors import InputError, exit_code_of
@@ -27,7 +28,6 @@ from .settings import load_config, loader_datasets
 
 __all__ = ["main"]
 
-PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 NUM_DRAWN = 3
 MIN_SIDE, MAX_SIDE = 64, 2048  # pixels; the second with --dynamic-size
 EXIT_DIFFERS = 1
@@ -114,9 +114,10 @@ def _drawn(size: tuple[int, int], is_dynamic: bool) -> list[tuple[str, NDArray[n
 
 def _read(folder: Path, size: tuple[int, int], is_dynamic: bool) -> list[tuple[str, NDArray[np.uint8]]]:
     """Return pictures by name, at the size, or where any will do, as they are but no larger than it."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    if not paths:
-        raise InputError(f"--images {folder}: there are no pictures ({', '.join(PICTURES)})")
+    try:
+        paths = find_pictures(folder)
+    except FileNotFoundError as error:
+        raise InputError(f"--images {folder}: there are no pictures ({', '.join(PICTURES)})") from error
     return [(path.name, _resized(path, size, is_dynamic)) for path in paths]
 
 

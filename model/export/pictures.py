@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["find_pictures", "labels_of"]
+__all__ = ["PICTURES", "find_pictures", "labels_of"]
 
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
