@@ -33,7 +33,8 @@ def leave_out_language_models() -> None:
         major = int(importlib.metadata.version("transformers").partition(".")[0])
     except importlib.metadata.PackageNotFoundError:
         return
-    if major < 5 or importlib.util.find_spec("mmpretrain") is None:
+    # mmpretrain cannot be imported without the other two, as while mmcv is being built.
+    if major < 5 or any(importlib.util.find_spec(name) is None for name in ("mmengine", "mmcv", "mmpretrain")):
         return
     from mmpretrain.utils import dependency
 

@@ -114,3 +114,9 @@ def test_the_installed_mmcv_has_what_the_models_use():
     assert nms(boxes, torch.tensor([0.5, 0.6, 0.1]), 0.5)[1].tolist() == [1, 2]
     # Every name is there, so that all of mmcv can be imported.
     assert callable(operators.knn_forward)
+
+
+@pytest.mark.parametrize("missing", ["mmcv", "mmengine", "mmpretrain"])
+def test_the_build_starts_while_a_part_of_openmmlab_is_missing(missing):
+    program = f"import sys; sys.modules['{missing}'] = None; import downstream.mmcv_build"
+    subprocess.run([sys.executable, "-c", program], cwd=mmcv_build.REQUIREMENTS.parent, check=True)
