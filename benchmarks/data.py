@@ -43,7 +43,13 @@ from .common import (
 __all__ = ["Case", "main", "parse", "run"]
 
 FORMATS = {"DefaultCLS": "folders", "ImageFolderLMDB": "lmdb", "Shards": "shards"}
-DECODERS = (("pil", "pil"), ("simplejpeg", "pil"), ("simplejpeg", "torch"), ("simplejpeg_fast", "torch"))
+WAYS = (  # who decodes, who resizes the crop, who shears, shifts and rotates
+    ("pil", "pil", "pil"),
+    ("simplejpeg", "pil", "pil"),
+    ("simplejpeg", "torch", "pil"),
+    ("simplejpeg_fast", "torch", "pil"),
+    ("simplejpeg_fast", "torch", "opencv"),
+)
 STAGES = ("read", "decode", "augment", "collate")
 QUALITY = 98  # makes files of about 110 kB, the mean of ImageNet's
 BATCH = 32
@@ -57,16 +63,18 @@ class Case:
         type: Of the data set; a key of `FORMATS`.
         loader_type: Who decodes.
         resize: Who resizes the crop.
+        warp: Who shears, shifts and rotates.
         workers: Processes that read; with 0 the main process does, on one core.
     """
 
     type: str
     loader_type: str
     resize: str
+    warp: str
     workers: int
 
 
-BASELINE = Case("DefaultCLS", "pil", "pil", 0)
+BASELINE = Case("DefaultCLS", *WAYS[0], 0)
 
 
 def write_images(folder: Path, num_images: int) -> None:
@@ -91,12 +99,16 @@ def configuration(case: Case, root: Path, *, size: int, num_classes: int) -> Con
     config = Config(mode="train", nb_classes=num_classes, size=size)
     config.data.type, config.data.root, config.data.loader_type = case.type, str(root), case.loader_type
     config.data.channels, config.data.nb_classes = 3, num_classes
-    config.data.train_transforms = [TimmTrainTransform(input_size=size, resize=case.resize)]
+    config.data.train_transforms = [_augmentation(case, size)]
     config.data.test_transforms = [Resize(size=size), CenterCrop(size=size), ToTensor(), Normalize()]
     options = config.trainer.data
     options.batch_size_per_gpu, options.num_workers_per_gpu = BATCH, case.workers
     options.persistent_workers, options.drop_last = True, False
     return config
+
+
+def _augmentation(case: Case, size: int) -> TimmTrainTransform:
+    return TimmTrainTransform(input_size=size, resize=case.resize, warp=case.warp)
 
 
 def prepare(folder: Path, root: Path) -> dict[str, Path]:
@@ -119,7 +131,7 @@ def epoch(loader: TrainLoader) -> Callable[[], None]:
 
 def stage_times(dataset: ImageDataset, case: Case, *, size: int, num_images: int) -> dict[str, float]:
     """Return seconds per image of each stage, one after another in this process."""
-    transform = build_transform([TimmTrainTransform(input_size=size, resize=case.resize)])
+    transform = build_transform([_augmentation(case, size)])
     is_array = case.loader_type.startswith("simplejpeg")
     seconds = dict.fromkeys(STAGES, 0.0)
 
@@ -146,8 +158,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = set_up(arguments, full=FULL)
     machine = describe_machine("cpu")
     print(summary_line(machine))
-    cases = [Case(kind, *DECODERS[0], workers) for workers in arguments.workers for kind in FORMATS]
-    cases += [Case("Shards", *decoder, workers) for workers in arguments.workers for decoder in DECODERS[1:]]
+    cases = [Case(kind, *WAYS[0], workers) for workers in arguments.workers for kind in FORMATS]
+    cases += [Case("Shards", *way, workers) for workers in arguments.workers for way in WAYS[1:]]
     cases = list(dict.fromkeys([BASELINE, *cases]))
     with tempfile.TemporaryDirectory() as folder:
         root = arguments.root
@@ -186,11 +198,11 @@ def _row(case: Case, timing: Timing, baseline: Timing, num_images: int) -> dict[
 
 def _print(rows: Sequence[dict[str, Any]], stages: Sequence[dict[str, Any]]) -> None:
     print("\nTraining pipeline, images/s; over folders, Pillow and no workers\n")
-    keys = ("type", "loader_type", "resize", "workers", "images_per_s", "speedup")
-    print(table([tuple(row[key] for key in keys) for row in rows], (*keys[:4], "images/s", "over")))
+    keys = ("type", "loader_type", "resize", "warp", "workers", "images_per_s", "speedup")
+    print(table([tuple(row[key] for key in keys) for row in rows], (*keys[:5], "images/s", "over")))
     print("\nOne process, milliseconds an image\n")
-    cells = [(*(row[key] for key in keys[:3]), *(1e3 * row[stage] for stage in STAGES)) for row in stages]
-    print(table(cells, (*keys[:3], *STAGES)))
+    cells = [(*(row[key] for key in keys[:4]), *(1e3 * row[stage] for stage in STAGES)) for row in stages]
+    print(table(cells, (*keys[:4], *STAGES)))
 
 
 def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:

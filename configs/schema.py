@@ -86,6 +86,7 @@ class TimmTrainTransform(Transform):
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     interpolation: Literal["random", Interpolation] = "random"
     resize: Literal["pil", "torch"] = "pil"  # who resizes the crop; torch: faster, other pixels, see data/README.md
+    warp: Literal["pil", "opencv"] = "pil"  # who shears, shifts and rotates in auto_augment; the same holds for opencv
     scale: Pair[PositiveShare] | None = None  # range of the crop's area; timm's (0.08, 1) when None
     ratio: Pair[Positive] | None = None  # range of the crop's aspect; timm's (3/4, 4/3) when None
     hflip: Share = 0.5

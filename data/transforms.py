@@ -22,6 +22,7 @@ from torchvision.transforms.functional import pil_modes_mapping
 from configs.schema import CenterCrop, Normalize, Resize, TimmTrainTransform, ToTensor, Transform
 
 from .images import MODES
+from .warp import warp_by_opencv
 
 __all__ = ["build_transform", "takes_arrays"]
 
@@ -105,6 +106,8 @@ def _build_timm(step: TimmTrainTransform) -> Callable:
     for operation in _augment_operations(transform):
         if operation.aug_fn is posterize:
             operation.aug_fn = _posterize
+        if step.warp == "opencv":
+            warp_by_opencv(operation)
     crop = transform.transforms[0]
     if isinstance(crop, RandomResizedCropAndInterpolation):
         transform.transforms[0] = _Crop(crop) if step.resize == "pil" else _CropByTorch(crop)

@@ -145,15 +145,15 @@ def test_train_step(run):
 
 def test_data(run):
     pytest.importorskip("simplejpeg")
+    pytest.importorskip("cv2")
     result = run(data_benchmark, "--images", "6", "--size", "32", "--workers", "0", "1")
-    cases = {(case["type"], case["loader_type"], case["resize"], case["workers"]): case for case in result["cases"]}
+    keys = ("type", "loader_type", "resize", "warp", "workers")
+    cases = {tuple(case[key] for key in keys): case for case in result["cases"]}
     assert {key[0] for key in cases} == {"DefaultCLS", "ImageFolderLMDB", "Shards"}
-    assert {key[1:] for key in cases} == {
-        (*decoder, workers) for decoder in data_benchmark.DECODERS for workers in (0, 1)
-    }
-    assert cases["DefaultCLS", "pil", "pil", 0]["speedup"] == 1
+    assert {key[1:] for key in cases} == {(*way, workers) for way in data_benchmark.WAYS for workers in (0, 1)}
+    assert cases["DefaultCLS", "pil", "pil", "pil", 0]["speedup"] == 1
     assert all(case["images_per_s"] == pytest.approx(6 / case["median_s"]) for case in cases.values())
-    assert len(result["stages"]) == 6
+    assert len(result["stages"]) == 7
     assert all(0 < row[stage] < 10 for row in result["stages"] for stage in ("read", "decode", "augment", "collate"))
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 
 from configs.schema import TimmTrainTransform
@@ -93,6 +93,43 @@ def test_pytorchs_resize_is_near_pillows_and_takes_the_same_crops(photograph, in
     assert difference.max() <= limit
     assert 0 < (difference > 0).mean() < 0.1
     assert (difference > 1).mean() < 0.001
+
+
+WARPS = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+
+
+def operations(warp):
+    """Return the operations of RandAugment by name."""
+    pipeline = build_transform([TimmTrainTransform(input_size=96, warp=warp)])
+    return {operation.name: operation for operation in pipeline.transforms[0].transforms[2].ops}
+
+
+def test_opencv_moves_pixels_as_pillow_does(photograph):
+    pytest.importorskip("cv2")
+    ours, theirs = operations("opencv"), operations("pil")
+    for name, operation in ours.items():
+        is_warp = operation.aug_fn is not theirs[name].aug_fn
+        assert is_warp == (name in WARPS), name
+        limits = {Image.Resampling.BILINEAR: 5, Image.Resampling.BICUBIC: 25} if is_warp else {}
+        for resample, limit in limits.items():
+            for seed in range(6):
+                found = []
+                for each in (operation, theirs[name]):
+                    each.prob, each.kwargs["resample"] = 1.0, resample
+                    with isolated_randomness(seed):
+                        found.append(np.asarray(each(photograph)).astype(int))
+                is_filled = (np.stack(found) == each.kwargs["fillcolor"]).all(-1).any(0)
+                is_inside = Image.fromarray(~is_filled).convert("L").filter(ImageFilter.MinFilter(5))  # not at its edge
+                difference = np.abs(found[0] - found[1])[np.asarray(is_inside) > 0]
+                assert len(difference) > 0.4 * is_filled.size
+                assert difference.max() <= limit, (name, resample)
+                assert difference.mean() < 1.5, (name, resample)
+
+
+def test_a_package_that_warps_and_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="warp=opencv needs OpenCV; `pip install opencv-python-headless`"):
+        build_transform([TimmTrainTransform(input_size=96, warp="opencv")])
 
 
 def test_pytorchs_resize_knows_few_interpolations():
