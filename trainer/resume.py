@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from configs import Config, to_dict
 from .checkpoint import LATEST
 from .run_folder import RunLock
 
-__all__ = ["AUTO", "changed_entries", "newest_run"]
+__all__ = ["AUTO", "changed_entries", "newest_run", "unsaved_run"]
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # of trainer.resume_dir
+CONFIG = "config.yaml"  # in a run's folder
 
 # Entries that say where and how to resume, or by how many processes; `check_resumable` compares the numbers of images.
 HOW = ("trainer.resume_", "trainer.checkpoint", "derived")
@@ -43,19 +44,37 @@ def newest_run(config: Config) -> Path | None:
     entries, apart from those on batches, logs, the device and how often to save. One that is finished counts too, so
     that a restart does not start it again.
     """
-    parent = Path(config.trainer.checkpoint)
-    checkpoints = [*parent.glob(f"*/{LATEST}")] if parent.is_dir() else []
     # Checkpoints' times are those of saves; a run's name only says when it started.
-    for checkpoint in sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        folder = checkpoint.parent
-        if _is_of(folder, config) and _is_free(folder):
-            return folder
-    return None
+    return _first_of(config, _by_time(config, LATEST))
+
+
+def unsaved_run(config: Config) -> Path | None:
+    """Return the folder of the newest run of a configuration that ended before its first checkpoint.
+
+    It is in use by no other process. A run writes its configuration when it holds its folder, so that none which is
+    about to start is taken for one that ended.
+    """
+    return _first_of(config, [folder for folder in _by_time(config, CONFIG) if not _has_checkpoint(folder)])
+
+
+def _by_time(config: Config, name: str) -> list[Path]:
+    """Return the folders in ``trainer.checkpoint`` that hold a file of this name, that with the newest one first."""
+    parent = Path(config.trainer.checkpoint)
+    files = [*parent.glob(f"*/{name}")] if parent.is_dir() else []
+    return [file.parent for file in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)]
+
+
+def _first_of(config: Config, folders: Iterable[Path]) -> Path | None:
+    return next((folder for folder in folders if _is_of(folder, config) and _is_free(folder)), None)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return (folder / LATEST).exists() or any(folder.glob("ckpt_*.pth"))
 
 
 def _is_of(folder: Path, config: Config) -> bool:
     try:
-        saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return False
     if not isinstance(saved, dict):

@@ -37,7 +37,7 @@ from .network import build_network, wrap_parallel
 from .precision import Precision, build_precision
 from .profiler import StepProfiler
 from .report import Report, log_environment, log_network, open_log
-from .resume import AUTO, newest_run
+from .resume import AUTO, newest_run, unsaved_run
 from .run_folder import make_run_folder
 from .snapshot import RunState, Saver
 from .step import Objective, Stepper
@@ -209,15 +209,18 @@ def _open_folder(config: Config, process: Process) -> tuple[Path, bool]:
     """Return the run's folder, and whether it is that of a run to resume."""
     options = config.trainer
 
-    def make() -> tuple[str, bool]:
-        resume_dir: str | Path = options.resume_dir
-        if resume_dir == AUTO:
-            resume_dir = newest_run(config) or ""
-        return str(make_run_folder(options.checkpoint, config.model.name, resume_dir=resume_dir)), bool(resume_dir)
+    def make() -> tuple[str, bool, bool]:
+        is_auto = options.resume_dir == AUTO
+        saved = newest_run(config) if is_auto else options.resume_dir
+        unsaved = unsaved_run(config) if is_auto and not saved else None
+        folder = make_run_folder(options.checkpoint, config.model.name, resume_dir=saved or unsaved or "")
+        return str(folder), bool(saved), bool(unsaved)
 
-    name, is_resumed = process.on_first(make)
+    name, is_resumed, is_unsaved = process.on_first(make)
     folder = Path(name)
     open_log(folder, process)
+    if is_unsaved:
+        logger.info("the run in %s ended before its first checkpoint: it starts again in this folder", folder)
     return folder, is_resumed
 
 

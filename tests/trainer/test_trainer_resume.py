@@ -13,7 +13,7 @@ from trainer_cases import assert_same, comparable, epoch_records, write_class_fo
 from data.prepare import folder_to_lmdb
 from trainer.checkpoint import load_training_checkpoint
 from trainer.precision import Precision
-from trainer.resume import newest_run
+from trainer.resume import newest_run, unsaved_run
 from trainer.train import train
 
 
@@ -303,6 +303,21 @@ def test_auto_resumes_the_newest_run_of_the_configuration(build, half):
     assert newest_run(build("seed=8").config) is None
 
 
+def test_auto_takes_the_folder_of_a_run_that_ended_before_its_first_checkpoint(build, finish, caplog):
+    caplog.set_level("INFO", "trainer")
+    ended = build(AUTO, "test_start_epoch=0")
+    (ended.folder / "epochs.jsonl").write_text('{"epoch": 1, "loss": 7}\n')  # its epoch was over, the save was not
+    ended.saver.close()
+    other = build(AUTO, "test_start_epoch=0", "seed=7")
+    assert other.folder != ended.folder
+    again, actual = finish(AUTO, "test_start_epoch=0")
+    assert again.folder == ended.folder
+    assert f"the run in {ended.folder} ended before its first checkpoint: it starts again" in caplog.text
+    _, expected = finish("test_start_epoch=0")
+    assert_same(comparable(actual), comparable(expected))
+    assert [record["epoch"] for record in epoch_records(again.folder)] == [1, 2]
+
+
 def test_auto_passes_over_runs_in_use_and_folders_of_others(build, half, monkeypatch, caplog):
     run, _ = half()
     (run.folder.parent / "other").mkdir()
@@ -313,6 +328,13 @@ def test_auto_passes_over_runs_in_use_and_folders_of_others(build, half, monkeyp
 
     monkeypatch.setattr("trainer.resume.RunLock", in_use)
     assert newest_run(run.config) is None
+    for checkpoint in run.folder.glob("*.pth"):
+        checkpoint.unlink()
+    assert unsaved_run(run.config) is None
+    monkeypatch.undo()
+    assert unsaved_run(run.config) == run.folder
+    (run.folder / "ckpt_1.pth").touch()  # kept apart
+    assert unsaved_run(run.config) is None
 
 
 def test_auto_with_another_batch_follows_the_rule_of_rescaling(build, half):
