@@ -24,8 +24,9 @@ $(VENV)/.requirements: requirements.txt | $(PY)
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt
 	@touch $@
 
-$(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
+$(VENV)/.requirements-dev: requirements-dev.txt requirements-demo.txt $(VENV)/.requirements
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements-dev.txt
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off --no-deps -r requirements-demo.txt
 	@touch $@
 
 setup: $(VENV)/.requirements ## Install what training and testing need

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import create_model
-from .erf_panel import Panel, draw_panels
+from .command import exit_code
+from .erf_panel import Panel, save_panels
+from .export.pictures import find_pictures
 from .messages import listed, neighbours
 
 __all__ = ["THRESHOLDS", "area_shares", "main", "receptive_field"]
@@ -131,18 +133,16 @@ def photos(paths: Sequence[Path], size: int, mean: Sequence[float], std: Sequenc
         yield normalised.permute(2, 0, 1)[None].float()
 
 
-def find_images(folder: Path, number: int) -> list[Path]:
-    """Return up to so many images below a folder, evenly spaced among all.
+def some_pictures(folder: Path, number: int) -> list[Path]:
+    """Return up to so many pictures in a folder and below, evenly spaced among all.
 
     Raises:
-        ValueError: If there is no such folder, or no image in it.
+        ValueError: If there is no such folder.
+        FileNotFoundError: If there is no picture in it.
     """
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: there is no such folder; {neighbours(folder)}")
-    known = Image.registered_extensions()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
-    if not paths:
-        raise ValueError(f"--data {folder}: no image in this folder and its subfolders")
+    paths = find_pictures(folder)
     return [paths[index * len(paths) // number] for index in range(number)] if number < len(paths) else paths
 
 
@@ -214,12 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("erf.png"), help="picture to write (default: erf.png)")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args(arguments)
-    try:
-        _run(options)
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return exit_code(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -230,10 +225,9 @@ def _run(options: argparse.Namespace) -> None:
         if "=" in networks[0]:
             raise ValueError(f"{networks[0]} and --checkpoint {options.checkpoint} name two files: give one of them")
         networks[0] = f"{networks[0]}={options.checkpoint}"
-    known = Image.registered_extensions()
-    if options.out.suffix.lower() not in known:
+    if options.out.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--out {options.out}: expected a picture's extension, {listed(['.png', '.jpg', '.webp'])}")
-    paths = find_images(options.data, options.images) if options.data else []
+    paths = some_pictures(options.data, options.images) if options.data else []
     results = [_measure(network, options, paths) for network in networks]
     _print(results)
     panels = [
@@ -244,7 +238,7 @@ def _run(options: argparse.Namespace) -> None:
         )
         for result in results
     ]
-    draw_panels(panels).save(options.out)
+    save_panels(panels, options.out)
     if options.json:
         options.json.write_text(json.dumps([_entry(result) for result in results], indent=1) + "\n", encoding="utf-8")
     print(options.out)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["Panel", "colour", "draw_panels"]
+__all__ = ["Panel", "colour", "draw_panels", "save_panels"]
 
 # Lengths in pixels.
 SIDE = 256
@@ -17,6 +18,7 @@ LINE = 18
 FONT_SIZE = 13
 
 DECADES = 4.0  # of contribution below the largest that are told apart
+PALETTE = 256  # colours of a PNG file
 LEVELS = 32  # of colour: a map is noise to the eye, and a file of few colours is small
 COLOURS = np.array([[255, 255, 255], [217, 240, 211], [127, 191, 123], [27, 120, 55], [0, 68, 27]])  # least to most
 BACKGROUND, FRAME, TEXT, FAINT = (255, 255, 255), (209, 217, 224), (28, 30, 34), (89, 99, 110)
@@ -63,6 +65,14 @@ def draw_panels(panels: Sequence[Panel]) -> Image.Image:
         sheet.paste(picture, (left, top + head))
         draw.rectangle((left - 1, top + head - 1, left + SIDE, top + head + SIDE), outline=FRAME)
     return sheet
+
+
+def save_panels(panels: Sequence[Panel], path: Path) -> None:
+    """Write the maps side by side as a picture in the format that the file's name says; a PNG file has a palette."""
+    sheet = draw_panels(panels)
+    if path.suffix.lower() == ".png":
+        sheet = sheet.quantize(PALETTE, dither=Image.Dither.NONE)
+    sheet.save(path, optimize=True)
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

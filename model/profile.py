@@ -20,6 +20,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from . import create_model
+from .command import exit_code
 from .lib_mamba import use_backend
 from .profile_hooks import Clock, Ledger, Place, find_parts, new_bytes
 from .profile_parts import Part, Profile
@@ -202,12 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="file for a bar plot, .svg")
     parser.add_argument("--trace", type=Path, help="file for a trace of one pass by torch.profiler, .json")
     options = parser.parse_args(arguments)
-    try:
-        _run(options)
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return exit_code(lambda: _run(options))
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from torch import nn
 
 from configs import Config, load_config, with_classes
 from data import find_class_names
+from model.command import exit_code
 from util.distributed import Process
 
 from .explain import Explainer
@@ -172,13 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="the first free one from 7860 on without it")
     options = parser.parse_args(arguments)
-    try:
-        page = build_page(options.checkpoint, options.config)
-        launch(page, host=options.host, port=options.port)
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+
+    def serve() -> None:
+        launch(build_page(options.checkpoint, options.config), host=options.host, port=options.port)
+
+    return exit_code(serve)
 
 
 if __name__ == "__main__":

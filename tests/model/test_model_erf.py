@@ -13,6 +13,7 @@ from torch import nn
 
 from model import create_model
 from model.erf import area_shares, main, receptive_field
+from model.erf_panel import Panel, draw_panels, save_panels
 
 
 def images(count, size, seed=0):
@@ -97,8 +98,22 @@ def test_the_command(tmp_path, capsys):
         shares = list(entry["area"].values())
         assert shares == sorted(shares)
         assert "".join(f"{100 * share:.1f} %".rjust(9) for share in shares) in text
-    picture = np.asarray(Image.open(tmp_path / "erf.png"))
+    with Image.open(tmp_path / "erf.png") as file:
+        assert file.mode == "P"
+        picture = np.asarray(file.convert("RGB"))
     assert (picture[-40:, :].reshape(-1, 3) != 255).any()
+
+
+def test_a_palette_changes_little(tmp_path):
+    contribution = np.random.default_rng(0).random((192, 192)) ** 8
+    panels = [Panel(title="field", lines=("a line",), contribution=contribution)]
+    sheet = np.asarray(draw_panels(panels)).astype(int)
+    for name in ("erf.png", "erf.jpg"):
+        save_panels(panels, tmp_path / name)
+    with Image.open(tmp_path / "erf.png") as file:
+        assert np.abs(np.asarray(file.convert("RGB")) - sheet).mean() < 1
+    with Image.open(tmp_path / "erf.jpg") as file:
+        assert file.size == sheet.shape[1::-1]
 
 
 @pytest.mark.parametrize(

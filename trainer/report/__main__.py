@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from model.command import exit_code
+
 from .page import page_path, write_page
 
 __all__ = ["main"]
@@ -21,13 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     path = options.output or page_path(options.runs[0] if len(options.runs) == 1 else Path())
-    try:
+
+    def run() -> None:
         write_page(path, options.runs)
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{path}\n")
-    return 0
+        sys.stdout.write(f"{path}\n")
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":
