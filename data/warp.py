@@ -53,7 +53,7 @@ class _Warped:
         fillcolor: Colour,
     ) -> Image.Image:
         """Return the image moved by an affine map from its new places to the old ones."""
-        assert size == self.size and method == Image.Transform.AFFINE, "timm keeps the size"
+        assert (size, method) == (self.size, Image.Transform.AFFINE), "timm keeps the size"
         matrix = np.reshape(data, (2, 3)).astype(float)
         matrix[:, 2] += (matrix[:, 0] + matrix[:, 1] - 1) / 2  # a pixel's middle is at its index for OpenCV
         return self._moved(matrix, resample, fillcolor, is_inverse=True)
@@ -70,12 +70,14 @@ class _Warped:
     ) -> Image.Image:
         import cv2  # optional
 
-        flags = {Image.Resampling.BILINEAR: cv2.INTER_LINEAR, Image.Resampling.BICUBIC: cv2.INTER_CUBIC}.get(
-            resample, cv2.INTER_NEAREST
-        )
-        if is_inverse:
-            flags |= cv2.WARP_INVERSE_MAP
+        known = {Image.Resampling.BILINEAR: cv2.INTER_LINEAR, Image.Resampling.BICUBIC: cv2.INTER_CUBIC}
+        flags = known.get(resample, cv2.INTER_NEAREST) | (cv2.WARP_INVERSE_MAP if is_inverse else 0)
         pixels = cv2.warpAffine(
-            np.asarray(self.image), matrix, self.size, flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=fillcolor
+            np.asarray(self.image),
+            matrix,
+            self.size,
+            flags=flags,
+            borderMode=cv2.BORDER_CONSTANT,
+            borderValue=fillcolor,
         )
         return Image.fromarray(pixels)
