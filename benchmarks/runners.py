@@ -174,7 +174,7 @@ class Preparation:
         return answer
 
     def _loaded(self, runtime: str, path: Path) -> Answer | None:
-        """Return what runs a file on as many threads as are wanted."""
+        """Return what runs a file on as many threads as are wanted; ExecuTorch decides itself."""
         if runtime == "onnxruntime":
             return self._onnxruntime(path)
         if runtime == "openvino":
