@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .common import (
     Plan,
     Timing,
@@ -56,6 +58,12 @@ class Case:
     network: str
     runtime: str
     precision: str
+
+
+def _built(name: str) -> Candidate:
+    """Build a network with the same weights in every run, so that its files can be used again."""
+    torch.manual_seed(0)
+    return build(name)
 
 
 def _cases(candidate: Candidate, arguments: argparse.Namespace) -> list[Case]:
@@ -128,7 +136,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = set_up(arguments)
     machine = describe_machine("cpu") | {"packages": versions()}
     print(summary_line(machine))
-    candidates = [build(name) for name in arguments.networks]
+    candidates = [_built(name) for name in arguments.networks]
     figures: dict[str, list] = {"cases": [], "converted": [], "failures": []}
     with tempfile.TemporaryDirectory() as folder:
         files = arguments.files or Path(folder)

@@ -93,11 +93,14 @@ def _megabytes(num_bytes: int | None) -> str:
 def _reasons(results: Sequence[Mapping[str, Any]], measured: Mapping[Way, Any]) -> dict[str, list[str]]:
     """Return what runs with no batch size, and where a runtime is refused at one, by the reason given."""
     found: dict[str, list[str]] = {}
-    for row in (row for result in results for row in result["failures"]):
+    failures = [row for result in results for row in result["failures"]]
+    is_one = len({network for network, *_ in measured} | {row["network"] for row in failures}) == 1
+    for row in failures:
         way = (row["network"], row["runtime"], row["precision"])
-        batch = f", batch {row['batch']}" if way in measured else ""
+        batch = f" batch {row['batch']}" if way in measured else ""
+        text = f"{row['runtime']} {row['precision']}{batch}" + ("" if is_one else f" of {row['network']}")
         ways = found.setdefault(row["reason"], [])
-        if (text := f"{row['runtime']} {row['precision']}{batch}") not in ways:
+        if text not in ways:
             ways.append(text)
     return found
 
