@@ -41,7 +41,7 @@ def describe_steps(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _crop_pct(side: int, resize: Mapping[str, Any]) -> float:
-    """Return the share that a crop leaves: the configured one where it gave the size, whose rounding it is without."""
+    """Return the share that a crop leaves: the configured one where the size follows from it, not the rounded size's."""
     configured = resize.get("crop_pct")
     if configured and int(side / configured) == resize["size"]:
         return float(configured)
@@ -112,6 +112,6 @@ def note_preparation(network: nn.Module, noted: Mapping[str, Any]) -> None:
         return
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in noted.items()}
     if size := values.pop("size", None):
-        values["input_size"] = (len(values.get("mean", cfg["input_size"][:1])), *size)
+        values["input_size"] = (cfg["input_size"][0], *size)
     network.default_cfg = {**cfg, **values}  # type: ignore[assignment]
     network.pretrained_cfg = network.default_cfg
