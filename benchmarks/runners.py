@@ -79,8 +79,7 @@ class Prepared:
         num_bytes: Size of its file, or files; None for PyTorch itself.
         error: The largest difference from PyTorch's logits, as a share of the largest.
         decibels: Signal to noise of the logits.
-        agreement: The share of images with the same first class, by how far each logit is above its mean over them: by
-            its logits themselves a network with random weights takes all images for one class.
+        agreement: The share of images with the same most probable class.
         num_images: Images compared.
     """
 
@@ -153,14 +152,13 @@ class Preparation:
         error = (difference.abs().max() / self.expected.abs().max()).item()
         if precision == "fp32" and not error <= MAX_ERROR:
             raise RuntimeError(f"{self.candidate.name} in {runtime} is off by {error:.1e} of the largest logit")
-        usual = self.expected.mean(0)
         noise = difference.square().sum() / self.expected.double().square().sum()
         return Prepared(
             run=functools.partial(answer, next(self._batches())),
             num_bytes=num_bytes,
             error=error,
             decibels=-10 * math.log10(max(noise.item(), 1e-30)),
-            agreement=((actual - usual).argmax(1) == (self.expected - usual).argmax(1)).double().mean().item(),
+            agreement=(actual.argmax(1) == self.expected.argmax(1)).double().mean().item(),
             num_images=len(self.images),
         )
 

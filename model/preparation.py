@@ -41,7 +41,7 @@ def describe_steps(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _crop_pct(side: int, resize: Mapping[str, Any]) -> float:
-    """Return the share that a crop leaves: the configured one where the size follows from it, not the rounded size's."""
+    """Return the share that a crop leaves: the configured one where the resized side follows from it."""
     configured = resize.get("crop_pct")
     if configured and int(side / configured) == resize["size"]:
         return float(configured)
