@@ -91,7 +91,16 @@ setup(
         "mobilemamba.lib_mamba.kernels": [f"selective_scan/{pattern}" for pattern in KERNELS],
         "mobilemamba.zoo": ["*.json"],
     },
-    install_requires=["torch>=2.6,<2.15", "timm>=1.0.31", "safetensors", "numpy", "pillow", "filelock", "tqdm"],
+    install_requires=[
+        "torch>=2.6,<2.15",
+        "timm>=1.0.31",
+        "safetensors",
+        "numpy",
+        "pillow",
+        "PyYAML",
+        "filelock",
+        "tqdm",
+    ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mobilemamba-export = mobilemamba.export.__main__:main"]},
 )

@@ -27,6 +27,7 @@ from .adapt import adapt
 from .messages import listed
 from .mismatch import LoadReport, Variants, compare, explain
 from .other_files import check_kind
+from .preparation import note_preparation, read_preparation
 
 __all__ = [
     "LoadReport",
@@ -252,7 +253,8 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load a checkpoint's weights into a network, which stays untouched when this raises.
 
-    A classifier's weights are adapted to a network without one or for other input channels; see `adapt`.
+    A classifier's weights are adapted to a network without one or for other input channels; see `adapt`. What the file
+    tells of the network's test transform goes into the network's ``default_cfg``.
 
     Args:
         network: The network, on any device.
@@ -273,6 +275,7 @@ def load_checkpoint(
             misshapen entry is counted, by module. Without ``strict``: nothing of it fits.
     """
     entries = read_checkpoint(path, mmap=True) if checkpoint is None else checkpoint
+    preparation = read_preparation(entries, path)
     own = network.state_dict()
     weights, source = select_state_dict(entries, ema=ema, origin=path, prefixes=network_prefixes(own))
     heads = head_names(network) if heads is None else heads
@@ -287,6 +290,7 @@ def load_checkpoint(
             raise ValueError("\n  ".join(lines))
         logger.warning("\n  ".join([*lines, f"Loaded the {len(fitting)} entries that fit."]))
     network.load_state_dict(fitting, strict=False)
+    note_preparation(network, preparation)
     logger.info("%s: loaded %d entries of %s", path, len(fitting), source)
     if report.reset:
         logger.info("%s: no head of this class count; initialised again: %s", path, ", ".join(report.reset))

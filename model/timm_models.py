@@ -136,6 +136,10 @@ def _create(
     )
     if isinstance(network, MobileMamba):
         note_origin(network, variant, kwargs)
+    if pretrained:
+        # transformers' TimmBackbone would begin batch norms' statistics anew, as it has not loaded them itself.
+        for module in network.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]
     return network
 
 

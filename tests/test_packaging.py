@@ -20,6 +20,7 @@ SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.
 BUILD = "import sys; from setuptools import build_meta; build_meta.{}(sys.argv[1])"
 # Where a package is asked for, if not by everyone who installs ours.
 IMPORTED_AS = {
+    "yaml": "PyYAML",
     "fvcore": "train",
     "gdown": "zoo",
     "triton": "torch",

@@ -14,6 +14,8 @@ from torch import nn
 
 from configs import Config, save_config, to_dict
 from data import Loaders
+from model.preparation import ENTRY as TEST_TRANSFORM
+from model.preparation import describe_steps
 from optim import Schedule
 from util.distributed import Process
 from util.logging import add_log_file
@@ -136,11 +138,15 @@ class Saver:
         self.schedule = schedule
         self.precision = precision
         self.meters = meters
-        self.class_names = loaders.class_names
         self.meta = _facts(config, process, loaders)
         # Ranks differ in their statistics where neither every step nor the save makes them equal.
         self.has_own_statistics = process.is_distributed and config.trainer.dist_BN == "reduce"
         self.last_good: str | None = None
+        # Told to who uses the weights alone.
+        self._told = {
+            "class_names": loaders.class_names,
+            TEST_TRANSFORM: describe_steps(to_dict(config)["data"]["test_transforms"]),
+        }
         self._latest = str(folder / LATEST)
         self._is_pending = False
         self._writer = Writer(is_asynchronous=config.trainer.async_save)
@@ -182,7 +188,7 @@ class Saver:
 
     def save_best(self, name: str, *, epoch: int, scores: Mapping[str, float]) -> None:
         """Keep the present weights as the best, ``name`` being ``net`` or ``net_E``; a collective."""
-        facts = {"epoch": epoch, "scores": scores, "class_names": self.class_names}
+        facts = {"epoch": epoch, "scores": scores, **self._told}
 
         def save(weights: Mapping[str, Any]) -> None:
             save_weights = self._store.save_best_net if name == "net" else self._store.save_best_ema
@@ -317,7 +323,7 @@ class Saver:
             "rng": ranks,
             "meta": self.meta,
             "progress": state.state_dict(),
-            "class_names": self.class_names,
+            **self._told,
             "config": to_dict(self.config),
         }
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..preparation import INTERPOLATIONS
 from .check import read_images
 from .exporting import NUM_MADE_UP, default_request, export
 from .formats import FORMATS, require
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=f"python -m {__package__}", description="Export a network, and check the file."
     )
     add = parser.add_argument
+    known = "default: as the checkpoint tells, or else as for ImageNet"
     add("source", help="checkpoint, folder of save_pretrained, or name such as mobilemamba_t2 (downloads its weights)")
     add("out", type=Path, help="file to write")
     add("--format", "--to", choices=FORMATS, default="onnx", help="default: onnx")
@@ -73,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         "--preprocess", action="store_true", help="uint8 images of any size in: resize, crop and normalise in the graph"
     )
     add("--bgr", dest="is_bgr", action="store_true", help="their channels are blue, green, red")
+    for name, text in (("mean", "mean of each channel"), ("std", "standard deviation of each channel")):
+        add(f"--{name}", type=float, nargs="+", metavar="NUMBER", help=f"{text}, pixels being 0 to 1; {known}")
+    add("--crop", dest="crop_pct", type=float, metavar="SHARE", help=f"of an image's shorter side; {known}")
+    add("--interpolation", choices=INTERPOLATIONS, help=f"how images are resized; {known}")
     add("--softmax", action="store_true", help="probabilities out, in place of logits")
     add("--features", action="store_true", help="the maps of the three stages out, in place of logits")
     add("--overwrite", action="store_true", help="replace the file if it exists")
@@ -107,6 +113,9 @@ def _wishes(options: argparse.Namespace, classes: Sequence[str]) -> dict[str, An
     wishes = {name: getattr(options, name) for name in names}
     if options.size:
         wishes["size"] = (options.size[0], options.size[-1])
+    for name in ("mean", "std", "crop_pct", "interpolation"):
+        if (value := getattr(options, name)) is not None:
+            wishes[name] = tuple(value) if isinstance(value, list) else value
     return {**wishes, "classes": tuple(classes)}
 
 

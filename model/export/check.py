@@ -180,7 +180,7 @@ def _prepared(request: ExportRequest, file: Path) -> np.ndarray:
     sides = scale * width, scale * height
     left, top = (picture.width - sides[0]) / 2, (picture.height - sides[1]) / 2
     box = (left, top, left + sides[0], top + sides[1])
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    picture = picture.resize((width, height), Image.Resampling[request.interpolation.upper()], box=box)
     pixels = np.atleast_3d(np.asarray(picture)).astype(np.float32) / 255
     mean, std = (np.array(values, np.float32) for values in (request.mean, request.std))
     normalised = (pixels - mean) / std

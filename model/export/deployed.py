@@ -44,6 +44,7 @@ class Preprocess(nn.Module):
         self.size = request.size
         self.crop_pct = request.crop_pct
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (request.mean, request.std))
+        self.interpolation = request.interpolation
         self.is_bgr = request.is_bgr
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
@@ -51,7 +52,7 @@ class Preprocess(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = images.permute(0, 3, 1, 2)
         x = center_crop(x, self.size, self.crop_pct).to(torch.float32)
-        x = F.interpolate(x, self.size, mode="bicubic", antialias=True)
+        x = F.interpolate(x, self.size, mode=self.interpolation, antialias=True)
         if self.is_bgr:
             x = x.flip(1)
         return x * self.scale + self.shift

@@ -30,14 +30,14 @@ NUM_MADE_UP = 8
 
 
 def default_request(network: nn.Module, **wishes: Any) -> ExportRequest:
-    """Return a request with what the network's record tells: size, mean, standard deviation, crop.
+    """Return a request with what the network's record tells: size, mean, standard deviation, crop, interpolation.
 
     Args:
         network: The network.
-        **wishes: Attributes of `ExportRequest`; they come first.
+        **wishes: Attributes of `ExportRequest`; they come first. A single mean or deviation is that of every channel.
 
     Raises:
-        ValueError: If wishes exclude each other.
+        ValueError: If wishes exclude each other, or there are not as many means as channels.
     """
     inner = bare_network(network)
     cfg = inner.default_cfg
@@ -46,9 +46,14 @@ def default_request(network: nn.Module, **wishes: Any) -> ExportRequest:
     if cfg:
         known["size"] = tuple(cfg["input_size"][1:])
         known["crop_pct"] = cfg["crop_pct"]
+        known["interpolation"] = cfg["interpolation"]
     for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
         values = tuple(cfg.get(name, default))
         known[name] = values if len(values) == channels else (sum(values) / len(values),) * channels
+        if len(given := wishes.get(name, ())) == 1:
+            wishes[name] = tuple(given) * channels
+        elif given and len(given) != channels:
+            raise ValueError(f"{name} {tuple(given)} must have one number, or one for each of {channels} channels")
     return ExportRequest(**{**known, **wishes})
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,7 +197,7 @@ def quantise_openvino(model: Any, graph: onnx.GraphProto, network: nn.Module, re
     scope = nncf.IgnoredScope(
         names=[name for name in nodes_in_float(graph, noises) if name in present],
         types=["Exp", "MVN", "SoftPlus"],
-        subgraphs=[nncf.Subgraph(inputs=first, outputs=last) for first, last in _scans(graph)],
+        subgraphs=[nncf.Subgraph(inputs=first, outputs=last) for first, last in _scans(graph, present)],
         validate=False,
     )
     return nncf.quantize(
@@ -212,8 +212,15 @@ def quantise_openvino(model: Any, graph: onnx.GraphProto, network: nn.Module, re
     )
 
 
-def _scans(graph: onnx.GraphProto) -> list[tuple[list[str], list[str]]]:
-    """Return where each scan begins, at its projections, and where it ends, at the norm behind it."""
+def _scans(graph: onnx.GraphProto, present: Collection[str]) -> list[tuple[list[str], list[str]]]:
+    """Return where each scan begins, at its projections, and where it ends, at the norm behind it.
+
+    Where the norm has learned nothing OpenVINO has no operator of its name: the next ones then are the end.
+
+    Args:
+        graph: Has all names.
+        present: Those that OpenVINO has.
+    """
     scans = []
     for norm in graph.node:
         if norm.op_type == "LayerNormalization":
@@ -223,7 +230,10 @@ def _scans(graph: onnx.GraphProto) -> list[tuple[list[str], list[str]]]:
                 for node in graph.node
                 if any(name.startswith(place) and name.endswith(".project.weight") for name in node.input)
             ]
-            scans.append((first, [norm.name]))
+            last = [norm.name]
+            if norm.name not in present:
+                last = [node.name for node in graph.node if norm.output[0] in node.input]
+            scans.append((first, last))
     return scans
 
 

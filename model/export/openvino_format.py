@@ -48,7 +48,7 @@ def _keep_antialias(model: Any, request: ExportRequest) -> None:
             resized = opset11.interpolate(
                 node.input_value(0),
                 np.array(request.size),
-                "bicubic_pillow",
+                f"{request.interpolation}_pillow",
                 "sizes",
                 cube_coeff=-0.5,
                 axes=np.array([2, 3]),

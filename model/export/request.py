@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from ..preparation import INTERPOLATIONS
 from ..version import __version__
 
 __all__ = ["ExportRequest", "Runner"]
 
 Runner = Callable[[np.ndarray], list[np.ndarray]]  # images as the file takes them -> each of its outputs
 MIN_SIZE = 32
+IN_GRAPH = ("bilinear", "bicubic")  # what runtimes compute with antialiasing, as Pillow does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,7 @@ class ExportRequest:
         mean: Mean of each channel, of pixels from 0 to 1.
         std: Standard deviation of each channel.
         crop_pct: The share of the shorter side of an image that is seen.
+        interpolation: How it is resized, in Pillow's words.
 
     Raises:
         ValueError: If wishes exclude each other, or a size is too small.
@@ -60,6 +63,7 @@ class ExportRequest:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     crop_pct: float = 0.875
+    interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
         if min(self.size) < MIN_SIZE:
@@ -76,6 +80,14 @@ class ExportRequest:
             raise ValueError("--int8 learns the ranges of the maps from images: name a folder with --calibrate")
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean} and std {self.std} must have a number for each channel, std above 0")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop is the share of an image that is seen: above 0 and at most 1, not {self.crop_pct}")
+        known = IN_GRAPH if self.preprocess else INTERPOLATIONS
+        if self.interpolation not in known:
+            where = " inside the graph" if self.preprocess else ""
+            raise ValueError(
+                f"images are not resized by {self.interpolation}{where}: choose --interpolation of {', '.join(known)}"
+            )
 
     @property
     def num_channels(self) -> int:
@@ -109,6 +121,7 @@ class ExportRequest:
             "mean": self.mean,
             "std": self.std,
             "crop_pct": self.crop_pct,
+            "interpolation": self.interpolation,
             "layout": "uint8 NHWC" if self.preprocess else "float32 NCHW",
             "channels": "BGR" if self.is_bgr else "RGB",
         }

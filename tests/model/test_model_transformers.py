@@ -79,6 +79,22 @@ def test_as_a_backbone(network, folder):
         assert torch.equal(own, theirs)
 
 
+@pytest.mark.parametrize("door", ["TimmBackbone", "AutoBackbone"])
+def test_as_a_backbone_of_detectors(network, folder, door):
+    place, images = f"local-dir:{folder}", torch.randn(1, 3, 96, 128)
+    if door == "TimmBackbone":
+        backbone = transformers.TimmBackbone.from_pretrained(place, out_indices=(3, 4, 5))
+    else:  # its from_pretrained takes no folder at all: it asks the hub first
+        config = transformers.TimmBackboneConfig(backbone=place, out_indices=(3, 4, 5))
+        backbone = transformers.AutoBackbone.from_config(config, pretrained=True)
+    with torch.no_grad():
+        maps = backbone.eval()(images).feature_maps
+        expected = network.forward_intermediates(images, (1, 2, 3), intermediates_only=True)
+    assert backbone.channels == [x.shape[1] for x in expected] == [144, 272, 368]
+    for own, theirs in zip(expected, maps, strict=True):
+        assert torch.equal(own, theirs)
+
+
 def test_what_transformers_saves_comes_back(network, folder, tmp_path):
     transformers.AutoModelForImageClassification.from_pretrained(folder).save_pretrained(tmp_path)
     again = from_pretrained(tmp_path).eval()

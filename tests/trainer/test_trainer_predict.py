@@ -61,6 +61,13 @@ def probabilities(folder, image: Image.Image) -> list[float]:
         return network(tensor[None]).softmax(1)[0].tolist()
 
 
+@pytest.mark.parametrize("name", ["net.pth", "net_E.pth", "latest_ckpt.pth"])
+def test_checkpoints_tell_how_the_network_was_tested(trained, name):
+    told = torch.load(trained / name, weights_only=True, mmap=True)["test_transform"]
+    known = {"size": [SIZE, SIZE], "crop_pct": 0.875, "interpolation": "bicubic", "mean": [*MEAN], "std": [*STD]}
+    assert told == known
+
+
 def test_predictions_are_those_of_a_plain_loop(trained, predict, class_folders):
     more = ("trainer.data.batch_size_per_gpu_test=2", "trainer.data.num_workers_per_gpu=1")
     found = predict(class_folders / "val", *more, checkpoint="latest_ckpt.pth").predictions

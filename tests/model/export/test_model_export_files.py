@@ -66,10 +66,10 @@ def test_features_of_a_network_of_timm(relative_error, tmp_path, name):
             assert relative_error(actual, expected) < 1e-5
 
 
-@pytest.mark.parametrize("is_bgr", [False, True], ids=["RGB", "BGR"])
-def test_preprocessing_inside_the_graph(small, relative_error, tmp_path, name, is_bgr):
+@pytest.mark.parametrize(("is_bgr", "interpolation"), [(False, "bicubic"), (True, "bilinear")], ids=["RGB", "BGR"])
+def test_preprocessing_inside_the_graph(small, relative_error, tmp_path, name, is_bgr, interpolation):
     network = small()
-    wishes = {"preprocess": True, "softmax": True, "is_bgr": is_bgr, "size": (64, 48)}
+    wishes = {"preprocess": True, "softmax": True, "is_bgr": is_bgr, "size": (64, 48), "interpolation": interpolation}
     _, run, _ = write(network, tmp_path, name, batch=None, **wishes)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 12, 9, 3), dtype=np.uint8)
     pixels = pixels.repeat(20, axis=1).repeat(20, axis=2)  # 240 x 180: larger, and of the same proportions
@@ -78,7 +78,7 @@ def test_preprocessing_inside_the_graph(small, relative_error, tmp_path, name, i
     images = torch.from_numpy(pixels[..., ::-1].copy() if is_bgr else pixels).permute(0, 3, 1, 2).double() / 255
     images = images[:, :, 15:225, 11:169]
     request = default_request(network, **wishes)
-    images = torch.nn.functional.interpolate(images, (64, 48), mode="bicubic", antialias=True)
+    images = torch.nn.functional.interpolate(images, (64, 48), mode=interpolation, antialias=True)
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (request.mean, request.std))
     with torch.no_grad():
         expected = network.double()((images - mean) / std).softmax(1)
@@ -179,6 +179,13 @@ def test_missing_runtime_is_named_with_its_extra(tmp_path, monkeypatch, capsys):
         (["mobilemamba_t2", "a.onnx", "--random", "--fp16", "--int8"], "exclude each other"),
         (["mobilemamba_t2", "a.onnx", "--random", "--int8"], "name a folder with --calibrate"),
         (["mobilemamba_t2", "a.onnx", "--random", "--images", "empty"], "no pictures in empty"),
+        (["mobilemamba_t2", "a.onnx", "--random", "--mean", ".5", ".5"], "one for each of 3 channels"),
+        (["mobilemamba_t2", "a.onnx", "--random", "--std", "0"], "std above 0"),
+        (["mobilemamba_t2", "a.onnx", "--random", "--crop", "87.5"], "above 0 and at most 1, not 87.5"),
+        (
+            ["mobilemamba_t2", "a.onnx", "--random", "--preprocess", "--interpolation", "box"],
+            "not resized by box inside the graph: choose --interpolation of bilinear, bicubic",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, arguments, reason):
