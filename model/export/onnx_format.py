@@ -16,7 +16,7 @@ __all__ = ["EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
 SUFFIX = ".onnx"
 EXTRA = "onnx"
 PACKAGES = ("onnx", "onnxruntime")
-FORM = Form()
+FORM = Form(is_grouped=False)
 
 
 def write(network: nn.Module, request: ExportRequest, path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from .deployed import TIE, center_crop
 from .portable import crop_like
 from .request import ExportRequest
-from .scan import any_recurrence, row_before
+from .scan import any_recurrence, flip_sequence, pad_row
 
 __all__ = ["build_model"]
 
@@ -215,8 +215,8 @@ def _flip(graph: _Graph, x: str, *dims: int) -> str:
     return _slice(graph, x, graph.constant(back), graph.constant([_FIRST] * len(dims)), dims, *back)
 
 
-def _row_before(graph: _Graph, x: str, *, is_reverse: bool = False) -> str:
-    pads = graph.constant([-1, 1] if is_reverse else [1, -1])  # a negative one cuts off
+def _pad_row(graph: _Graph, x: str, *, is_reverse: bool = False) -> str:
+    pads = graph.constant([0, 1] if is_reverse else [1, 0])
     return graph.add("Pad", [x, pads, graph.constant(0, np.float32), graph.constant([1])])
 
 
@@ -282,6 +282,10 @@ def _loop_body(gives_states_before: bool) -> onnx.GraphProto:
     return helper.make_graph(nodes, "step", inputs, outputs)
 
 
+def _flip_sequence(graph: _Graph, x: str, length: int) -> str:
+    return graph.add("Gather", [x, graph.constant(range(length)[::-1])], axis=1)
+
+
 def _crop_like(graph: _Graph, x: str, like: str) -> str:
     return _slice(graph, x, graph.constant([0, 0]), graph.add("Shape", [like], start=2), [2, 3])
 
@@ -325,19 +329,22 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     operator.mul: _binary("Mul"),
     operator.getitem: _item,
     torch.exp: _unary("Exp"),
+    torch.matmul: _binary("MatMul"),
     torch.cat: _concatenate,
     F.relu: _unary("Relu"),
     F.silu: _silu,
     F.softplus: _softplus,
     F.interpolate: _interpolate,
     any_recurrence: _any_recurrence,
-    row_before: _row_before,
+    pad_row: _pad_row,
     crop_like: _crop_like,
+    flip_sequence: _flip_sequence,
     center_crop: _center_crop,
     "amax": _reduce("ReduceMax"),
     "flip": _flip,
     "mean": _reduce("ReduceMean"),
     "permute": lambda graph, x, *dims: graph.add("Transpose", [x], perm=dims),
+    "reshape": lambda graph, x, *sizes: graph.add("Reshape", [x, graph.constant(sizes)]),
     "sigmoid": _unary("Sigmoid"),
     "softmax": lambda graph, x, dim, **_: graph.add("Softmax", [x], axis=dim),
     "split": _split,

@@ -18,7 +18,7 @@ __all__ = ["EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
 SUFFIX = ".xml"
 EXTRA = "openvino"
 PACKAGES = ("onnx", "openvino")
-FORM = Form()
+FORM = Form(is_flat=True, is_grouped=False)
 
 
 def write(network: nn.Module, request: ExportRequest, path: Path) -> None:

@@ -25,6 +25,7 @@ from .scan import scan_directions
 
 __all__ = ["Form", "Portable", "crop_like", "portable"]
 
+NUM_BANDS = 4  # of the wavelet transform
 _ACTIVATIONS = {Activation.NONE: nn.Identity, Activation.RELU: nn.ReLU, Activation.SILU: nn.SiLU}
 
 
@@ -35,9 +36,16 @@ class Form:
     Attributes:
         is_joined: Run the directions of a scan as one map, for which those that run backwards are flipped: half as many
             operators. Otherwise one after the other, without a flip.
+        is_flat: Where maps have one size, scan them as sequences of pixels: a runtime that lays out maps as it likes
+            then does not do so within a scan.
+        is_grouped: Transform to wavelet bands and back by convolutions of groups of channels. Otherwise, where maps
+            have one size, by depthwise ones of repeated channels, and by a product: for runtimes that are slow at
+            groups.
     """
 
     is_joined: bool = True
+    is_flat: bool = False
+    is_grouped: bool = True
 
 
 class Portable(nn.Module):
@@ -124,12 +132,22 @@ class _Translator:
         return _Block(_ffn(block.ffn0), self._mixer(block.mixer), _ffn(block.ffn1))
 
     def _mixer(self, mixer: Any) -> nn.Module:
-        global_op: nn.Module = nn.Identity()
-        if mixer.split[0]:
+        num_global, num_local, num_identity = mixer.split
+        split: list[int] = []
+        branches: list[nn.Module] = []
+        if num_global:
             wavelet = mixer.global_op
             scan = _SS2D(wavelet.global_atten, self.form, self.sides)
-            global_op = _Wavelet(scan, wavelet, self.sides)
-        return _Mixer(mixer.split, global_op, self.translate(mixer.local_op), _pointwise(mixer.proj))
+            split.append(num_global)
+            is_grouped = self.form.is_grouped or not wavelet.has_haar_filters
+            branches.append(_Wavelet(scan, wavelet, self.sides, is_grouped=is_grouped))
+        if num_local:
+            split.append(num_local + num_identity)
+            branches.append(_local(mixer.local_op, num_identity))
+        elif num_identity:
+            split.append(num_identity)
+            branches.append(nn.ReLU())
+        return _Mixer(split, branches, mixer.proj)
 
 
 def _conv(weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0, groups: int = 1) -> nn.Conv2d:
@@ -167,8 +185,25 @@ def _pointwise(layer: Any) -> nn.Module:
 
 def _depthwise(layer: Any) -> nn.Module:
     conv = _conv(layer.weight, layer.bias, stride=layer.stride, padding=layer.padding, groups=len(layer.weight))
-    activated = _activated(conv, layer.activation)
-    return activated if layer.scale is None else nn.Sequential(activated, _Affine(layer.scale, layer.shift))
+    return _activated(conv, layer.activation)
+
+
+def _local(layer: Any, num_identity: int) -> nn.Module:
+    """Return the local branch and the ReLU behind it, for some more channels too, of which it is the ReLU alone.
+
+    Runtimes cut maps into blocks of 8 or 16 channels, and the local branch by itself seldom fills these.
+    """
+    weight = layer.weight
+    identity = torch.zeros_like(weight[:1]).expand(num_identity, -1, -1, -1).clone()
+    identity[..., layer.padding, layer.padding] = 1
+    weight = torch.cat([weight, identity])
+    bias, shift = (F.pad(x, (0, num_identity)) for x in (layer.bias, layer.shift))
+    scale = F.pad(layer.scale, (0, num_identity), value=1)
+    convs = [
+        _conv(weight, bias, padding=layer.padding, groups=len(weight)),
+        _conv(scale.view(-1, 1, 1, 1), shift, groups=len(scale)),
+    ]
+    return nn.Sequential(*[each for conv in convs for each in (conv, nn.ReLU())])
 
 
 def _activated(conv: nn.Conv2d, activation: Activation) -> nn.Module:
@@ -182,21 +217,6 @@ def _ffn(ffn: Any) -> nn.Module:
 
 def _squeeze_excite(layer: Any) -> nn.Module:
     return _SqueezeExcite(_pointwise(layer.reduce), _pointwise(layer.expand))
-
-
-class _Affine(nn.Module):
-    """Scale and shift every channel."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale.detach().view(1, -1, 1, 1).clone())
-        self.register_buffer("shift", shift.detach().view(1, -1, 1, 1).clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.shift
 
 
 class _FFN(nn.Module):
@@ -238,7 +258,10 @@ class _SS2D(nn.Module):
             _conv(weight[..., None, None], bias) for weight, bias in zip(weights, biases, strict=True)
         )
         self.conv = _depthwise(scan.conv2d)
-        self.scans = nn.ModuleList(scan_directions(scan, sides, is_joined=form.is_joined))
+        self.sides = sides if form.is_flat else None
+        self.scans = nn.ModuleList(
+            scan_directions(scan, sides, is_joined=form.is_joined, is_flat=self.sides is not None)
+        )
         skip = scan.Ds.view(len(scan.dt_projs_weight), -1).sum(0)
         self.register_buffer("skip", skip)
         self.norm = nn.LayerNorm(len(skip), eps=scan.out_norm.eps)
@@ -246,13 +269,20 @@ class _SS2D(nn.Module):
         self.out_proj = _pointwise(scan.out_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = F.silu(self.in_z(x)).permute(0, 2, 3, 1)
-        x = self.conv(self.in_x(x)).permute(0, 2, 3, 1)
+        gate = self._channels_last(F.silu(self.in_z(x)))
+        x = self._channels_last(self.conv(self.in_x(x)))
         y = x * self.skip
         for scan in self.scans:
             y = y + scan(x)
         y = self.norm(y) * gate
+        if self.sides is not None:
+            y = y.reshape(-1, *self.sides, len(self.skip))
         return self.out_proj(y.permute(0, 3, 1, 2))
+
+    def _channels_last(self, x: Tensor) -> Tensor:
+        """Return a map (B, D, H, W) as (B, H, W, D), or (B, H * W, D)."""
+        x = x.permute(0, 2, 3, 1)
+        return x if self.sides is None else x.reshape(-1, math.prod(self.sides), len(self.skip))
 
 
 @torch.fx.wrap
@@ -262,40 +292,93 @@ def crop_like(x: Tensor, like: Tensor) -> Tensor:
 
 
 class _Wavelet(nn.Module):
-    """Scan plus the convolution of the four bands of the wavelet transform: (B, C, H, W) -> (B, C, H, W)."""
+    """Scan plus the convolution of the four wavelet bands, and a ReLU: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, scan: nn.Module, wavelet: Any, sides: tuple[int, int] | None) -> None:
+    def __init__(self, scan: nn.Module, wavelet: Any, sides: tuple[int, int] | None, *, is_grouped: bool) -> None:
         super().__init__()
         self.scan = scan
         self.has_odd_sides = sides is None or any(side % 2 for side in sides)
         filters, weight = wavelet.wt_filter, wavelet.bands.weight
-        channels = len(filters) // 4
-        # 3 x 3 with zeros above and to the left, so that zeros on every side take the place of those at odd sides.
-        self.to_bands = _conv(F.pad(filters, (1, 0, 1, 0)), None, stride=2, padding=1, groups=channels)
+        channels = len(filters) // NUM_BANDS
+        if is_grouped or sides is None:
+            self.to_bands: nn.Module = _to_bands(filters, channels)
+            self.to_pixels: nn.Module = _to_pixels(wavelet.iwt_filter, channels)
+        else:
+            filters, weight = _by_band(filters), _by_band(weight)
+            self.to_bands = nn.Sequential(_Repeat(), _to_bands(filters, len(filters)))
+            self.to_pixels = _PixelsOfBands(wavelet.iwt_filter, sides)
         self.bands = _conv(weight, None, padding=weight.shape[-1] // 2, groups=len(weight))
-        self.to_pixels = nn.ConvTranspose2d(4 * channels, channels, 2, 2, groups=channels, bias=False, device="meta")
-        self.to_pixels.weight = nn.Parameter(wavelet.iwt_filter.detach().clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.scan(x)
         pixels = self.to_pixels(self.bands(self.to_bands(x)))
-        return y + (crop_like(pixels, x) if self.has_odd_sides else pixels)
+        return F.relu(y + (crop_like(pixels, x) if self.has_odd_sides else pixels))
+
+
+def _to_bands(filters: Tensor, groups: int) -> nn.Conv2d:
+    # 3 x 3 with zeros above and to the left, so that zeros on every side take the place of those at odd sides.
+    return _conv(F.pad(filters, (1, 0, 1, 0)), None, stride=2, padding=1, groups=groups)
+
+
+def _to_pixels(filters: Tensor, channels: int) -> nn.Module:
+    conv = nn.ConvTranspose2d(len(filters), channels, 2, 2, groups=channels, bias=False, device="meta")
+    conv.weight = nn.Parameter(filters.detach().clone(), requires_grad=False)
+    return conv
+
+
+def _by_band(filters: Tensor) -> Tensor:
+    """Return filters (4C, 1, k, k), the four bands of each channel, as all channels of each band."""
+    return filters.unflatten(0, (-1, NUM_BANDS)).transpose(0, 1).flatten(0, 1)
+
+
+class _Repeat(nn.Module):
+    """All channels once for each band: (B, C, H, W) -> (B, 4C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x] * NUM_BANDS, dim=1)
+
+
+class _PixelsOfBands(nn.Module):
+    """Inverse wavelet transform as a product, of all channels of each band: (B, 4C, h, w) -> (B, C, 2h, 2w)."""
+
+    def __init__(self, filters: Tensor, sides: tuple[int, int]) -> None:
+        super().__init__()
+        self.sides = [math.ceil(side / 2) for side in sides]
+        self.channels = len(filters) // NUM_BANDS
+        self.mix = nn.Parameter(filters[:NUM_BANDS, 0].flatten(1).t().contiguous(), requires_grad=False)
+
+    def forward(self, bands: Tensor) -> Tensor:
+        height, width = self.sides
+        y = bands.permute(0, 2, 3, 1).reshape(-1, height * width, NUM_BANDS, self.channels)
+        y = torch.matmul(self.mix, y)  # four pixels in place of four bands
+        y = y.reshape(-1, width, 2, 2 * self.channels).permute(0, 2, 1, 3)  # two rows of pairs, from pairs of two rows
+        y = y.reshape(-1, 2 * height, 2 * width, self.channels)
+        return y.permute(0, 3, 1, 2)
 
 
 class _Mixer(nn.Module):
-    """The three branches, their projection and the residual around them."""
+    """The branches, each up to the ReLU that follows, their projection and the residual around them.
 
-    def __init__(self, split: tuple[int, int, int], global_op: nn.Module, local_op: nn.Module, proj: nn.Module) -> None:
+    Every branch is projected by itself and added, so that no map is put together of them.
+
+    Args:
+        split: The channels of each branch.
+        branches: As many layers.
+        proj: The projection of all of them.
+    """
+
+    def __init__(self, split: Sequence[int], branches: Sequence[nn.Module], proj: Any) -> None:
         super().__init__()
-        self.split = [channels for channels in split if channels]
-        branches = (global_op, local_op, nn.Identity())
-        self.branches = nn.ModuleList(branch for branch, channels in zip(branches, split, strict=True) if channels)
-        self.proj = proj
+        self.split = list(split)
+        self.branches = nn.ModuleList(branches)
+        weights = proj.weight[..., None, None].split(self.split, dim=1)
+        self.projs = nn.ModuleList(_conv(weight, None if index else proj.bias) for index, weight in enumerate(weights))
 
     def forward(self, x: Tensor) -> Tensor:
         parts = x.split(self.split, dim=1)
-        y = torch.cat([branch(parts[index]) for index, branch in enumerate(self.branches)], dim=1)
-        return self.proj(F.relu(y)) + x
+        for index, (branch, proj) in enumerate(zip(self.branches, self.projs, strict=True)):
+            x = proj(branch(parts[index])) + x
+        return x
 
 
 class _Block(nn.Module):

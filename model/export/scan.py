@@ -8,6 +8,7 @@ B batch, D channels, H height, W width, K directions, N state, R rank of the tim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -23,7 +24,8 @@ __all__ = [
     "any_recurrence",
     "doubling_recurrence",
     "exact_recurrence",
-    "row_before",
+    "flip_sequence",
+    "pad_row",
     "scan_directions",
 ]
 
@@ -45,9 +47,12 @@ def exact_recurrence(decay: Tensor, inputs: Tensor, sides: tuple[int, int], *, i
     height, width = sides
     columns, decays = _steps(decay, inputs, _WIDTH, width, is_reverse=is_reverse)
     states = torch.cat(columns, _WIDTH)
+    if height == 1:
+        return states
     last = 0 if is_reverse else -1
     rows, _ = _steps(decays[last], columns[last], _HEIGHT, height, is_reverse=is_reverse)
-    before = row_before(torch.cat(rows, _HEIGHT), is_reverse=is_reverse)
+    ends = rows[1:] if is_reverse else rows[:-1]  # no row comes after the last
+    before = pad_row(torch.cat(ends, _HEIGHT), is_reverse=is_reverse)
     return states + torch.cat(decays, _WIDTH) * before
 
 
@@ -82,7 +87,8 @@ def doubling_recurrence(decay: Tensor, inputs: Tensor, levels: tuple[int, int], 
     states, decays = _double(decay, inputs, _WIDTH, column_levels, is_reverse=is_reverse)
     end = slice(None, 1) if is_reverse else slice(-1, None)
     rows, _ = _double(decays[:, :, end], states[:, :, end], _HEIGHT, row_levels, is_reverse=is_reverse)
-    return states + decays * row_before(rows, is_reverse=is_reverse)
+    ends = rows[:, 1:] if is_reverse else rows[:, :-1]
+    return states + decays * pad_row(ends, is_reverse=is_reverse)
 
 
 def _double(decay: Tensor, inputs: Tensor, dim: int, levels: int, *, is_reverse: bool) -> tuple[Tensor, Tensor]:
@@ -101,11 +107,9 @@ def _shift(x: Tensor, steps: int, dim: int, *, is_reverse: bool, value: float) -
 
 
 @torch.fx.wrap
-def row_before(x: Tensor, *, is_reverse: bool = False) -> Tensor:
-    """Move a map (B, H, W, D) down by a row, or up, with zeros where nothing came."""
-    if is_reverse:
-        return F.pad(x, (0, 0, 0, 0, 0, 1))[:, 1:]
-    return F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]
+def pad_row(x: Tensor, *, is_reverse: bool = False) -> Tensor:
+    """Put a row of zeros above a map (B, H, W, D), or below."""
+    return F.pad(x, (0, 0, 0, 0, 0, 1) if is_reverse else (0, 0, 0, 0, 1, 0))
 
 
 class DirectionalScan(nn.Module):
@@ -119,15 +123,24 @@ class DirectionalScan(nn.Module):
         directions: Their places in its parameters, and whether each runs backwards.
         is_columns: Whether pixels are visited column by column.
         sides: Height and width of the maps; None where these may be any.
+        is_flat: Take and give pixels as a sequence, (B, H * W, D), row by row; for maps of known sides.
     """
 
     def __init__(
-        self, scan: Any, directions: dict[int, bool], *, is_columns: bool, sides: tuple[int, int] | None
+        self,
+        scan: Any,
+        directions: dict[int, bool],
+        *,
+        is_columns: bool,
+        sides: tuple[int, int] | None,
+        is_flat: bool,
     ) -> None:
         super().__init__()
         places = list(directions)
         self.reverse = tuple(directions.values())
         self.is_columns = is_columns
+        self.is_flat = is_flat
+        self.map_sides = sides
         self.sides = (sides[1], sides[0]) if sides and is_columns else sides
         self.levels: tuple[int, int] | None = None
         num_all, channels, rank = scan.dt_projs_weight.shape
@@ -135,7 +148,9 @@ class DirectionalScan(nn.Module):
         # Of each direction in turn: the time step's R numbers, then B and C of each component of the state.
         self.widths = (rank, *[1] * (2 * self.num_states))
         self.project = _product(scan.x_proj_weight[places].flatten(0, 1), None)
-        self.time_steps = nn.ModuleList(_product(scan.dt_projs_weight[k], scan.dt_projs_bias[k]) for k in places)
+        # Each direction's channels read its own R numbers of these, and none of the others.
+        weights = [F.pad(weight, (0, 2 * self.num_states)) for weight in scan.dt_projs_weight[places]]
+        self.time_step = _product(torch.block_diag(*weights), scan.dt_projs_bias[places].flatten())
         rates = -scan.A_logs.double().exp().to(scan.A_logs.dtype)
         rates = rates.view(num_all, channels, self.num_states)[places].flatten(0, 1)  # (K * D, N)
         self.rates = nn.ParameterList(_frozen(rate) for rate in rates.t())
@@ -146,26 +161,29 @@ class DirectionalScan(nn.Module):
         self.levels = (column_levels, row_levels) if self.is_columns else (row_levels, column_levels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_columns:
-            x = x.transpose(_HEIGHT, _WIDTH)
-        y = self._scan(x)
-        return y.transpose(_HEIGHT, _WIDTH) if self.is_columns else y
+        if not self.is_columns:
+            return self._scan(x)
+        x = self._flat(self._maps(x, self.map_sides).transpose(_HEIGHT, _WIDTH))
+        y = self._maps(self._scan(x), self.sides)
+        return self._flat(y.transpose(_HEIGHT, _WIDTH))
 
     def _scan(self, x: Tensor) -> Tensor:
-        num = len(self.reverse)
+        num, width = len(self.reverse), len(self.widths)
         flips = [num > 1 and is_reverse for is_reverse in self.reverse]
-        sequences = [_flipped(x, is_flipped) for is_flipped in flips]
-        projection = self.project(x).split([sum(self.widths)] * num, dim=-1)
-        # A flipped sequence has the flipped projection, which is the smaller one to flip.
-        parts = [_flipped(projection[k], is_flipped).split(self.widths, dim=-1) for k, is_flipped in enumerate(flips)]
-        delta = F.softplus(_joined([time_step(parts[k][0]) for k, time_step in enumerate(self.time_steps)]))
+        sequences = [self._flipped(x, is_flipped) for is_flipped in flips]
+        projection = self.project(x)
+        if num > 1:  # a flipped sequence has the flipped projection, which is the smaller one to flip
+            own = projection.split([sum(self.widths)] * num, dim=-1)
+            projection = _joined([self._flipped(own[k], is_flipped) for k, is_flipped in enumerate(flips)])
+        delta = F.softplus(self.time_step(projection))
+        parts = projection.split(self.widths * num, dim=-1)
         y = None
         for n, rate in enumerate(self.rates):
             decay = torch.exp(delta * rate)
-            inputs = delta * _joined([sequence * parts[k][1 + n] for k, sequence in enumerate(sequences)])
+            inputs = delta * _joined([sequence * parts[k * width + 1 + n] for k, sequence in enumerate(sequences)])
             states = self._recurrence(decay, inputs).split([self.channels] * num, dim=-1)
             for k, is_flipped in enumerate(flips):
-                output = _flipped(states[k] * parts[k][1 + self.num_states + n], is_flipped)
+                output = self._flipped(states[k] * parts[k * width + 1 + self.num_states + n], is_flipped)
                 y = output if y is None else y + output
         assert y is not None
         return y
@@ -176,32 +194,57 @@ class DirectionalScan(nn.Module):
             return doubling_recurrence(decay, inputs, self.levels, is_reverse=is_reverse)
         if self.sides is None:
             return any_recurrence(decay, inputs, is_reverse=is_reverse)
-        return exact_recurrence(decay, inputs, self.sides, is_reverse=is_reverse)
+        num = len(self.reverse)
+        decay, inputs = (self._maps(x, self.sides, num) for x in (decay, inputs))
+        return self._flat(exact_recurrence(decay, inputs, self.sides, is_reverse=is_reverse), num)
+
+    def _maps(self, x: Tensor, sides: tuple[int, int] | None, num: int = 1) -> Tensor:
+        """Return sequences (B, L, num * D) as maps, where they are sequences."""
+        return x.reshape(-1, *sides, num * self.channels) if self.is_flat and sides else x
+
+    def _flat(self, x: Tensor, num: int = 1) -> Tensor:
+        """Undo `_maps`."""
+        return x.reshape(-1, math.prod(self.sides), num * self.channels) if self.is_flat and self.sides else x
+
+    def _flipped(self, x: Tensor, is_flipped: bool) -> Tensor:
+        if not is_flipped:
+            return x
+        if not self.is_flat or self.sides is None:
+            return x.flip(_HEIGHT, _WIDTH)
+        return flip_sequence(x, self.sides[0] * self.sides[1])
 
 
-def scan_directions(scan: Any, sides: tuple[int, int] | None, *, is_joined: bool) -> list[DirectionalScan]:
+@torch.fx.wrap
+def flip_sequence(x: Tensor, length: int) -> Tensor:
+    """Flip sequences (B, L, D) of a known length."""
+    assert x.shape[1] == length
+    return x.flip(1)
+
+
+def scan_directions(
+    scan: Any, sides: tuple[int, int] | None, *, is_joined: bool, is_flat: bool = False
+) -> list[DirectionalScan]:
     """Return what computes the directions of a folded scan: one layer for each order of pixels, or each direction.
 
     Args:
         scan: The layer.
         sides: See `DirectionalScan`.
         is_joined: Whether directions share a layer.
+        is_flat: See `DirectionalScan`.
     """
     layers = []
     for is_columns, directions in SCANS[scan.scan]:
         groups: Sequence[dict[int, bool]] = [directions]
         if not is_joined:
             groups = [{place: is_reverse} for place, is_reverse in directions.items()]
-        layers += [DirectionalScan(scan, group, is_columns=is_columns, sides=sides) for group in groups]
+        layers += [
+            DirectionalScan(scan, group, is_columns=is_columns, sides=sides, is_flat=is_flat) for group in groups
+        ]
     return layers
 
 
 def _joined(maps: list[Tensor]) -> Tensor:
     return torch.cat(maps, dim=-1) if len(maps) > 1 else maps[0]
-
-
-def _flipped(x: Tensor, is_flipped: bool) -> Tensor:
-    return x.flip(_HEIGHT, _WIDTH) if is_flipped else x
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -122,3 +122,18 @@ def test_classes_are_folders(pictures):
     assert labels_of(files, pictures, ["other"]) is None
     (inside,) = {file.parent for file in files[:6]}
     assert labels_of(files[:6], inside) is None
+
+
+@pytest.mark.slow
+def test_openvino_keeps_squeeze_excitation_in_8_bits_and_the_scan_in_float(small, tmp_path, pictures):
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    path = tmp_path / "network.xml"
+    export(small(), path, format="openvino", size=SIZE, int8=True, calibration=pictures)
+    weights = {}
+    for node in openvino.Core().read_model(path).get_ops():
+        if node.get_type_name() == "Constant" and node.get_friendly_name().startswith("network."):
+            weights[node.get_friendly_name()] = node.get_element_type()
+    gates = [kind for name, kind in weights.items() if ".reduce." in name or ".expand." in name]
+    assert [kind for kind in gates if kind == openvino.Type.i8]
+    assert not [name for name, kind in weights.items() if ".scans." in name and kind == openvino.Type.i8]

@@ -46,15 +46,19 @@ def test_recurrence_agrees_with_a_loop(height, width, is_reverse):
     ],
     ids=["released", "two-heads-grey", "cross", "single-max", "no-head", "empty-branches"],
 )
-@pytest.mark.parametrize("is_joined", [True, False], ids=["joined", "apart"])
-def test_portable_network_is_the_same_function(small, relative_error, kwargs, is_joined):
+@pytest.mark.parametrize(
+    "form",
+    [Form(), Form(is_joined=False), Form(is_flat=True, is_grouped=False)],
+    ids=["joined", "apart", "flat"],
+)
+def test_portable_network_is_the_same_function(small, relative_error, kwargs, form):
     network = small(**kwargs).double()
     images = torch.randn(2, network.in_chans, 97, 130, dtype=torch.float64)
     names = set(network.state_dict())
     with torch.no_grad():
         expected = network(images)
-        exact = portable(network, Form(is_joined=is_joined), (97, 130))(images)
-        any_size = portable(network, Form(is_joined=is_joined), None)(images)
+        exact = portable(network, form, (97, 130))(images)
+        any_size = portable(network, form, None)(images)
     assert relative_error(exact, expected) < 1e-12
     assert relative_error(any_size, expected) < 1e-12
     assert set(network.state_dict()) == names  # the network itself is not folded
