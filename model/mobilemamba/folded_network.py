@@ -105,7 +105,7 @@ def _collect(network: nn.Module) -> Arguments | None:
     ((reverse, norm_eps),) = common
     kinds = [_KINDS[type(layer)] for layer in layers]
     split = [count for counts, _, _ in settings for count in counts]
-    return Arguments(weights, [len(stem.panels), *stem.shape], kinds, split, list(reverse), norm_eps)
+    return Arguments(weights, [len(stem.panels), *map(int, stem.shape)], kinds, split, list(reverse), norm_eps)
 
 
 def _inside(module: nn.Module) -> Iterable[Any]:

@@ -1,5 +1,5 @@
-// A folded network as one operator: stem, layers, means over the pixels, classifier. Between its layers nothing is asked
-// of PyTorch or Python, and the threads find the next one before they sleep.
+// A folded network as one operator: stem, layers, means over the pixels, classifier. Between two layers nothing is
+// asked of Python, and the threads find the next one before they sleep.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -22,7 +22,7 @@ enum Kind { kFeedForward, kBlock, kPatchMerging };
 
 constexpr int64_t kSplit = 3;  // numbers that say how a block splits its channels
 
-// The convolutions of the stem; their number, side, stride and padding.
+// The convolutions of the stem.
 struct Stem {
   at::TensorList weights, biases;
   int64_t side, stride, padding;
@@ -38,14 +38,10 @@ struct Layer {
 
 int64_t parameters_of(int64_t kind) {
   switch (kind) {
-    case kFeedForward:
-      return kFfnParameters;
-    case kBlock:
-      return kBlockParameters;
-    case kPatchMerging:
-      return kPatchMergingParameters;
-    default:
-      TORCH_CHECK(false, "layers are 0 (feed-forward), 1 (block) and 2 (downsampling), got ", kind);
+    case kFeedForward: return kFfnParameters;
+    case kBlock: return kBlockParameters;
+    case kPatchMerging: return kPatchMergingParameters;
+    default: TORCH_CHECK(false, "layers are 0 (feed-forward), 1 (block) and 2 (downsampling), got ", kind);
   }
 }
 
@@ -97,15 +93,15 @@ Tensor network(
   const Tensor scratch = floats(images * (2 * plan.largest + channels));
   float *from_data = scratch.mutable_data_ptr<float>(), *to_data = from_data + images * plan.largest;
   float* mean = to_data + images * plan.largest;
-  const auto at = [](Map map, float* data) {
+  const auto placed = [](Map map, float* data) {
     map.data = data;
     return map;
   };
-  Map map = at(plan.stem_out, from_data);
+  Map map = placed(plan.stem_out, from_data);
   const Stem& stem = plan.stem;
   convs_into(x, stem.weights, stem.biases, stem.side, stem.stride, stem.padding, map);
   for (const Layer& layer : plan.layers) {
-    const Map to = at(layer.out, to_data);
+    const Map to = placed(layer.out, to_data);
     if (layer.kind == kFeedForward)
       ffn_into(map, images, layer.parameters, {}, to);
     else if (layer.kind == kBlock)
