@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends
 
-__all__ = ["serve", "serve_training"]
+__all__ = ["serve", "serve_network", "serve_training"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,19 +40,32 @@ def serve(x: Tensor) -> Any | None:
     return torch.ops.mobilemamba_kernels if x.dtype == torch.float32 else _Widened()
 
 
+def serve_network(x: Tensor) -> Any | None:
+    """Return the namespace of the operators if one may run a whole folded network on images ``x``, else None.
+
+    Not where something looks into the layers (as for `serve_training`), nor under autocast.
+    """
+    if not _is_unobserved(x) or (torch.is_grad_enabled() and x.requires_grad) or torch.is_autocast_enabled("cpu"):
+        return None
+    return torch.ops.mobilemamba_kernels if _is_chosen() else None
+
+
 def serve_training(x: Tensor) -> bool:
     """Return whether the operators may train layers on ``x``.
 
     Not where something looks into the layers: torch.compile, torch.fx, torch.jit, torch.func, subclasses of tensors,
     modes that see every operator.
     """
-    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4 or not x.numel():
-        return False
+    return _is_unobserved(x) and _is_chosen() and _is_for_float32(x)
+
+
+def _is_unobserved(x: Tensor) -> bool:
+    """Return whether ``x`` is a map (B, C, H, W) in float32 on the CPU, and nothing looks into the layers it passes."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._are_functorch_transforms_active():
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4 or not x.numel():
         return False
-    return _is_chosen() and _is_for_float32(x)
+    return not torch._C._are_functorch_transforms_active()
 
 
 @torch.compiler.assume_constant_result

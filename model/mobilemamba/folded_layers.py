@@ -58,7 +58,7 @@ def _frozen(tensor: Tensor | None) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """A layer that keeps copies of its weights as they are read: in the kernels' layout, in autocast's type.
 
     The copies follow the weights wherever these go, and are neither in the state dict nor exported.
@@ -87,7 +87,7 @@ class _Packed(nn.Module):
             self.register_buffer(copy_name, weight.to(dtype), persistent=False)
         return getattr(self, copy_name)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         super()._apply(fn, recurse)
         _pack_again(self)
         return self
@@ -101,7 +101,7 @@ _CAST = "_in_"
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def _pack_again(layer: _Packed, _incompatible_keys: object = None) -> None:
+def _pack_again(layer: Packed, _incompatible_keys: object = None) -> None:
     for name in [name for name in layer._buffers if _CAST in name]:
         delattr(layer, name)
     layer.pack()
@@ -139,7 +139,7 @@ def _is_plain(x: Tensor) -> bool:
     return (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_exporting()
 
 
-class FoldedPointwise(_Packed):
+class FoldedPointwise(Packed):
     """1 x 1 convolution as a product of matrices: (B, C, H, W) -> (B, C', H, W), plus a residual if one is given.
 
     Args:
@@ -178,7 +178,7 @@ class FoldedPointwise(_Packed):
         return first, _product(x, second_weight, second_bias, self.activation)
 
 
-class FoldedDepthwise(_Packed):
+class FoldedDepthwise(Packed):
     """Depthwise convolution: (B, C, H, W) -> (B, C, H', W'), then optionally scaled and shifted.
 
     Args:
@@ -259,7 +259,7 @@ class FoldedFFN(nn.Module):
         return y if residual is None else y + residual
 
 
-class FoldedConvs(_Packed):
+class FoldedConvs(Packed):
     """Convolutions over all channels, one after the other, a ReLU between them: (B, C, H, W) -> (B, C', H', W').
 
     Args:
@@ -280,6 +280,7 @@ class FoldedConvs(_Packed):
     def pack(self) -> None:
         # As matrices (height * width * C, C').
         self.panels = [layouts.columns(weight.permute(2, 3, 1, 0).flatten(0, 2)) for weight in self.weights]
+        self.kernel_weights = (*self.panels, *self.biases)
         weights, biases = self.padded() if is_on_gpu(self.weights[0]) else (self.weights, self.biases)
         for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             self.register_buffer(f"weight{index}", weight.detach(), persistent=False)
@@ -344,7 +345,7 @@ class FoldedSqueezeExcite(nn.Module):
         return x * gate.sigmoid()
 
 
-class FoldedSS2D(_Packed, SS2D):
+class FoldedSS2D(Packed, SS2D):
     """SS2D with its batch norms folded: (B, C, H, W) -> (B, C, H, W).
 
     The parameters of the scan and of its normalisation stay float32 through ``bfloat16()`` and ``half()``, as the scan
@@ -360,7 +361,7 @@ class FoldedSS2D(_Packed, SS2D):
     out_proj: Any
 
     def __init__(self, scan: Any, out_proj: FoldedPointwise) -> None:
-        _Packed.__init__(self)
+        Packed.__init__(self)
         self.scan = scan.scan
         self.in_proj = FoldedPointwise(scan.in_proj)
         self.conv2d = FoldedDepthwise(scan.conv2d, Activation.SILU)
@@ -414,7 +415,7 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _NAMES else tensor
 
 
-class FoldedWTEMamba(_Packed):
+class FoldedWTEMamba(Packed):
     """Scan plus the wavelet branch, with their scales folded: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, scan: FoldedSS2D, wt_filter: Tensor, iwt_filter: Tensor, bands: nn.Conv2d) -> None:
@@ -430,6 +431,7 @@ class FoldedWTEMamba(_Packed):
     def pack(self) -> None:
         weight = self.bands.weight
         self.taps = layouts.bands(weight)
+        self.kernel_weights = (self.taps,)
         # Either transform as sums gives twice what the filters give.
         is_doubled = is_on_gpu(weight) and self.has_haar_filters
         self.register_buffer("bands_weight", (0.25 * weight if is_doubled else weight).detach(), persistent=False)
@@ -504,7 +506,7 @@ class FoldedMixer(nn.Module):
             *scan.conv2d.kernel_weights,
             *scan.kernel_weights,
             *scan.out_proj.kernel_weights,
-            wavelet.taps,
+            *wavelet.kernel_weights,
             *((*local.kernel_weights, local.scale, local.shift) if self.split[1] else (none, none, none, none)),
             *self.proj.kernel_weights,
         ]
@@ -523,15 +525,21 @@ class FoldedBlock(nn.Module):
         self.ffn1 = ffn1
 
     def forward(self, x: Tensor) -> Tensor:
-        if (kernels := _serve_whole(self, x, _BLOCK)) is not None:
-            parts: Any = self._modules
-            ffn0, mixer, ffn1 = parts.values()
-            if mixer.is_one_operator():
-                weights = [*ffn0.kernel_weights(), *mixer.kernel_weights(), *ffn1.kernel_weights()]
-                return kernels.block(x, weights, *mixer.kernel_settings())
+        if (kernels := _serve_whole(self, x)) is not None and self.is_one_operator():
+            return kernels.block(x, self.kernel_weights(), *self.mixer.kernel_settings())
         y = self.ffn0(x)
         y = self.mixer(y)
         return self.ffn1(y, x)
+
+    def is_one_operator(self) -> bool:
+        """Return whether the parts are those that the operator computes."""
+        parts: Any = self._modules
+        return _kinds_of(self) == [FoldedFFN, FoldedMixer, FoldedFFN] and parts["mixer"].is_one_operator()
+
+    def kernel_weights(self) -> list[Tensor | None]:
+        """Return the weights in the order of the kernels."""
+        parts: Any = self._modules
+        return [weight for part in parts.values() for weight in part.kernel_weights()]
 
 
 class FoldedPatchMerging(nn.Sequential):
@@ -541,30 +549,40 @@ class FoldedPatchMerging(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if (kernels := _serve_whole(self, x, _PATCH_MERGING)) is not None:
-            parts: Any = self._modules
-            widen, depthwise, excite, narrow = parts.values()
-            weights = [*widen.kernel_weights, *depthwise.kernel_weights, *excite.kernel_weights()]
-            return kernels.patch_merging(x, [*weights, *narrow.kernel_weights])
+        if (kernels := _serve_whole(self, x)) is not None and self.is_one_operator():
+            return kernels.patch_merging(x, self.kernel_weights())
         return super().forward(x)
 
+    def is_one_operator(self) -> bool:
+        """Return whether the parts are those that the operator computes."""
+        return _kinds_of(self) == [FoldedPointwise, FoldedDepthwise, FoldedSqueezeExcite, FoldedPointwise]
 
-_BLOCK = [FoldedFFN, FoldedMixer, FoldedFFN]
-_PATCH_MERGING = [FoldedPointwise, FoldedDepthwise, FoldedSqueezeExcite, FoldedPointwise]
+    def kernel_weights(self) -> list[Tensor | None]:
+        """Return the weights in the order of the kernels."""
+        parts: Any = self._modules
+        widen, depthwise, excite, narrow = parts.values()
+        return [
+            *widen.kernel_weights,
+            *depthwise.kernel_weights,
+            *excite.kernel_weights(),
+            *narrow.kernel_weights,
+        ]
 
 
-def _serve_whole(module: nn.Module, x: Tensor, kinds: list[type[nn.Module]]) -> Any | None:
-    """Return the kernels if they are to run a module's parts as one operator: nobody changed or watches the parts."""
+def _kinds_of(module: nn.Module) -> list[type[nn.Module | None]]:
+    return [type(part) for part in module._modules.values()]
+
+
+def _serve_whole(module: nn.Module, x: Tensor) -> Any | None:
+    """Return the kernels if they are to run a module's parts as one operator: nobody watches the parts."""
     kernels = cpu_layers.serve(x)
-    if kernels is None:
-        return None
     parts: Any = module._modules.values()
-    if [type(part) for part in parts] != kinds or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+    if kernels is None or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
         return None
     return None if not torch.compiler.is_compiling() and torch_modules._has_any_global_hook() else kernels
 
 
-class FoldedLinear(_Packed, nn.Linear):
+class FoldedLinear(Packed, nn.Linear):
     """The classifier with its batch norm folded: (B, C) -> (B, num_classes).
 
     Args:
@@ -573,17 +591,17 @@ class FoldedLinear(_Packed, nn.Linear):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        _Packed.__init__(self)
+        Packed.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = _frozen(weight)
         self.bias = _frozen(bias)
         self.pack()
 
     def pack(self) -> None:
-        self.panels = layouts.columns(self.weight.t())
+        self.kernel_weights = (layouts.columns(self.weight.t()), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if (kernels := cpu_layers.serve(x)) is not None:
-            y = kernels.pointwise(x[..., None, None], self.panels, self.bias, None, int(Activation.NONE)).flatten(1)
+            y = kernels.pointwise(x[..., None, None], *self.kernel_weights, None, int(Activation.NONE)).flatten(1)
             return y.to(type_under_autocast(x) or y.dtype)
         return F.linear(x, self.read("weight", x), self.read("bias", x))

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import BatchNorm2d, BatchNormLinear, count_batch, is_on_gpu
+from ..lib_mamba import cpu_layers
 from ..recompute import recompute
 from .blocks import Block, Stem, downsample, patch_embed
 from .folded_layers import average, is_folded, type_under_autocast
+from .folded_network import Plan
 from .fuse import fuse
 from .wavelet import WTEMamba
 
@@ -87,6 +89,7 @@ class MobileMamba(nn.Module):
     default_cfg: dict[str, Any]
     pretrained_cfg: dict[str, Any]
     model_args: dict[str, Any]
+    _plan: Plan | None = None
 
     def __init__(
         self,
@@ -154,6 +157,7 @@ class MobileMamba(nn.Module):
 
     def _apply(self, *arguments: Any, **options: Any) -> MobileMamba:
         super()._apply(*arguments, **options)
+        self._plan = None  # it would keep the weights as they were in memory
         self._find_norms()
         return self
 
@@ -352,7 +356,28 @@ class MobileMamba(nn.Module):
         return (logits, logits_dist) if self.training else (logits + logits_dist) / 2
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if is_folded(self) and (answer := self._run_as_one(x)) is not None:
+            return answer
         return self.forward_head(self.forward_features(x))
+
+    def _run_as_one(self, x: Tensor) -> Tensor | None:
+        """Return a folded network's answer by one operator, where there is one and nobody wants to see the layers."""
+        kernels = cpu_layers.serve_network(x)
+        if kernels is None or self.training or self.global_pool != "avg" or self._is_overridden():
+            return None
+        plan = self._plan
+        if plan is None or not plan.is_current():
+            self._plan = plan = Plan(self)
+        if plan.arguments is None or plan.is_watched():
+            return None
+        check_images(x, self.in_chans, plan.arguments.weights[0])
+        return kernels.network(x, *plan.arguments)
+
+    def _is_overridden(self) -> bool:
+        """Return whether a subclass, or this network alone, has other methods for the parts of `forward`."""
+        methods = (self.forward_features, self.forward_head)
+        own = (MobileMamba.forward_features, MobileMamba.forward_head)
+        return tuple(getattr(method, "__func__", None) for method in methods) != own
 
     def fuse(self) -> MobileMamba:
         """Fold for inference, in place: batch norms, scales and residual depthwise convolutions into their neighbours.

@@ -39,6 +39,10 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
   // Groups of these (layers/blocks.cpp).
   m.def("block(Tensor x, Tensor[] parameters, int[] split, int[] reverse, float norm_eps) -> Tensor");
   m.def("patch_merging(Tensor x, Tensor[] parameters) -> Tensor");
+  // All of them (layers/network.cpp).
+  m.def(
+      "network(Tensor x, Tensor[] parameters, int[] stem, int[] layers, int[] split, int[] reverse, float norm_eps) "
+      "-> Tensor");
   // Weights in the layouts that the layers read (layers/weights.h).
   m.def("pack_columns(Tensor weight) -> Tensor");
   m.def("pack_depthwise(Tensor weight) -> Tensor");

@@ -159,17 +159,12 @@ void ffn_into(const Map& x, int64_t images, at::TensorList p, const Matrix& resi
   f.add_residual(0, rows);
 }
 
-namespace {
-
-// Over the pixels of each image, to rows of C.
 void means_into(const Map& x, int64_t images, float* mean) {
   const Kernels& kernel = kernels();
   share(images, kForwards, [&](int64_t image) {
     kernel.means({x.data + image * x.image, x.pixel}, x.height * x.width, x.channels, mean + image * x.channels);
   });
 }
-
-}  // namespace
 
 void squeeze_excite_into(const Map& x, int64_t images, at::TensorList p, const Map& out) {
   TORCH_CHECK(
@@ -284,11 +279,24 @@ void read_row(const Tensor& x, int64_t image, int64_t row, const Map& to) {
   }
 }
 
-// Convolutions one after the other, a ReLU between them, image by image: the maps between them stay in the cache.
-Tensor convs(
-    const Tensor& x, at::TensorList weights, at::TensorList biases, int64_t side, int64_t stride, int64_t padding) {
-  TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "there must be as many biases as weights");
+}  // namespace
+
+Map convs_shape(const Tensor& x, at::TensorList biases, int64_t side, int64_t stride, int64_t padding) {
   TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "a map must be (B, C, H, W) in float32, got ", x.sizes());
+  TORCH_CHECK(!biases.empty(), "there must be a convolution");
+  int64_t height = x.size(2), width = x.size(3);
+  for (size_t i = 0; i < biases.size(); ++i) {
+    height = convolved(height, side, stride, padding);
+    width = convolved(width, side, stride, padding);
+  }
+  return map_without_gaps(height, width, biases.back().numel(), nullptr);
+}
+
+// Image by image: the maps between the convolutions stay in the cache.
+void convs_into(
+    const Tensor& x, at::TensorList weights, at::TensorList biases, int64_t side, int64_t stride, int64_t padding,
+    const Map& out) {
+  TORCH_CHECK(weights.size() == biases.size(), "there must be as many biases as weights");
   const int64_t images = x.size(0);
   // The map before each convolution, and the last one's.
   std::vector<Map> maps{map_with_zeros(x.size(2), x.size(3), x.size(1), padding, nullptr)};
@@ -304,13 +312,11 @@ Tensor convs(
     const int64_t height = convolved(from.height, side, stride, padding);
     maps.push_back(map_with_zeros(height, convolved(from.width, side, stride, padding), columns, padding, nullptr));
   }
-  const Map& last = maps.back();
-  const Tensor out = new_map(images, last.channels, last.height, last.width);
   const auto run = [&](int64_t image, float* scratch, const auto& for_rows) {
     const auto at = [&](size_t i) {
       Map map = maps[i];
       map.data = scratch + i % 2 * largest + padding * map.channels;
-      return i < layers.size() ? map : from_image(rows_of(out), image);
+      return i < layers.size() ? map : from_image(out, image);
     };
     const Map pixels = at(0);
     for_rows(pixels.height, [&](int64_t row) {
@@ -334,7 +340,7 @@ Tensor convs(
           body(row);
       });
     });
-    return out;
+    return;
   }
   const Tensor scratch = floats(2 * largest);
   for (int64_t image = 0; image < images; ++image)
@@ -344,6 +350,15 @@ Tensor convs(
           body(row);
       });
     });
+}
+
+namespace {
+
+Tensor convs(
+    const Tensor& x, at::TensorList weights, at::TensorList biases, int64_t side, int64_t stride, int64_t padding) {
+  const Map shape = convs_shape(x, biases, side, stride, padding);
+  const Tensor out = new_map(x.size(0), shape.channels, shape.height, shape.width);
+  convs_into(x, weights, biases, side, stride, padding, rows_of(out));
   return out;
 }
 

@@ -102,10 +102,33 @@ void ffn_into(const Map& x, int64_t images, at::TensorList parameters, const Mat
 constexpr int64_t kSqueezeExciteParameters = 4;
 void squeeze_excite_into(const Map& x, int64_t images, at::TensorList parameters, const Map& out);
 
+// Means over the pixels of each image, to rows of as many floats as there are channels.
+void means_into(const Map& x, int64_t images, float* mean);
+
+// Square convolutions over all channels one after the other, a ReLU between them, of images in any layout. The shape of
+// the result, and the result.
+Map convs_shape(const at::Tensor& x, at::TensorList biases, int64_t side, int64_t stride, int64_t padding);
+void convs_into(
+    const at::Tensor& x, at::TensorList weights, at::TensorList biases, int64_t side, int64_t stride, int64_t padding,
+    const Map& out);
+
 // The residual mixer; its parameters stand in mixer.cpp.
 constexpr int64_t kMixerParameters = 21;
 void mixer_into(
     const Map& x, int64_t images, at::TensorList parameters, at::IntArrayRef split, at::IntArrayRef reverse,
     double norm_eps, const Map& out);
+
+// A feed-forward, the mixer, and another feed-forward, with the residual around them all. Parameters: of each in turn.
+constexpr int64_t kBlockParameters = 2 * kFfnParameters + kMixerParameters;
+void block_into(
+    const Map& x, int64_t images, at::TensorList parameters, at::IntArrayRef split, at::IntArrayRef reverse,
+    double norm_eps, const Map& out);
+
+// Inverted bottleneck of stride 2 with squeeze-excite; the shape of its result, which checks the number of parameters.
+// Parameters: weight and bias of the product that widens, taps and bias of the depthwise convolution, those of
+// squeeze-excite, weight and bias of the product that narrows.
+constexpr int64_t kPatchMergingParameters = 6 + kSqueezeExciteParameters;
+Map patch_merging_shape(const Map& x, at::TensorList parameters);
+void patch_merging_into(const Map& x, int64_t images, at::TensorList parameters, const Map& out);
 
 }  // namespace mobilemamba
