@@ -87,7 +87,7 @@ INLINE Vec through_activation(const Normalization& n, Vec grad, Vec distance, Ve
     return grad;
   const Vec value = distance * scale + shift;
   if (n.activation == kRelu)
-    return (Vec)(value > 0.f & (IntVec)grad);
+    return (Vec)((value > 0.f) & (IntVec)grad);
   const Vec share = sigmoid(value);
   return grad * share * (1.f + value * (1.f - share));
 }

@@ -71,19 +71,21 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
   return out;
 }
 
-void multiply(const Tensor& map, const Tensor& packed, const Tensor& residual, const Tensor& out) {
-  const Tensor bias = at::zeros({out.size(1)}, at::TensorOptions(at::kFloat));
-  pointwise_into(
-      rows_of(map), map.size(0), packed, bias, residual.defined() ? matrix_of(residual) : Matrix{}, kNone, rows_of(out));
+void multiply(
+    const Tensor& map, const Tensor& packed, const Tensor& bias, const Tensor& residual, Activation activation,
+    const Tensor& out) {
+  const Tensor added = bias.defined() ? bias : at::zeros({out.size(1)}, at::TensorOptions(at::kFloat));
+  const Matrix below = residual.defined() ? matrix_of(residual) : Matrix{};
+  pointwise_into(rows_of(map), map.size(0), packed, added, below, activation, rows_of(out));
 }
 
 }  // namespace
 
-Tensor product(const Tensor& x, const Tensor& weight) {
+Tensor product(const Tensor& x, const Tensor& weight, const Tensor& bias, Activation activation) {
   const Tensor map = as_rows(x);
   const WeightMatrix matrix(weight, map.size(1));
   const Tensor out = new_map(map.size(0), matrix.rows, map.size(2), map.size(3));
-  multiply(map, matrix.packed_transpose(), {}, out);
+  multiply(map, matrix.packed_transpose(), bias, {}, activation, out);
   return out;
 }
 
@@ -96,7 +98,7 @@ Gradients product_backward(const Tensor& grad, const Tensor& x, const Tensor& we
   TORCH_CHECK(
       gradient.size(1) == matrix.rows && num_rows(gradient) == num_rows(map),
       "grad does not fit to x: ", gradient.sizes());
-  multiply(gradient, matrix.packed(), below, dx);
+  multiply(gradient, matrix.packed(), {}, below, kNone, dx);
   return {dx, weight_gradient(gradient, map).view(weight.sizes())};
 }
 
