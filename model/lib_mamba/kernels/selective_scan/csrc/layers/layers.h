@@ -47,7 +47,8 @@ struct Norm {
   Normalization normalization(float* scale, Activation activation) const;
 };
 
-// act(x * factor) + residual, with a factor for each channel (C), or 1 where it is not defined; to `out`, which may be x.
+// act(x * factor) + residual, with a factor for each channel (C), or 1 where it is not defined; to `out`, which may be
+// x.
 void scale_into(
     const at::Tensor& x, const at::Tensor& factor, Activation activation, const at::Tensor& residual,
     const at::Tensor& out);
@@ -66,7 +67,8 @@ at::Tensor image_means(const at::Tensor& x);
 at::Tensor image_products(const at::Tensor& x, const at::Tensor& y);
 at::Tensor scale_images(const at::Tensor& x, const at::Tensor& factor, const at::Tensor& shift);
 
-// Products with a weight (C', C, 1, 1), plus a bias where there is one. Gradients of x are added to `base`, where there is one.
+// Products with a weight (C', C, 1, 1), plus a bias where there is one. Gradients of x are added to `base`, where there
+// is one.
 at::Tensor product(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {}, Activation activation = kNone);
 Gradients product_backward(

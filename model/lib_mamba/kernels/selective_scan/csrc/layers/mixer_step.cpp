@@ -255,6 +255,6 @@ Tensors mixer_backward(
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
-  m.impl("mixer_step", mobilemamba::OnOwnThreads<mobilemamba::mixer>::call);
-  m.impl("mixer_step_backward", mobilemamba::OnOwnThreads<mobilemamba::mixer_backward>::call);
+  m.impl("mixer_step", mobilemamba::BesidePyTorch<mobilemamba::mixer>::call);
+  m.impl("mixer_step_backward", mobilemamba::BesidePyTorch<mobilemamba::mixer_backward>::call);
 }

@@ -162,14 +162,14 @@ Tensors stem_backward(const Tensor& grad, const Tensor& x, TensorList saved, Ten
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
-  m.impl("depthwise_ffn_step", mobilemamba::OnOwnThreads<mobilemamba::depthwise_ffn>::call);
-  m.impl("depthwise_ffn_step_backward", mobilemamba::OnOwnThreads<mobilemamba::depthwise_ffn_backward>::call);
-  m.impl("pointwise_step", mobilemamba::OnOwnThreads<mobilemamba::pointwise>::call);
-  m.impl("pointwise_step_backward", mobilemamba::OnOwnThreads<mobilemamba::pointwise_backward>::call);
-  m.impl("expand_and_stride_step", mobilemamba::OnOwnThreads<mobilemamba::expand_and_stride>::call);
-  m.impl("expand_and_stride_step_backward", mobilemamba::OnOwnThreads<mobilemamba::expand_and_stride_backward>::call);
-  m.impl("squeeze_excite_step", mobilemamba::OnOwnThreads<mobilemamba::squeeze_excite>::call);
-  m.impl("squeeze_excite_step_backward", mobilemamba::OnOwnThreads<mobilemamba::squeeze_excite_backward>::call);
-  m.impl("stem_step", mobilemamba::OnOwnThreads<mobilemamba::stem>::call);
-  m.impl("stem_step_backward", mobilemamba::OnOwnThreads<mobilemamba::stem_backward>::call);
+  m.impl("depthwise_ffn_step", mobilemamba::BesidePyTorch<mobilemamba::depthwise_ffn>::call);
+  m.impl("depthwise_ffn_step_backward", mobilemamba::BesidePyTorch<mobilemamba::depthwise_ffn_backward>::call);
+  m.impl("pointwise_step", mobilemamba::BesidePyTorch<mobilemamba::pointwise>::call);
+  m.impl("pointwise_step_backward", mobilemamba::BesidePyTorch<mobilemamba::pointwise_backward>::call);
+  m.impl("expand_and_stride_step", mobilemamba::BesidePyTorch<mobilemamba::expand_and_stride>::call);
+  m.impl("expand_and_stride_step_backward", mobilemamba::BesidePyTorch<mobilemamba::expand_and_stride_backward>::call);
+  m.impl("squeeze_excite_step", mobilemamba::BesidePyTorch<mobilemamba::squeeze_excite>::call);
+  m.impl("squeeze_excite_step_backward", mobilemamba::BesidePyTorch<mobilemamba::squeeze_excite_backward>::call);
+  m.impl("stem_step", mobilemamba::BesidePyTorch<mobilemamba::stem>::call);
+  m.impl("stem_step_backward", mobilemamba::BesidePyTorch<mobilemamba::stem_backward>::call);
 }
