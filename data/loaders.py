@@ -17,6 +17,7 @@ from torch import multiprocessing
 from torch.utils.data import DataLoader
 
 from configs.schema import Config, TrainerData
+from util.cores import count_cores
 from util.errors import RunError
 
 from .base import ImageDataset
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 30
 NUM_SAMPLED = 256  # images of a split whose contents are compared at a resume
+RECIPE_WORKERS = TrainerData().num_workers_per_gpu  # a configuration with another number has chosen
+CORES_PER_WORKER = 4  # on a CPU, where workers share the cores with the training: its images take far longer
 PIPES_PER_WORKER = 8  # those that a worker is started with, and the batches on their way from it
 
 SIGNS_OF_FAILURE = ("DataLoader worker", "shared memory", "unable to mmap", "ancdata")  # texts of PyTorch's errors
@@ -57,6 +60,7 @@ class TrainLoader:
 
     Attributes:
         dataset: The training split.
+        num_workers: Processes that read images.
         fingerprint: Hash of the training set: size, class names, image names and labels.
         smallest_batch: Images in the last batch of an epoch, the smallest one.
         unreadable: Names of the images that this process could not read so far.
@@ -94,6 +98,7 @@ class TrainLoader:
         dataset.as_array = is_simple and takes_arrays(config.data.train_transforms)
         reader = _reader(dataset, config, is_training=True)
         self._batches = _Batches(reader, self._sampler, options, device_type=device_type, rank=rank)
+        self.num_workers = self._batches.num_workers
         self.unreadable: set[str] = set()
 
     def __len__(self) -> int:
@@ -135,6 +140,7 @@ class TestLoader:
 
     Attributes:
         dataset: The test split.
+        num_workers: Processes that read images.
         num_images: Size of the test set, over all processes.
     """
 
@@ -148,6 +154,7 @@ class TestLoader:
         self._sampler = EvaluationSampler(self.num_images, batch_size=batch_size, rank=rank, world_size=world_size)
         reader = _reader(dataset, config, is_training=False)
         self._batches = _Batches(reader, self._sampler, options, device_type=device_type, rank=rank)
+        self.num_workers = self._batches.num_workers
 
     def __len__(self) -> int:
         """Return the number of batches of this process; others may have one more or less."""
@@ -236,6 +243,16 @@ def _explained(error: Exception, num_workers: int, rank: int | None) -> RunError
     )
 
 
+def _fitting_workers(cores: int, *, device_type: str) -> int:
+    """Return how many workers of the recipe's suit a process.
+
+    Args:
+        cores: Those that the process may use.
+        device_type: Where it computes: on a CPU that takes the cores itself, and a worker for several of them keeps up.
+    """
+    return min(RECIPE_WORKERS, max(1, cores if device_type == "cuda" else cores // CORES_PER_WORKER))
+
+
 def _check_resources(num_workers: int) -> None:
     """Raise an OSError where workers could not be started: PyTorch would fail halfway, and again as it cleans up."""
     multiprocessing.get_context().Semaphore()
@@ -260,7 +277,10 @@ class _Batches:
         rank: int,
     ) -> None:
         self.rank = rank
-        self.num_workers = min(options.num_workers_per_gpu, len(sampler))  # a worker reads whole batches
+        wanted = options.num_workers_per_gpu
+        if wanted == RECIPE_WORKERS:
+            wanted = _fitting_workers(count_cores().count, device_type=device_type)
+        self.num_workers = min(wanted, len(sampler))  # a worker reads whole batches
         self._loader = DataLoader(
             reader,
             batch_sampler=sampler,

@@ -89,7 +89,7 @@ class Predictor:
         Raises:
             RunError: At the end, if an image could not be read, or the network's answer to one is not finite.
         """
-        num_workers = self.config.trainer.data.num_workers_per_gpu
+        num_workers = self.loader.num_workers
         with self.watch, worker_failures(num_workers, rank=self.process.rank):
             try:
                 own = self._predict()

@@ -23,6 +23,7 @@ from configs.schema import LogTerm
 from data import ImageDataset, Loaders, build_loaders, count_classes, find_class_names, open_first
 from loss import build_loss, build_mixup
 from optim import Schedule, build_optimizer, build_scheduler
+from util.cores import count_cores
 from util.distributed import Process
 from util.logging import FILE_ONLY
 from util.memory import keep_freed_memory
@@ -238,11 +239,12 @@ def _build_loaders(config: Config, process: Process, first: ImageDataset | None)
     )
     options = config.trainer.data
     logger.info(
-        "train: %d batches of %d images per process and epoch, %d in all per step; %d workers",
+        "train: %d batches of %d images per process and epoch, %d in all per step; %d workers (%s)",
         len(loaders.train),
         options.batch_size_per_gpu,
         options.batch_size,
-        options.num_workers_per_gpu,
+        loaders.train.num_workers,
+        f"of {options.num_workers_per_gpu} at most; {count_cores().reason}",
     )
     return loaders
 

@@ -62,7 +62,7 @@ class Tester:
     def run(self) -> int:
         """Test the plain and the averaged weights, where there are such; return the exit code."""
         start = time.perf_counter()
-        num_workers = self.config.trainer.data.num_workers_per_gpu
+        num_workers = self.loaders.test.num_workers
         with self.watch, worker_failures(num_workers, rank=self.process.rank):
             try:
                 for name, ema in tested_weights(self.config, self.checkpoint).items():

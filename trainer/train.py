@@ -102,7 +102,7 @@ def _train_until_stopped(run: Run) -> int:
 
 def _train_epochs(run: Run) -> None:
     while run.state.epoch < run.schedule.num_epochs:
-        with worker_failures(run.config.trainer.data.num_workers_per_gpu, rank=run.process.rank):
+        with worker_failures(run.loaders.train.num_workers, rank=run.process.rank):
             pace = _EpochPace()
             _train_epoch(run, pace)
             _end_epoch(run, pace)

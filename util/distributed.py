@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from .alarm import Alarm
+from .cores import count_cores, limit_threads
 from .launch import Launch
 
 __all__ = ["Process", "choose_device", "init_process", "is_lost_process", "lost_in_nccl", "open_store"]
@@ -193,6 +194,7 @@ def init_process(launch: Launch, *, device: str = "auto", timeout_seconds: float
         This process.
     """
     chosen = choose_device(device, local_rank=launch.local_rank)
+    limit_threads(count_cores())
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend, alarm = "none", None

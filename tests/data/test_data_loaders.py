@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Batch, build_loaders, worker_failures
+from data import Batch, build_loaders, loaders, worker_failures
 from data.prepare import folder_to_lmdb
+from data.samplers import TrainSampler
 from data.samples import MAX_REPLACEMENTS, SampleReader
+from util.cores import Cores
 from util.errors import RunError
 
 
@@ -56,6 +58,22 @@ def test_workers_change_nothing(config_of, is_persistent):
         torch.manual_seed(77)
         assert_same(list(parallel.train.iterate(epoch)), first)
         assert_same(list(parallel.test.iterate()), list(plain.test.iterate()))
+
+
+@pytest.mark.parametrize(
+    ("device_type", "cores", "expected"),
+    [("cpu", 1, 1), ("cpu", 2, 1), ("cpu", 8, 2), ("cpu", 64, 8), ("cuda", 1, 1), ("cuda", 6, 6), ("cuda", 64, 8)],
+)
+def test_as_many_workers_as_suit_the_machine_unless_told(
+    two_classes, make_config, monkeypatch, device_type, cores, expected
+):
+    monkeypatch.setattr(loaders, "count_cores", lambda: Cores(count=cores, reason="made up"))
+    monkeypatch.setattr(TrainSampler, "__len__", lambda _: 100)
+    counts = []
+    for workers in (loaders.RECIPE_WORKERS, 3):
+        config = make_config(two_classes, workers=workers)
+        counts.append(build_loaders(config, rank=0, world_size=1, device_type=device_type).train.num_workers)
+    assert counts == [expected, 3]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -16,6 +16,7 @@ from torch import nn
 
 from configs import Config
 from data import ImageDataset
+from util.cores import count_cores, describe_threads
 from util.distributed import Process
 from util.logging import (
     PROGRESS,
@@ -45,10 +46,10 @@ def log_environment(config: Config, process: Process, precision: Precision) -> N
     """Log the hardware, the versions and the mode."""
     device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else platform.machine()
     logger.info(
-        "device %s (%s, %d threads), %d process(es), backend %s; torch %s, python %s",
+        "device %s (%s), %s, %d process(es), backend %s; torch %s, python %s",
         process.device.type,
         device,
-        torch.get_num_threads(),
+        describe_threads(count_cores()),
         process.world_size,
         process.backend,
         torch.__version__,

@@ -1,7 +1,8 @@
-"""The threads of a folded network on the compiled kernels: how many, in which processes, what else they wait for."""
+"""The threads of the compiled kernels: how many, in which processes, what else they wait for."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from model import create_model
 from model.lib_mamba import backends
+from model.mobilemamba.blocks import Block, PatchMerging
 
 pytestmark = pytest.mark.usefixtures("restored_threads")
 
@@ -37,6 +39,24 @@ WITHOUT_THREADS = {
     "aten::zero_",
     "aten::zeros",
 }
+# Elements from which on PyTorch shares most operations among its threads.
+SHARED = 32768
+# What a training step may do with more of them: views, new memory, and the sums that autograd makes between the steps.
+WITH_MANY = WITHOUT_THREADS | {"aten::add", "aten::add_", "aten::alias", "aten::chunk", "aten::detach", "aten::view_as"}
+TRAIN = """
+import os, sys, time, torch
+from model.mobilemamba.blocks import PatchMerging
+torch.set_num_threads(2)
+torch.ones(1 << 20).add_(1)
+before = len(os.listdir("/proc/self/task"))
+images = torch.rand(4, 8, 8, 8)
+PatchMerging(8, 16).train()(images)
+deadline = 100
+while deadline and len(os.listdir("/proc/self/task")) - before < int(sys.argv[1]):
+    deadline -= 1
+    time.sleep(0.1)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
 COUNT_THREADS = """
 import os, sys, torch
 from model import create_model
@@ -70,6 +90,33 @@ def test_a_forward_asks_nothing_of_the_threads_of_pytorch(network):
     names = {event.key for event in profiler.key_averages()}
     assert names
     assert {name for name in names if not name.startswith("mobilemamba_kernels::")} <= WITHOUT_THREADS
+
+
+@pytest.mark.parametrize("layers", [Block(64, global_ratio=0.5, local_ratio=0.25, kernel_size=5), PatchMerging(64, 96)])
+def test_a_training_step_leaves_no_large_work_to_the_threads_of_pytorch(network, layers):
+    torch.set_num_threads(2)
+    x = torch.rand(16, 64, 12, 12).to(memory_format=torch.channels_last).requires_grad_()
+    layers.train()(x).sum().backward()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        y = layers(x)
+        y.backward(torch.ones_like(y))
+    large = {
+        event.name
+        for event in profiler.events()
+        if any(math.prod(shape) > SHARED for shape in event.input_shapes if isinstance(shape, list))
+    }
+    assert any(name.endswith("_step_backward") for name in large)
+    assert {name for name in large if name.startswith("aten::")} <= WITH_MANY | {"aten::ones_like", "aten::empty_like"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+@pytest.mark.parametrize(("policy", "expected"), [(None, 3), ("passive", 1)])
+def test_training_gives_openmp_a_second_team_unless_the_user_has_chosen_how_threads_wait(network, policy, expected):
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment |= {} if policy is None else {"OMP_WAIT_POLICY": policy}
+    command = [sys.executable, "-c", TRAIN, f"{expected}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == [f"{expected}"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")

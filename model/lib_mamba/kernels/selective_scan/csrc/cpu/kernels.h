@@ -125,7 +125,7 @@ struct Wavelet {
 struct Normalization {
   int64_t channels;
   const float *mean, *scale, *shift;  // (C)
-  Activation activation;              // none or ReLU
+  Activation activation;
 };
 
 // Rows of numbers, `stride` apart.
@@ -138,12 +138,11 @@ struct Matrix {
 };
 
 // Gradient of the weight of a product: sums over all rows of x times those of grad. Rows lie in lines of `count` each,
-// and lines `x_line`, `grad_line` floats apart. Those of grad are read in whole vectors: numbers behind its columns go
-// to columns of the same number behind those of the result.
+// and lines `x_line`, `grad_line` floats apart.
 struct DenseGradient {
   Matrix x, grad;
   int64_t count, lines, x_line, grad_line;
-  int64_t depth, vectors;
+  int64_t depth, columns;
 };
 
 // Gradients of a depthwise convolution; dx is added to base, where that has an address.

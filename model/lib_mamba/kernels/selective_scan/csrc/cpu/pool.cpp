@@ -1,11 +1,13 @@
 #include "cpu/pool.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <exception>
 #include <list>
 #include <mutex>
@@ -174,6 +176,20 @@ OwnThreads::OwnThreads() : before_(std::exchange(has_own_threads, true)) {
 
 OwnThreads::~OwnThreads() {
   has_own_threads = before_;
+}
+
+void let_pytorch_sleep() {
+  static std::once_flag once;
+  if (num_threads() == 1 || std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT"))
+    return;
+  std::call_once(once, [] {
+    std::thread([] {
+      constexpr int64_t kEnough = 1 << 20;  // for PyTorch to share it among threads, which stay with the one that asks
+      at::zeros({kEnough}, at::TensorOptions(at::kFloat)).add_(1);
+      while (true)
+        std::this_thread::sleep_for(std::chrono::hours(1));
+    }).detach();
+  });
 }
 
 void run_beside(int64_t count, const std::function<void(int64_t)>& body) {

@@ -2,9 +2,8 @@
 //
 // PyTorch's are OpenMP's. A parallel region ends when every thread has taken its part. On a busy machine one of them
 // waits for a core, and meanwhile the others spin and keep it from getting one. A region of our own never waits for a
-// thread that has not begun: whoever is there does the work, and threads that have nothing to do soon sleep. But beside
-// OpenMP's, which spin for milliseconds after each region, they are one too many: an operator that stands between
-// PyTorch's own, as in training, uses PyTorch's.
+// thread that has not begun: whoever is there does the work, and threads that have nothing to do soon sleep. Training
+// runs on them too, between operators of PyTorch's, such as the optimiser's: there PyTorch's are made to sleep as well.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +36,23 @@ struct OnOwnThreads<function> {
   static Result call(Arguments... arguments) {
     const OwnThreads threads;
     return function(std::forward<Arguments>(arguments)...);
+  }
+};
+
+// Makes PyTorch's threads sleep soon where they wait, from now on, unless the environment says how they wait
+// (OMP_WAIT_POLICY, GOMP_SPINCOUNT). GNU's OpenMP reads that when it is loaded; but it hardly lets threads spin while
+// it has more of them than there are cores, so we let it have a second team, which sleeps.
+void let_pytorch_sleep();
+
+// An operator of training: on our own threads, beside PyTorch's.
+template <auto function>
+struct BesidePyTorch;
+
+template <class Result, class... Arguments, Result (*function)(Arguments...)>
+struct BesidePyTorch<function> {
+  static Result call(Arguments... arguments) {
+    let_pytorch_sleep();
+    return OnOwnThreads<function>::call(std::forward<Arguments>(arguments)...);
   }
 };
 

@@ -71,7 +71,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const Tensor& bias, int64
 }
 
 Gradients convolve_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t stride, const Tensor& base) {
+    const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t stride, const Tensor& base, const Tensor& out) {
   const Tensor map = channels_last(x), gradient = channels_last(grad);
   const Tensor below = base.defined() ? channels_last(base) : base;
   const Tensor packed = pack_depthwise(weight);
@@ -83,7 +83,9 @@ Gradients convolve_backward(
       "grad does not fit to x: ", gradient.sizes());
   if (below.defined())
     check_same(below, map, "base");
-  const Tensor dx = new_like(map), dweight = at::empty({side, side, C}, at::TensorOptions(at::kFloat));
+  const Tensor dx = out.defined() ? out : new_like(map);
+  check_same(dx, map, "out");
+  const Tensor dweight = at::empty({side, side, C}, at::TensorOptions(at::kFloat));
   const DepthwiseGradient d{
       map_of(gradient),
       map_of(map),

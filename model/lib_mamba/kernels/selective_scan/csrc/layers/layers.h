@@ -47,18 +47,41 @@ struct Norm {
   Normalization normalization(float* scale, Activation activation) const;
 };
 
-// Products with a weight (C', C, 1, 1). Gradients of x are added to `base`, where there is one.
-at::Tensor product(const at::Tensor& x, const at::Tensor& weight);
+// act(x * factor) + residual, with a factor for each channel (C), or 1 where it is not defined; to `out`, which may be
+// x.
+void scale_into(
+    const at::Tensor& x, const at::Tensor& factor, Activation activation, const at::Tensor& residual,
+    const at::Tensor& out);
+
+// The gradient of x before act(x), to `out`, which may be `grad`.
+void activation_gradient_into(
+    const at::Tensor& grad, const at::Tensor& x, Activation activation, const at::Tensor& out);
+
+// Sums over all pixels for each channel, (C): of a map, and of the product of two.
+at::Tensor channel_sums(const at::Tensor& x);
+at::Tensor channel_products(const at::Tensor& x, const at::Tensor& y);
+
+// The same for each image, (B, C, 1, 1): means, sums of the product of two maps, and x * factor + shift with such a
+// factor and, where it is defined, shift.
+at::Tensor image_means(const at::Tensor& x);
+at::Tensor image_products(const at::Tensor& x, const at::Tensor& y);
+at::Tensor scale_images(const at::Tensor& x, const at::Tensor& factor, const at::Tensor& shift);
+
+// Products with a weight (C', C, 1, 1), plus a bias where there is one. Gradients of x are added to `base`, where there
+// is one.
+at::Tensor product(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {}, Activation activation = kNone);
 Gradients product_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& base = {});
 
-// A depthwise convolution with a weight (C, 1, side, side), padded by half a side.
+// A depthwise convolution with a weight (C, 1, side, side), padded by half a side. The gradient of x is written to
+// `out`, or where there is none to a new map.
 at::Tensor convolve(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {}, int64_t stride = 1,
     Activation activation = kNone);
 Gradients convolve_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, int64_t stride = 1,
-    const at::Tensor& base = {});
+    const at::Tensor& base = {}, const at::Tensor& out = {});
 
 // A convolution (C', C, 3, 3) of stride 2 of relu(norm(x)), and gradients of that.
 at::Tensor strided_conv(const at::Tensor& x, const Norm& norm, const at::Tensor& weight);

@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "cpu/pool.h"
 #include "layers/maps.h"
 #include "layers/steps.h"
 #include "layers/weights.h"
@@ -15,11 +16,6 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
-
-// Pixels as rows (B * H * W, C): a view of a channels-last map.
-Tensor rows_of(const Tensor& map) {
-  return map.permute({0, 2, 3, 1}).flatten(0, 2);
-}
 
 // The packed weight of the bands times their scale. The transpose of the branch has its places in the opposite order.
 Tensor scaled_bands(const Tensor& weight, const Tensor& scale, bool is_transposed) {
@@ -121,23 +117,24 @@ Output mixer(
   const Tensors h_in = in_norm(u_in).chunk(2, 1);
   const Tensor &x_in = h_in[0], &z = h_in[1];
   const Tensor x_scan = convolve(x_in, p[kConvWeight], p[kConvBias], 1, kSilu);
-  const Tensor projection = at::mm(rows_of(x_scan), p[kXWeight].flatten(0, 1).t());
+  const Tensor projection = product(x_scan, p[kXWeight].flatten(0, 1));
   const Tensor y_sequence = gated_scan(
-      sequence_of(x_scan), sequence_of(z), projection, p[kDtWeight], p[kDtBias], p[kALog], p[kDSkip], p[kNormWeight],
-      p[kNormBias], norm_eps, reverse);
+      sequence_of(x_scan), sequence_of(z), sequence_of(projection), p[kDtWeight], p[kDtBias], p[kALog], p[kDSkip],
+      p[kNormWeight], p[kNormBias], norm_eps, reverse);
   const Tensor y_scan = map_like(y_sequence, x);
   const Tensor u_out = product(y_scan, p[kOutWeight]), base = p[kBaseScale].flatten();
   const Norm out_norm = norms.measure(1, u_out, p[kOutScale] * base, p[kOutShift] * base);
   const Tensor bands = scaled_bands(p[kBandWeight], p[kBandScale], false);
-  Tensor y_global = split.of_global(y), y_local = split.of_local(y), y_rest = split.of_rest(y);
-  at::clamp_min_out(y_global, wavelet(x_global, bands, out_norm(u_out)), 0);
+  const Tensor below = out_norm(u_out), y_global = split.of_global(y);
+  wavelet_into(map_of(x_global), x.size(0), bands, map_of(below), kRelu, map_of(y_global));
 
   const Tensor u_local = convolve(x_local, p[kLocalWeight]);
   const Norm local_norm = norms.measure(2, u_local, p[kLocalScale], p[kLocalShift]);
-  const Tensor h_local = local_norm(u_local, kRelu).mul_(as_factor(p[kFactor].flatten()));
+  const Tensor h_local = local_norm(u_local, kRelu);
+  scale_into(h_local, p[kFactor].flatten(), kNone, {}, h_local);
   const Norm factor_norm = norms.measure(3, h_local, p[kFactorScale], p[kFactorShift]);
-  factor_norm.write(h_local, kRelu, {}, y_local);
-  at::clamp_min_out(y_rest, split.of_rest(x), 0);
+  factor_norm.write(h_local, kRelu, {}, split.of_local(y));
+  scale_into(split.of_rest(x), {}, kRelu, {}, split.of_rest(y));
 
   const Tensor u_proj = product(y, p[kProjWeight]);
   const Norm proj_norm = norms.measure(4, u_proj, p[kProjScale], p[kProjShift]);
@@ -176,15 +173,18 @@ Tensors mixer_backward(
 
   const auto du_proj = proj_norm.backward(grad, u_proj);
   const auto dproj = product_backward(du_proj.x, y, p[kProjWeight]);
-  Tensor dy = dproj.x;
-  at::threshold_backward_out(dy, dy, y, 0);
+  const Tensor& dy = dproj.x;
+  activation_gradient_into(dy, y, kRelu, dy);
   const Tensor dy_global = split.of_global(dy);
 
-  const Tensor factor = as_factor(p[kFactor].flatten()), h_local = local_norm(u_local, kRelu);
-  const auto dfactor_norm = factor_norm.backward(split.of_local(dy), h_local * factor);
-  const Tensor dfactor = (dfactor_norm.x * h_local).sum({0, 2, 3}).view_as(p[kFactor]);
-  const auto du_local = local_norm.backward(dfactor_norm.x.mul_(factor), u_local, kRelu, dfactor_norm.x);
-  const auto dlocal = convolve_backward(du_local.x, x_local, p[kLocalWeight]);
+  const Tensor factor = p[kFactor].flatten(), h_local = local_norm(u_local, kRelu), scaled = new_like(h_local);
+  scale_into(h_local, factor, kNone, {}, scaled);
+  const auto dscaled = factor_norm.backward(split.of_local(dy), scaled, kNone, scaled);
+  const Tensor dfactor = channel_products(dscaled.x, h_local).view_as(p[kFactor]);
+  scale_into(dscaled.x, factor, kNone, {}, dscaled.x);
+  const auto du_local = local_norm.backward(dscaled.x, u_local, kRelu, dscaled.x);
+  const auto dlocal =
+      convolve_backward(du_local.x, x_local, p[kLocalWeight], 1, split.of_local(grad), split.of_local(dx));
 
   // The norm's weight and bias hold base_scale.
   const auto du_out = out_norm.backward(dy_global, u_out);
@@ -193,30 +193,31 @@ Tensors mixer_backward(
 
   const Tensors h_in = in_norm(u_in).chunk(2, 1);
   const Tensor &x_in = h_in[0], &z = h_in[1];
-  const Tensor x_conv = convolve(x_in, p[kConvWeight], p[kConvBias]), x_scan = at::silu(x_conv);
+  const Tensor x_conv = convolve(x_in, p[kConvWeight], p[kConvBias]), x_scan = new_like(x_conv);
+  scale_into(x_conv, {}, kSilu, {}, x_scan);
   const auto [dx_scan, dz, dprojection, ddt_weight, ddt_bias, dA_log, dD_skip, dnorm_weight, dnorm_bias] =
       gated_scan_backward(
-          sequence_of(dout.x), sequence_of(x_scan), sequence_of(z), projection, p[kDtWeight], p[kDtBias], p[kALog],
-          p[kDSkip], p[kNormWeight], p[kNormBias], norm_eps, reverse, std::nullopt);
-  const Tensor dx_weight = at::mm(dprojection.t(), rows_of(x_scan)).view_as(p[kXWeight]);
-  const Tensor dx_conv = map_like(dx_scan.flatten(0, 1).addmm_(dprojection, p[kXWeight].flatten(0, 1)), x);
-  const Tensor dconv = at::silu_backward(dx_conv, x_conv);
+          sequence_of(dout.x), sequence_of(x_scan), sequence_of(z), sequence_of(projection), p[kDtWeight], p[kDtBias],
+          p[kALog], p[kDSkip], p[kNormWeight], p[kNormBias], norm_eps, reverse, std::nullopt);
+  const auto dx_projected =
+      product_backward(map_like(dprojection, x), x_scan, p[kXWeight].flatten(0, 1), map_like(dx_scan, x));
+  const Tensor& dconv = dx_projected.x;
+  activation_gradient_into(dconv, x_conv, kSilu, dconv);
   const auto din = convolve_backward(dconv, x_in, p[kConvWeight]);
   const Tensor du_in = new_like(u_in);
   const int64_t inner = u_in.size(1) / 2;
   const auto du_x = in_norm.slice(0, inner).backward(din.x, u_in.narrow(1, 0, inner), kNone, du_in.narrow(1, 0, inner));
   const auto du_z = in_norm.slice(inner, inner)
                         .backward(map_like(dz, x), u_in.narrow(1, inner, inner), kNone, du_in.narrow(1, inner, inner));
-  const auto dglobal = product_backward(du_in, x_global, p[kInWeight]);
+  const auto dglobal = product_backward(du_in, x_global, p[kInWeight], split.of_global(grad));
 
   const Tensor bands = scaled_bands(p[kBandWeight], p[kBandScale], true);
   const Tensor dbands = wavelet_weight_gradient(dy_global, x_global, p[kBandWeight].size(2));
   const auto [dband_weight, dband_scale] = scaled_bands_backward(dbands, p[kBandWeight], p[kBandScale]);
 
-  Tensor dx_global = split.of_global(dx), dx_local = split.of_local(dx), dx_rest = split.of_rest(dx);
-  at::add_out(dx_global, wavelet(dy_global, bands, dglobal.x), split.of_global(grad));
-  at::add_out(dx_local, dlocal.x, split.of_local(grad));
-  at::add_out(dx_rest, split.of_rest(dy), split.of_rest(grad));
+  const Tensor dx_global = split.of_global(dx);
+  wavelet_into(map_of(dy_global), x.size(0), bands, map_of(dglobal.x), kNone, map_of(dx_global));
+  scale_into(split.of_rest(dy), {}, kNone, split.of_rest(grad), split.of_rest(dx));
   Tensors gradients(1 + kNumParameters);
   gradients[0] = dx;
   const auto gradient_of = [&](Parameter parameter) -> Tensor& { return gradients[1 + parameter]; };
@@ -224,8 +225,8 @@ Tensors mixer_backward(
   gradient_of(kInScale) = at::cat({du_x.weight, du_z.weight});
   gradient_of(kInShift) = at::cat({du_x.bias, du_z.bias});
   gradient_of(kConvWeight) = din.weight;
-  gradient_of(kConvBias) = rows_of(dconv).sum(0);
-  gradient_of(kXWeight) = dx_weight;
+  gradient_of(kConvBias) = channel_sums(dconv);
+  gradient_of(kXWeight) = dx_projected.weight.view_as(p[kXWeight]);
   gradient_of(kDtWeight) = ddt_weight;
   gradient_of(kDtBias) = ddt_bias;
   gradient_of(kALog) = dA_log;
@@ -242,8 +243,8 @@ Tensors mixer_backward(
   gradient_of(kLocalScale) = du_local.weight;
   gradient_of(kLocalShift) = du_local.bias;
   gradient_of(kFactor) = dfactor;
-  gradient_of(kFactorScale) = dfactor_norm.weight;
-  gradient_of(kFactorShift) = dfactor_norm.bias;
+  gradient_of(kFactorScale) = dscaled.weight;
+  gradient_of(kFactorShift) = dscaled.bias;
   gradient_of(kProjWeight) = dproj.weight;
   gradient_of(kProjScale) = du_proj.weight;
   gradient_of(kProjShift) = du_proj.bias;
@@ -254,6 +255,6 @@ Tensors mixer_backward(
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
-  m.impl("mixer_step", mobilemamba::mixer);
-  m.impl("mixer_step_backward", mobilemamba::mixer_backward);
+  m.impl("mixer_step", mobilemamba::BesidePyTorch<mobilemamba::mixer>::call);
+  m.impl("mixer_step_backward", mobilemamba::BesidePyTorch<mobilemamba::mixer_backward>::call);
 }

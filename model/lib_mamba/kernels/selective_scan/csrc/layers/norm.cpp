@@ -1,5 +1,5 @@
-// Batch normalisation on one batch, and its gradients. Sums are made in an order that does not depend on the number of
-// threads.
+// Batch normalisation on one batch, and its gradients; factors, activations and sums of channels. Sums are made in an
+// order that does not depend on the number of threads.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -37,6 +37,47 @@ float* partial_sums(int64_t count) {
 void check_out(const Tensor& out, const Tensor& map) {
   check_same(out, map, "out");
   TORCH_CHECK(as_rows(out).is_same(out), "out must be channels-last");
+}
+
+// Sums over the pixels of two maps in double precision, as `Kernels::normalize_sums` defines them.
+struct Sums {
+  std::vector<double> of_grad, of_products;
+
+  Sums(const Normalization& n, const Matrix& grad, const Matrix& x, const Pieces& pieces)
+      : of_grad(n.channels), of_products(n.channels) {
+    const int64_t C = n.channels;
+    float *sums = partial_sums(2 * pieces.count * C), *products = sums + pieces.count * C;
+    share(pieces.count, kBackwards, [&](int64_t i) {
+      const int64_t row = pieces.begin(i);
+      kernels().normalize_sums(n, grad.from(row), x.from(row), pieces.size(i), sums + i * C, products + i * C);
+    });
+    for (int64_t i = 0; i < pieces.count; ++i)
+      for (int64_t c = 0; c < C; ++c) {
+        of_grad[c] += sums[i * C + c];
+        of_products[c] += products[i * C + c];
+      }
+  }
+};
+
+// x * factor, with no mean and no shift.
+struct Scaling {
+  std::vector<float> zeros, ones;
+  Normalization n;
+
+  Scaling(int64_t channels, const float* factor, Activation activation)
+      : zeros(channels),
+        ones(factor ? 0 : channels, 1.f),
+        n{channels, zeros.data(), factor ? factor : ones.data(), zeros.data(), activation} {}
+};
+
+Tensor vector_of(const std::vector<double>& values) {
+  const Tensor out = floats(values.size());
+  std::transform(values.begin(), values.end(), out.mutable_data_ptr<float>(), [](double v) { return v; });
+  return out;
+}
+
+Tensor new_images(const Tensor& x) {
+  return new_map(x.size(0), x.size(1), 1, 1);
 }
 
 }  // namespace
@@ -126,21 +167,12 @@ Norm::Gradients Norm::backward(const Tensor& grad, const Tensor& x, Activation a
   check_same(gradient, map, "grad");
   check_out(dx, map);
   const Tensor dweight = floats(C), dbias = floats(C);
-  float *scale = partial_sums((2 * pieces.count + 3) * C), *offset = scale + C, *slope = offset + C;
-  float *sums = slope + C, *products = sums + pieces.count * C;
+  std::vector<float> factors(3 * C);
+  float *scale = factors.data(), *offset = scale + C, *slope = offset + C;
   const Normalization n = normalization(scale, activation);
   const Matrix from = matrix_of(map), g = matrix_of(gradient), to = matrix_of(dx);
-  const Kernels& kernel = kernels();
-  share(pieces.count, kBackwards, [&](int64_t i) {
-    const int64_t row = pieces.begin(i);
-    kernel.normalize_sums(n, g.from(row), from.from(row), pieces.size(i), sums + i * C, products + i * C);
-  });
-  std::vector<double> sum(C), product(C);
-  for (int64_t i = 0; i < pieces.count; ++i)
-    for (int64_t c = 0; c < C; ++c) {
-      sum[c] += sums[i * C + c];
-      product[c] += products[i * C + c];
-    }
+  const Sums sums(n, g, from, pieces);
+  const std::vector<double>&sum = sums.of_grad, &product = sums.of_products;
   const float* rstd = statistics.const_data_ptr<float>() + statistics.stride(0);
   float *to_weight = dweight.mutable_data_ptr<float>(), *to_bias = dbias.mutable_data_ptr<float>();
   for (int64_t c = 0; c < C; ++c) {
@@ -152,9 +184,95 @@ Norm::Gradients Norm::backward(const Tensor& grad, const Tensor& x, Activation a
   }
   share(pieces.count, kForwards, [&](int64_t i) {
     const int64_t row = pieces.begin(i);
-    kernel.normalize_backward(n, offset, slope, g.from(row), from.from(row), to.from(row), pieces.size(i));
+    kernels().normalize_backward(n, offset, slope, g.from(row), from.from(row), to.from(row), pieces.size(i));
   });
   return {dx, dweight, dbias};
+}
+
+void scale_into(
+    const Tensor& x, const Tensor& factor, Activation activation, const Tensor& residual, const Tensor& out) {
+  const Tensor map = as_rows(x), added = residual.defined() ? as_rows(residual) : residual;
+  const int64_t C = map.size(1);
+  check_out(out, map);
+  if (factor.defined())
+    check_vector(factor, C, "factor");
+  if (added.defined())
+    check_same(added, map, "residual");
+  const Scaling scaling(C, factor.defined() ? factor.const_data_ptr<float>() : nullptr, activation);
+  const Matrix from = matrix_of(map), to = matrix_of(out), below = added.defined() ? matrix_of(added) : Matrix{};
+  const Pieces pieces = pieces_of(num_rows(map), C);
+  share(pieces.count, kForwards, [&](int64_t i) {
+    const int64_t row = pieces.begin(i);
+    kernels().normalize(scaling.n, from.from(row), below.from(row), to.from(row), pieces.size(i));
+  });
+}
+
+void activation_gradient_into(const Tensor& grad, const Tensor& x, Activation activation, const Tensor& out) {
+  const Tensor map = as_rows(x), gradient = as_rows(grad);
+  check_same(gradient, map, "grad");
+  check_out(out, map);
+  const Scaling scaling(map.size(1), nullptr, activation);
+  const float* zeros = scaling.zeros.data();
+  const Matrix from = matrix_of(map), g = matrix_of(gradient), to = matrix_of(out);
+  const Pieces pieces = pieces_of(num_rows(map), map.size(1));
+  share(pieces.count, kForwards, [&](int64_t i) {
+    const int64_t row = pieces.begin(i);
+    kernels().normalize_backward(scaling.n, zeros, zeros, g.from(row), from.from(row), to.from(row), pieces.size(i));
+  });
+}
+
+Tensor channel_sums(const Tensor& x) {
+  const Tensor map = as_rows(x);
+  const Scaling scaling(map.size(1), nullptr, kNone);
+  return vector_of(Sums(scaling.n, matrix_of(map), matrix_of(map), pieces_of(num_rows(map), map.size(1))).of_grad);
+}
+
+Tensor channel_products(const Tensor& x, const Tensor& y) {
+  const Tensor map = as_rows(x), other = as_rows(y);
+  check_same(other, map, "y");
+  const Scaling scaling(map.size(1), nullptr, kNone);
+  const Pieces pieces = pieces_of(num_rows(map), map.size(1));
+  return vector_of(Sums(scaling.n, matrix_of(map), matrix_of(other), pieces).of_products);
+}
+
+Tensor image_means(const Tensor& x) {
+  const Tensor map = as_rows(x), out = new_images(map);
+  const int64_t C = map.size(1), pixels = map.size(2) * map.size(3);
+  float* mean = out.mutable_data_ptr<float>();
+  share(map.size(0), kForwards, [&](int64_t image) {
+    kernels().means(matrix_of(map).from(image * pixels), pixels, C, mean + image * C);
+  });
+  return out;
+}
+
+Tensor image_products(const Tensor& x, const Tensor& y) {
+  const Tensor map = as_rows(x), other = as_rows(y), out = new_images(map);
+  check_same(other, map, "y");
+  const int64_t C = map.size(1), pixels = map.size(2) * map.size(3);
+  const Scaling scaling(C, nullptr, kNone);
+  float* products = out.mutable_data_ptr<float>();
+  share_with_scratch(map.size(0), C, [&](int64_t image, float* sums) {
+    const int64_t row = image * pixels;
+    kernels().normalize_sums(
+        scaling.n, matrix_of(map).from(row), matrix_of(other).from(row), pixels, sums, products + image * C);
+  });
+  return out;
+}
+
+Tensor scale_images(const Tensor& x, const Tensor& factor, const Tensor& shift) {
+  const Tensor map = as_rows(x), out = new_like(map);
+  const int64_t C = map.size(1), pixels = map.size(2) * map.size(3);
+  check_vector(factor, map.size(0) * C, "factor");
+  if (shift.defined())
+    check_vector(shift, map.size(0) * C, "shift");
+  const std::vector<float> zeros(C);
+  share(map.size(0), kForwards, [&](int64_t image) {
+    const int64_t row = image * pixels, first = image * C;
+    const float* added = shift.defined() ? shift.const_data_ptr<float>() + first : zeros.data();
+    const Normalization n{C, zeros.data(), factor.const_data_ptr<float>() + first, added, kNone};
+    kernels().normalize(n, matrix_of(map).from(row), {}, matrix_of(out).from(row), pixels);
+  });
+  return out;
 }
 
 }  // namespace mobilemamba

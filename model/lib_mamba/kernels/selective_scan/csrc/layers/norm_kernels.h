@@ -83,7 +83,13 @@ static void normalize(
 
 // The gradient before the activation.
 INLINE Vec through_activation(const Normalization& n, Vec grad, Vec distance, Vec scale, Vec shift) {
-  return n.activation == kRelu ? (Vec)(distance * scale + shift > 0.f & (IntVec)grad) : grad;
+  if (n.activation == kNone)
+    return grad;
+  const Vec value = distance * scale + shift;
+  if (n.activation == kRelu)
+    return (Vec)((value > 0.f) & (IntVec)grad);
+  const Vec share = sigmoid(value);
+  return grad * share * (1.f + value * (1.f - share));
 }
 
 // Sums over rows of grad, as it is before the activation, and of grad * (x - mean).

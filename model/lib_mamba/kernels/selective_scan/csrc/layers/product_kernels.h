@@ -153,30 +153,45 @@ static void dense(const Dense& d, const float* x, int64_t stride, int64_t rows, 
   });
 }
 
-// As `dense_tile`; in registers are the sums of ROWS numbers of x by NV vectors of grad.
-template <int ROWS, int NV>
-NOINLINE void dense_weight_gradient_tile(const DenseGradient& d, int64_t row, int64_t column, const Matrix& out) {
+// As `dense_tile`; in registers are the sums of ROWS numbers of x by NV vectors of grad. IS_PART: the last vector has
+// only `count` columns.
+template <int ROWS, int NV, bool IS_PART>
+NOINLINE void dense_weight_gradient_tile(
+    const DenseGradient& d, int64_t row, int64_t column, int64_t count, const Matrix& out) {
   Vec sums[NV][ROWS];
-  for_each_sum<ROWS, NV>([&](int v, int r) { sums[v][r] = load(out.at(row + r) + column + v * LANES); });
+  for_each_sum<ROWS, NV>([&](int v, int r) {
+    const float* from = out.at(row + r) + column + v * LANES;
+    sums[v][r] = IS_PART && v + 1 == NV ? load_part(from, count) : load(from);
+  });
   for (int64_t line = 0; line < d.lines; ++line) {
     const float *x = d.x.data + line * d.x_line + row, *grad = d.grad.data + line * d.grad_line + column;
     for (int64_t k = 0; k < d.count; ++k, x += d.x.stride, grad += d.grad.stride) {
       Vec g[NV];
       for (int v = 0; v < NV; ++v)
-        g[v] = load(grad + v * LANES);
+        g[v] = IS_PART && v + 1 == NV ? load_part(grad + v * LANES, count) : load(grad + v * LANES);
 #pragma GCC unroll 12
       for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < NV; ++v)
           sums[v][r] += g[v] * x[r];
     }
   }
-  for_each_sum<ROWS, NV>([&](int v, int r) { store(out.at(row + r) + column + v * LANES, sums[v][r]); });
+  for_each_sum<ROWS, NV>([&](int v, int r) {
+    float* to = out.at(row + r) + column + v * LANES;
+    if (IS_PART && v + 1 == NV)
+      store_part(to, sums[v][r], count);
+    else
+      store(to, sums[v][r]);
+  });
 }
 
-// Adds the product of the transpose of x with grad to out (depth, vectors of columns).
+// Adds the product of the transpose of x with grad to out (depth, columns).
 static void dense_weight_gradient(const DenseGradient& d, const Matrix& out) {
-  const Panels panels{d.vectors};
+  const Panels panels{ceil_div(d.columns, LANES)};
   for_each_tile(d.depth, panels, 0, panels.count(), [&](auto rows, auto vectors, int64_t row, int64_t column) {
-    dense_weight_gradient_tile<rows.value, vectors.value>(d, row, column, out);
+    const int64_t left = d.columns - column - (vectors.value - 1) * LANES;
+    if (left >= LANES)
+      dense_weight_gradient_tile<rows.value, vectors.value, false>(d, row, column, LANES, out);
+    else
+      dense_weight_gradient_tile<rows.value, vectors.value, true>(d, row, column, left, out);
   });
 }

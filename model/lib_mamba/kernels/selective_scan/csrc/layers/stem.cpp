@@ -179,7 +179,7 @@ Tensor weight_gradient(const Map& grad, const Input& input, int64_t images) {
     d.x_line = grad.row;
     d.grad_line = kStride * input.row;
     d.depth = grad.channels;
-    d.vectors = depth / kernels().lanes;
+    d.columns = depth;
     for (int64_t i = 0; i < kSide; ++i) {
       d.grad = {x + i * input.row, kStride * C};
       kernels().dense_weight_gradient(d, {sums + i * block, depth});

@@ -5,6 +5,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include "cpu/pool.h"
+
 namespace mobilemamba {
 
 using at::Tensor;
@@ -96,13 +98,12 @@ Tensors expand_and_stride_backward(const Tensor& grad, const Tensor& x, TensorLi
   return {dx.x, dx.weight, du0.weight, du0.bias, dh.weight, du1.weight, du1.bias};
 }
 
-// On one pixel an image, a 1 x 1 convolution is a product.
 Output squeeze_excite(const Tensor& x, TensorList p, TensorList, Doubles, Doubles) {
   const WithoutAutograd guard;
   check_count(p, 4, "parameters");
-  const Tensor mean = x.mean({2, 3}), h = at::addmm(p[1], mean, p[0].flatten(1).t()).relu_();
-  const Tensor gate = at::addmm(p[3], h, p[2].flatten(1).t()).sigmoid_();
-  return {x * as_factor(gate), {mean, h, gate}};
+  const Tensor mean = image_means(x), h = product(mean, p[0], p[1], kRelu);
+  const Tensor gate = product(h, p[2], p[3]).sigmoid_();
+  return {scale_images(x, gate, {}), {mean, h, gate}};
 }
 
 Tensors squeeze_excite_backward(const Tensor& grad, const Tensor& x, TensorList saved, TensorList p) {
@@ -110,16 +111,12 @@ Tensors squeeze_excite_backward(const Tensor& grad, const Tensor& x, TensorList 
   check_count(p, 4, "parameters");
   check_count(saved, 3, "saved tensors");
   const Tensor &mean = saved[0], &h = saved[1], &gate = saved[2];
-  const Tensor dexpand = at::sigmoid_backward((grad * x).sum({2, 3}), gate);
-  const Tensor dreduce = at::threshold_backward(dexpand.mm(p[2].flatten(1)), h, 0);
-  const Tensor dmean = dreduce.mm(p[0].flatten(1)).div_(x.size(2) * x.size(3));
-  return {
-      at::addcmul(as_factor(dmean), grad, as_factor(gate)),
-      dreduce.t().mm(mean).view_as(p[0]),
-      dreduce.sum(0),
-      dexpand.t().mm(h).view_as(p[2]),
-      dexpand.sum(0),
-  };
+  const Tensor dexpand = at::sigmoid_backward(image_products(grad, x), gate);
+  const auto dh = product_backward(dexpand, h, p[2]);
+  activation_gradient_into(dh.x, h, kRelu, dh.x);
+  const auto dmean = product_backward(dh.x, mean, p[0]);
+  const Tensor shift = dmean.x.div_(x.size(2) * x.size(3));
+  return {scale_images(grad, gate, shift), dmean.weight, channel_sums(dh.x), dh.weight, channel_sums(dexpand)};
 }
 
 // The maps before all norms, then their statistics.
@@ -165,14 +162,14 @@ Tensors stem_backward(const Tensor& grad, const Tensor& x, TensorList saved, Ten
 }  // namespace mobilemamba
 
 TORCH_LIBRARY_IMPL(mobilemamba_kernels, CPU, m) {
-  m.impl("depthwise_ffn_step", mobilemamba::depthwise_ffn);
-  m.impl("depthwise_ffn_step_backward", mobilemamba::depthwise_ffn_backward);
-  m.impl("pointwise_step", mobilemamba::pointwise);
-  m.impl("pointwise_step_backward", mobilemamba::pointwise_backward);
-  m.impl("expand_and_stride_step", mobilemamba::expand_and_stride);
-  m.impl("expand_and_stride_step_backward", mobilemamba::expand_and_stride_backward);
-  m.impl("squeeze_excite_step", mobilemamba::squeeze_excite);
-  m.impl("squeeze_excite_step_backward", mobilemamba::squeeze_excite_backward);
-  m.impl("stem_step", mobilemamba::stem);
-  m.impl("stem_step_backward", mobilemamba::stem_backward);
+  m.impl("depthwise_ffn_step", mobilemamba::BesidePyTorch<mobilemamba::depthwise_ffn>::call);
+  m.impl("depthwise_ffn_step_backward", mobilemamba::BesidePyTorch<mobilemamba::depthwise_ffn_backward>::call);
+  m.impl("pointwise_step", mobilemamba::BesidePyTorch<mobilemamba::pointwise>::call);
+  m.impl("pointwise_step_backward", mobilemamba::BesidePyTorch<mobilemamba::pointwise_backward>::call);
+  m.impl("expand_and_stride_step", mobilemamba::BesidePyTorch<mobilemamba::expand_and_stride>::call);
+  m.impl("expand_and_stride_step_backward", mobilemamba::BesidePyTorch<mobilemamba::expand_and_stride_backward>::call);
+  m.impl("squeeze_excite_step", mobilemamba::BesidePyTorch<mobilemamba::squeeze_excite>::call);
+  m.impl("squeeze_excite_step_backward", mobilemamba::BesidePyTorch<mobilemamba::squeeze_excite_backward>::call);
+  m.impl("stem_step", mobilemamba::BesidePyTorch<mobilemamba::stem>::call);
+  m.impl("stem_step_backward", mobilemamba::BesidePyTorch<mobilemamba::stem_backward>::call);
 }

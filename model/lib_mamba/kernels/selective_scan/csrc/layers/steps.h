@@ -43,9 +43,4 @@ struct Norms {
   Norm measure(int64_t i, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) const;
 };
 
-// A factor for each channel, (C) or (B, C), to multiply maps by.
-inline at::Tensor as_factor(const at::Tensor& weight) {
-  return weight.unsqueeze(-1).unsqueeze(-1);
-}
-
 }  // namespace mobilemamba

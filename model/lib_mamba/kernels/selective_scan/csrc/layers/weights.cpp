@@ -4,9 +4,11 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/share.h"
 #include "layers/maps.h"
 
 namespace mobilemamba {
@@ -38,6 +40,28 @@ Tensor pack_columns(const Tensor& matrix) {
   for (int64_t i = 0; i < panels.count(); ++i)
     parts.push_back(padded.narrow(1, panels[i].start * lanes, panels[i].count * lanes).flatten());
   return at::cat(parts);
+}
+
+Tensor pack_panels(const float* data, const std::vector<int64_t>& rows, int64_t columns, int64_t column_stride) {
+  constexpr int64_t kStrip = 16;  // rows: as many floats as a line of the cache holds, where rows lie side by side
+  const int64_t count = rows.size(), lanes = kernels().lanes;
+  const Panels panels{num_vectors(columns)};
+  const Tensor packed = floats(count * panels.vectors * lanes);
+  share(panels.count(), kForwards, [&](int64_t panel) {
+    const int64_t first = panels[panel].start * lanes, width = panels[panel].count * lanes;
+    const int64_t used = std::min(width, columns - first);
+    float* to = packed.mutable_data_ptr<float>() + first * count;
+    const float* from = data + first * column_stride;
+    for (int64_t begin = 0; begin < count; begin += kStrip) {
+      const int64_t end = std::min(begin + kStrip, count);
+      for (int64_t column = 0; column < used; ++column)
+        for (int64_t row = begin; row < end; ++row)
+          to[row * width + column] = from[rows[row] + column * column_stride];
+      for (int64_t row = begin; row < end; ++row)
+        std::fill(to + row * width + used, to + (row + 1) * width, 0.f);
+    }
+  });
+  return packed;
 }
 
 Weight weight_of(const Tensor& packed, int64_t rows, int64_t columns) {
