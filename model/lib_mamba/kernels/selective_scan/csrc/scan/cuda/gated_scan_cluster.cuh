@@ -62,6 +62,8 @@ struct ClusterWarp {
   using Layout = ClusterLayout<kD, kC>;
   static constexpr int kSlots = Shape::kSlots;
   static constexpr bool kMayEndEarly = kC == kPartialChunk;
+  // Of three chunks in four places, one in four is empty. Elsewhere few are, and a branch costs more than their loads.
+  static constexpr bool kSkipsEmpty = kC == 12 && kSlots == 2;
 
   const ScanInputs<T>& p;
   const NormInputs<T>& norm;
@@ -81,7 +83,6 @@ struct ClusterWarp {
   float* const tile = memory + Layout::kWarps + warp * Layout::kWarp;
 
   Staged projection;
-  Pair<T> z[kC];
   float2 sum[kC];
   Pair<T> factors[2][kC];  // C times the decay since the chunk's start
 
@@ -100,14 +101,14 @@ struct ClusterWarp {
     return kMayEndEarly ? max(0, min(kC, p.length - chunk_of(n) * kC)) : is_empty(n) ? 0 : kC;
   }
   __device__ __forceinline__ int row_of(int image, int n) const { return image * p.length + chunk_of(n) * kC; }
-  // One that exists: of an empty chunk, all but x is loaded from elsewhere, and means nothing.
+  // One that exists: what an empty chunk, which is without x, loads from it means nothing.
   __device__ __forceinline__ int readable_row_of(int image, int n) const {
     return is_empty(n) ? image * p.length : row_of(image, n);
   }
-  // The values of a lane's channels in a row.
+  // A place in one of the rows, which have fewer than 2^32 values together.
   template <int kRow, typename Value>
-  __device__ __forceinline__ static Value* at(Value* first, int row, int own_channel) {
-    return first + own_channel + static_cast<int64_t>(row) * kRow;
+  __device__ __forceinline__ static Value* at(Value* first, int row, int place) {
+    return first + (static_cast<uint32_t>(row) * kRow + place);
   }
 
   // Start to load the inputs of the slot's n-th chunk: x to shared memory, 16 bytes a lane.
@@ -141,8 +142,8 @@ struct ClusterWarp {
   // One position: the state, its share of the sum, and the factor of the state that enters the chunk.
   template <int kDirection>
   __device__ __forceinline__ void take(
-      int i, float2 w, float B, float C, const Own& own, float2& state, float2& decay) {
-    const float2 raw = W::kHasBiasRows ? w : w + own.bias, own_x = unpack(as_pairs(x() + i * 64)[column / 2]);
+      int i, float2 w, float B, float C, float2 own_x, const Own& own, float2& state, float2& decay) {
+    const float2 raw = W::kHasBiasRows ? w : w + own.bias;
     const float2 s = make_float2(softplus2_of<T>(raw.x), softplus2_of<T>(raw.y));
     const float2 a = make_float2(decay_of(s.x, own.A.x), decay_of(s.y, own.A.y));
     state = make_float2(next_state(state.x, s.x, a.x, B, own_x.x), next_state(state.y, s.y, a.y, B, own_x.y));
@@ -155,7 +156,7 @@ struct ClusterWarp {
 
   // Run a direction through the slot's n-th chunk.
   template <int kDirection>
-  __device__ __forceinline__ void scan(int n) {
+  __device__ __forceinline__ void scan(int n, const Pair<T> (&own_x)[kC]) {
     const float* const own_stage = stage + kDirection * W::kStageDirection;
     const float4* const fragments =
         reinterpret_cast<const float4*>(memory) + (kDirection * W::kGroups + group) * 4 * W::kBlocks * kLanes;
@@ -179,8 +180,8 @@ struct ClusterWarp {
         const int odd = kDirection ? 1 - half : half, i = 2 * pair + odd;
         if (i < kC)
           take<kDirection>(
-              i, odd ? make_float2(w.z, w.w) : make_float2(w.x, w.y), odd ? BC.z : BC.x, odd ? BC.w : BC.y, own, state,
-              decay);
+              i, odd ? make_float2(w.z, w.w) : make_float2(w.x, w.y), odd ? BC.z : BC.x, odd ? BC.w : BC.y,
+              unpack(own_x[i]), own, state, decay);
       }
     }
     if (!kIsWhole)
@@ -199,9 +200,37 @@ struct ClusterWarp {
     projection.put(stage, places(), slot_thread);
     wait_for_copies();
     __syncthreads();
-    scan<1>(n);
-    scan<0>(n);
+    Pair<T> own_x[kC];
+#pragma unroll
+    for (int i = 0; i < kC; ++i)
+      own_x[i] = as_pairs(x() + i * 64)[column / 2];
+    scan<1>(n, own_x);
+    // They wait where x was: registers are few.
+    if (!kIsWhole)
+      put_factors_aside();
+    scan<0>(n, own_x);
+    if (!kIsWhole)
+      get_factors_back();
     __syncwarp();
+  }
+
+  // Direction 1's factors, but for the last kC % 4.
+  __device__ __forceinline__ float4* factors_aside() const { return reinterpret_cast<float4*>(x()) + lane; }
+  __device__ __forceinline__ void put_factors_aside() const {
+    const auto word = [&](int i) { return __uint_as_float(factors[1][i].bits); };
+#pragma unroll
+    for (int i = 0; i < kC / 4 * 4; i += 4)
+      factors_aside()[i / 4 * kLanes] = make_float4(word(i), word(i + 1), word(i + 2), word(i + 3));
+  }
+  __device__ __forceinline__ void get_factors_back() {
+#pragma unroll
+    for (int i = 0; i < kC / 4 * 4; i += 4) {
+      const float4 four = factors_aside()[i / 4 * kLanes];
+      factors[1][i].bits = __float_as_uint(four.x);
+      factors[1][i + 1].bits = __float_as_uint(four.y);
+      factors[1][i + 2].bits = __float_as_uint(four.z);
+      factors[1][i + 3].bits = __float_as_uint(four.w);
+    }
   }
 
   __device__ __forceinline__ float4* parked_at(int n) const {
@@ -381,12 +410,13 @@ struct ClusterWarp {
     return (W::kHasHalf && g == W::kGroups - 1 ? 32.f : 64.f) / kD;
   }
 
-  __device__ __forceinline__ Pair<T> gated(int i, float2 factor, float2 weight, float2 bias) const {
+  __device__ __forceinline__ Pair<T> gated(
+      int i, const Pair<T>& z, float2 factor, float2 weight, float2 bias) const {
     const float2 normed = make_float2(fmaf(sum[i].x, factor.x, factor.y), fmaf(sum[i].y, factor.x, factor.y));
-    return pack<T>(multiply_add(normed, weight, bias) * silu(z[i]));
+    return pack<T>(multiply_add(normed, weight, bias) * silu(z));
   }
 
-  __device__ __forceinline__ void store(int image, int n) const {
+  __device__ __forceinline__ void store(int image, int n, const Pair<T> (&z)[kC]) const {
     if (is_empty(n))
       return;
     T* const to = at<kD>(y, row_of(image, n), channel);
@@ -394,13 +424,15 @@ struct ClusterWarp {
 #pragma unroll
     for (int i = 0; i < kC; ++i) {
       const float4 two = reinterpret_cast<const float4*>(norms())[i / 2];
-      const Pair<T> pair = gated(i, i % 2 ? make_float2(two.z, two.w) : make_float2(two.x, two.y), weight, bias);
+      const Pair<T> pair = gated(i, z[i], i % 2 ? make_float2(two.z, two.w) : make_float2(two.x, two.y), weight, bias);
       if (is_own_channel() && (!kMayEndEarly || i < valid(n)))
         store_word(to + i * kD, pair.bits);
     }
   }
 
-  __device__ __forceinline__ void load_gate(int image, int n) {
+  __device__ __forceinline__ void load_gate(int image, int n, Pair<T> (&z)[kC]) const {
+    if (kSkipsEmpty && is_empty(n))
+      return;
     const T* const from = at<kZRow>(norm.z, readable_row_of(image, n), channel);
 #pragma unroll
     for (int i = 0; i < kC; ++i)
@@ -442,17 +474,18 @@ struct ClusterWarp {
       }
       if (image + clusters < p.batch)
         fetch(image + clusters, 0);
-      load_gate(image, n);
+      Pair<T> z[kC];
+      load_gate(image, n, z);
       if (!kIsWhole)
         exchange(image == first);
       while (true) {
         if (!kIsWhole)
           correct(image, n);
         find_norm(n);
-        store(image, n);
+        store(image, n, z);
         if (n == 0)
           break;
-        load_gate(image, --n);
+        load_gate(image, --n, z);
         take_back(n);
       }
     }
