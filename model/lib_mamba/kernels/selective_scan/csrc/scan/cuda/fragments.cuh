@@ -168,7 +168,8 @@ enum PairParameter { kDecay0, kDecay1, kSkip, kNormWeight, kNormBias, kBias0, kB
 // Mean, and squared deviations from it, of each row of a tile (wide), over 64 channels or over the first 32; lanes 2p
 // and 2p + 1 receive those of position p.
 __device__ __forceinline__ float2 pair_moments(const float* tile, bool is_half) {
-  // Lanes of a pair read alternate fours: eight lanes fall on different banks.
+  // Sums of squares lose what the mean's square takes, which is less than the values' own errors until the mean is
+  // hundreds of deviations. Lanes of a pair read alternate fours: eight lanes fall on different banks.
   const float4* const row = reinterpret_cast<const float4*>(tile + lane_index() / 2 * kWideRow) + lane_index() % 2;
   float sum = 0.f, squares = 0.f;
   const auto add = [&](const float4& four) {

@@ -63,8 +63,8 @@ bool run_cluster(const ScanTensors& scan, const NormTensors& norm, Tensor& y, fl
   const auto is_aligned = [](const Tensor& tensor) {
     return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % sizeof(float4) == 0;
   };
-  if (scan.rank * 32 != D || scan.batch * scan.length * 2 * D > UINT32_MAX || row_step(scan.x) != D || (z_row != D && z_row != 2 * D) || !is_aligned(scan.x) ||
-      !is_aligned(norm.z) || !is_aligned(scan.projection))
+  if (scan.rank * 32 != D || scan.batch * scan.length * 2 * D > UINT32_MAX || row_step(scan.x) != D ||
+      (z_row != D && z_row != 2 * D) || !is_aligned(scan.x) || !is_aligned(norm.z) || !is_aligned(scan.projection))
     return false;
   return with_cluster_case(D, scan.length, [&](auto one) {
     using Case = decltype(one);

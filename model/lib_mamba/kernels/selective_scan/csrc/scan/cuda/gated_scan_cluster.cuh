@@ -4,7 +4,8 @@
 // through a chunk as if no state entered it, and keeps the sum and, for each direction, C times the decay since the
 // chunk's start. A chunk maps the state that enters it to decay * state + added: from these maps, composed in the block
 // and exchanged in the cluster, follows the state that does enter, and its share of the sum is added. Then the block,
-// which has all channels, normalises and gates.
+// which has all channels, normalises and gates. States and sums are in units of ln 2, which the normalisation takes
+// out.
 //
 // Blocks stay, and take one image after the other. Chunks of 13 positions may end with some that do not exist; all
 // others are full, or, behind the last one of an image, empty.
@@ -205,7 +206,7 @@ struct ClusterWarp {
     for (int i = 0; i < kC; ++i)
       own_x[i] = as_pairs(x() + i * 64)[column / 2];
     scan<1>(n, own_x);
-    // They wait where x was: registers are few.
+    // Direction 1's factors wait where x was: registers are few.
     if (!kIsWhole)
       put_factors_aside();
     scan<0>(n, own_x);
@@ -214,7 +215,7 @@ struct ClusterWarp {
     __syncwarp();
   }
 
-  // Direction 1's factors, but for the last kC % 4.
+  // All but the last kC % 4 of them.
   __device__ __forceinline__ float4* factors_aside() const { return reinterpret_cast<float4*>(x()) + lane; }
   __device__ __forceinline__ void put_factors_aside() const {
     const auto word = [&](int i) { return __uint_as_float(factors[1][i].bits); };
@@ -269,9 +270,7 @@ struct ClusterWarp {
   __device__ __forceinline__ float4* first_map(int direction) const {
     return map_of(direction, direction ? block_chunks - 1 : 0);
   }
-  __device__ __forceinline__ static int next_map(int direction) {
-    return (direction ? -1 : 1) * W::kGroups * kLanes;
-  }
+  __device__ __forceinline__ static int next_map(int direction) { return (direction ? -1 : 1) * W::kGroups * kLanes; }
 
   // The map of all the block's chunks, one after the other in travel.
   __device__ __forceinline__ float4 compose(int direction) const {
@@ -410,8 +409,7 @@ struct ClusterWarp {
     return (W::kHasHalf && g == W::kGroups - 1 ? 32.f : 64.f) / kD;
   }
 
-  __device__ __forceinline__ Pair<T> gated(
-      int i, const Pair<T>& z, float2 factor, float2 weight, float2 bias) const {
+  __device__ __forceinline__ Pair<T> gated(int i, const Pair<T>& z, float2 factor, float2 weight, float2 bias) const {
     const float2 normed = make_float2(fmaf(sum[i].x, factor.x, factor.y), fmaf(sum[i].y, factor.x, factor.y));
     return pack<T>(multiply_add(normed, weight, bias) * silu(z));
   }
