@@ -43,6 +43,13 @@ inline float round_tf32(float value) {
 inline uint32_t pack_bfloat16(float low, float high) {
   return c10::BFloat16(low).x | static_cast<uint32_t>(c10::BFloat16(high).x) << 16;
 }
+inline uint32_t multiply_add_bfloat16(uint32_t a, uint32_t b, uint32_t c) {
+  const auto value = [](uint32_t bits) -> float {
+    return c10::BFloat16(static_cast<uint16_t>(bits), c10::BFloat16::from_bits());
+  };
+  return pack_bfloat16(
+      std::fma(value(a), value(b), value(c)), std::fma(value(a >> 16), value(b >> 16), value(c >> 16)));
+}
 inline uint32_t pack_half(float low, float high) {
   return c10::Half(low).x | static_cast<uint32_t>(c10::Half(high).x) << 16;
 }

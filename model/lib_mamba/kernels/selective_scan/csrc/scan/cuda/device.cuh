@@ -56,6 +56,13 @@ __device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
   return pair;
 }
 
+// a b + c for pairs of them.
+__device__ __forceinline__ uint32_t multiply_add_bfloat16(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
 __device__ __forceinline__ uint32_t pack_half(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));

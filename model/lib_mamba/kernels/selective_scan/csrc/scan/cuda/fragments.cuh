@@ -33,7 +33,7 @@ struct Width {
 
   // In floats. Fragments of the weights: [direction][group][4][kBlocks][lane] of four.
   static constexpr int kWeights = 2 * kGroups * kBlocks * 512;
-  // Fragments of dt, [kBlocks][lane] of four; then B (times ln 2) and C, [16] of two.
+  // Fragments of dt, [kBlocks][lane] of four; then B and C, [16] of two.
   static constexpr int kStageDirection = kBlocks * 128 + 2 * kMaxChunk;
   static constexpr int kStage = 2 * kStageDirection;
   static constexpr int kTile = kMaxChunk * kWideRow;
@@ -61,6 +61,13 @@ __device__ __forceinline__ void put_weight_fragments(const float* dt_weight, con
   }
 }
 
+// Where one of a position's values for the product goes in the fragments of dt: a fragment's rows q and q + 8 are
+// positions 2q and 2q + 1, so that a lane receives the products of both.
+__device__ __forceinline__ int dt_offset(int position, int own) {
+  const int lane = position / 2 * 4 + own % 4;
+  return (own / 8 * kLanes + lane) * 4 + position % 2 + own % 8 / 4 * 2;
+}
+
 // Where a column of the projection goes in the stage of a chunk.
 template <int kD>
 __device__ __forceinline__ int stage_offset(int position, int column) {
@@ -69,8 +76,7 @@ __device__ __forceinline__ int stage_offset(int position, int column) {
   const int start = direction * W::kStageDirection;
   if (own >= W::kRank)
     return start + W::kBlocks * 128 + 2 * position + own - W::kRank;
-  const int lane = position % 8 * 4 + own % 4;
-  return start + (own / 8 * kLanes + lane) * 4 + position / 8 + own % 8 / 4 * 2;
+  return start + dt_offset(position, own);
 }
 
 // What a stage holds beside the projection; by `threads` threads.
@@ -83,8 +89,7 @@ __device__ __forceinline__ void clear_stage(float* stage, int thread, int thread
   if (W::kHasBiasRows)
     for (int item = thread; item < 2 * kMaxChunk * 2; item += threads) {
       const int own = W::kRank + item % 2, position = item / 2 % kMaxChunk, direction = item / (2 * kMaxChunk);
-      const int lane = position % 8 * 4 + own % 4;
-      stage[direction * W::kStageDirection + (own / 8 * kLanes + lane) * 4 + position / 8 + own % 8 / 4 * 2] = 1.f;
+      stage[direction * W::kStageDirection + dt_offset(position, own)] = 1.f;
     }
 }
 
@@ -96,14 +101,13 @@ struct Projection {
   static constexpr int kThreads = W::kGroups * kLanes;
   static constexpr int kPairs = kC * W::kColumns;
   static constexpr int kItems = (kPairs + kThreads - 1) / kThreads;
-  static constexpr uint32_t kIsB = 0x8000;
   Pair<T> pairs[kItems];
 
-  // The places of both values of each pair, 16 bits each.
+  // The places of both values of each pair in bytes, 16 bits each.
   static __device__ __forceinline__ void put_places(uint32_t* places) {
+    static_assert(sizeof(float) * W::kStage <= 0x10000);
     const auto place = [](int position, int column) -> uint32_t {
-      const bool is_B = column == W::kRank || column == W::kColumns + W::kRank;
-      return stage_offset<kD>(position, column) | (is_B ? kIsB : 0u);
+      return sizeof(float) * stage_offset<kD>(position, column);
     };
     for (int item = threadIdx.x; item < kPairs; item += blockDim.x) {
       const int position = item / W::kColumns, column = item % W::kColumns * 2;
@@ -111,12 +115,11 @@ struct Projection {
     }
   }
 
+  // `from` is the thread's first pair.
   __device__ __forceinline__ void fetch(const T* from, int valid, int thread) {
 #pragma unroll
-    for (int n = 0; n < kItems; ++n) {
-      const int item = thread + n * kThreads;
-      pairs[n] = item < valid * W::kColumns ? load_pair(from + 2 * item) : Pair<T>{0u};
-    }
+    for (int n = 0; n < kItems; ++n)
+      pairs[n] = thread + n * kThreads < valid * W::kColumns ? load_pair(from + 2 * n * kThreads) : Pair<T>{0u};
   }
 
   __device__ __forceinline__ void put(float* stage, const uint32_t* places, int thread) const {
@@ -127,13 +130,9 @@ struct Projection {
         return;
       const uint32_t place = places[item];
       const float2 values = unpack(pairs[n]);
-      put_value(stage, place & 0xffffu, values.x);
-      put_value(stage, place >> 16, values.y);
+      *reinterpret_cast<float*>(reinterpret_cast<char*>(stage) + (place & 0xffffu)) = values.x;
+      *reinterpret_cast<float*>(reinterpret_cast<char*>(stage) + (place >> 16)) = values.y;
     }
-  }
-
-  static __device__ __forceinline__ void put_value(float* stage, uint32_t place, float value) {
-    stage[place & (kIsB - 1)] = place & kIsB ? kLn2 * value : value;
   }
 };
 
@@ -156,12 +155,10 @@ __device__ __forceinline__ void project_pairs(const float4* dt, const float4* we
       multiply_tf32(c[2 * j + 1], a, second);
     }
   }
-  float* const to = tile + lane / 8 * kPairedRow + lane / 4 % 2 * 2 + lane % 4 * 4;
+  float4* const to = reinterpret_cast<float4*>(tile + lane / 4 * kPairedRow) + lane % 4;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    *reinterpret_cast<float2*>(to + 16 * j) = make_float2(c[j][0], c[j][1]);
-    *reinterpret_cast<float2*>(to + 16 * j + 4 * kPairedRow) = make_float2(c[j][2], c[j][3]);
-  }
+  for (int j = 0; j < 8; ++j)
+    to[4 * j] = make_float4(c[j][0], c[j][1], c[j][2], c[j][3]);
 }
 
 // Parameters of two channels, which a lane reads from shared memory when it needs them.
@@ -171,45 +168,26 @@ enum PairParameter { kDecay0, kDecay1, kSkip, kNormWeight, kNormBias, kBias0, kB
 // Mean, and squared deviations from it, of each row of a tile (wide), over 64 channels or over the first 32; lanes 2p
 // and 2p + 1 receive those of position p.
 __device__ __forceinline__ float2 pair_moments(const float* tile, bool is_half) {
-  // Lanes of a pair read alternate fours: eight lanes fall on different banks.
+  // Sums of squares lose what the mean's square takes, which is less than the values' own errors until the mean is
+  // hundreds of deviations. Lanes of a pair read alternate fours: eight lanes fall on different banks.
   const float4* const row = reinterpret_cast<const float4*>(tile + lane_index() / 2 * kWideRow) + lane_index() % 2;
-  float4 values[8];
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    values[i] = row[2 * i];
-    sum += (values[i].x + values[i].y) + (values[i].z + values[i].w);
-  }
-  if (!is_half) {
-#pragma unroll
-    for (int i = 4; i < 8; ++i) {
-      values[i] = row[2 * i];
-      sum += (values[i].x + values[i].y) + (values[i].z + values[i].w);
-    }
-  }
-  sum += __shfl_xor_sync(kWarp, sum, 1);
-  const float mean = sum * (is_half ? 1.f / 32.f : 1.f / 64.f);
-  float squares = 0.f;
-  const auto add_squares = [&](float value) {
-    const float deviation = value - mean;
-    squares = fmaf(deviation, deviation, squares);
-  };
-  const auto add_four = [&](const float4& four) {
-    add_squares(four.x);
-    add_squares(four.y);
-    add_squares(four.z);
-    add_squares(four.w);
+  float sum = 0.f, squares = 0.f;
+  const auto add = [&](const float4& four) {
+    sum += (four.x + four.y) + (four.z + four.w);
+    squares = fmaf(four.x, four.x, fmaf(four.y, four.y, fmaf(four.z, four.z, fmaf(four.w, four.w, squares))));
   };
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    add_four(values[i]);
+    add(row[2 * i]);
   if (!is_half) {
 #pragma unroll
     for (int i = 4; i < 8; ++i)
-      add_four(values[i]);
+      add(row[2 * i]);
   }
+  sum += __shfl_xor_sync(kWarp, sum, 1);
   squares += __shfl_xor_sync(kWarp, squares, 1);
-  return make_float2(mean, squares);
+  const float mean = sum * (is_half ? 1.f / 32.f : 1.f / 64.f);
+  return make_float2(mean, fmaxf(fmaf(-sum, mean, squares), 0.f));
 }
 
 }  // namespace mobilemamba

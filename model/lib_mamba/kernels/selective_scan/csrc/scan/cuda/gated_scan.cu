@@ -3,6 +3,7 @@
 // The kernels are made for two directions, forward and backward, with one state component (gated_scan_*.cuh): one for
 // 16-bit sequences of the widths and lengths of the released networks, and one for all others. Any other scan runs on
 // general_scan.cu, with normalisation and gate after it.
+#include <cstdint>
 #include <optional>
 
 #include "scan/cuda/gated_scan_cluster.cuh"
@@ -62,8 +63,8 @@ bool run_cluster(const ScanTensors& scan, const NormTensors& norm, Tensor& y, fl
   const auto is_aligned = [](const Tensor& tensor) {
     return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % sizeof(float4) == 0;
   };
-  if (scan.rank * 32 != D || row_step(scan.x) != D || (z_row != D && z_row != 2 * D) || !is_aligned(scan.x) ||
-      !is_aligned(norm.z) || !is_aligned(scan.projection))
+  if (scan.rank * 32 != D || scan.batch * scan.length * 2 * D > UINT32_MAX || row_step(scan.x) != D ||
+      (z_row != D && z_row != 2 * D) || !is_aligned(scan.x) || !is_aligned(norm.z) || !is_aligned(scan.projection))
     return false;
   return with_cluster_case(D, scan.length, [&](auto one) {
     using Case = decltype(one);

@@ -841,9 +841,15 @@ struct BackwardWarp {
   }
 };
 
+// Threads that share the registers: those of a block; as many as two blocks have where both have room, of 5 warps each.
+__host__ __device__ constexpr int backward_threads(int channels) {
+  const int warps = channels ? (channels + kGroup - 1) / kGroup : kMaxBackwardWarps;
+  return (warps == 5 ? 2 * warps : warps) * kLanes;
+}
+
 // Grid of any size, a warp for every 64 channels.
 template <typename T, int NR, int kChunk, int kChannels>
-__global__ void __launch_bounds__(kChannels == 448 || kChannels == 512 ? 256 : kMaxBackwardWarps * kLanes, 1)
+__global__ void __launch_bounds__(backward_threads(kChannels), 1)
     scan_backward_kernel(const BackwardArguments<T> arguments) {
   BackwardWarp<T, NR, kChunk, kChannels> warp{arguments};
   warp.run();

@@ -4,7 +4,8 @@
 // through a chunk as if no state entered it, and keeps the sum and, for each direction, C times the decay since the
 // chunk's start. A chunk maps the state that enters it to decay * state + added: from these maps, composed in the block
 // and exchanged in the cluster, follows the state that does enter, and its share of the sum is added. Then the block,
-// which has all channels, normalises and gates.
+// which has all channels, normalises and gates. States and sums are in units of ln 2, which the normalisation takes
+// out.
 //
 // Blocks stay, and take one image after the other. Chunks of 13 positions may end with some that do not exist; all
 // others are full, or, behind the last one of an image, empty.
@@ -62,6 +63,8 @@ struct ClusterWarp {
   using Layout = ClusterLayout<kD, kC>;
   static constexpr int kSlots = Shape::kSlots;
   static constexpr bool kMayEndEarly = kC == kPartialChunk;
+  // Of three chunks in four places, one in four is empty. Elsewhere few are, and a branch costs more than their loads.
+  static constexpr bool kSkipsEmpty = kC == 12 && kSlots == 2;
 
   const ScanInputs<T>& p;
   const NormInputs<T>& norm;
@@ -81,16 +84,13 @@ struct ClusterWarp {
   float* const tile = memory + Layout::kWarps + warp * Layout::kWarp;
 
   Staged projection;
-  Pair<T> z[kC];
   float2 sum[kC];
   Pair<T> factors[2][kC];  // C times the decay since the chunk's start
 
   __device__ __forceinline__ uint32_t* places() const { return reinterpret_cast<uint32_t*>(memory + Layout::kPlaces); }
   __device__ __forceinline__ T* x() const { return reinterpret_cast<T*>(tile + Layout::kX); }
-  // What normalises a position, at the end of its row of the tile.
-  __device__ __forceinline__ float2& norm_of(int position) const {
-    return *reinterpret_cast<float2*>(tile + position * kWideRow + 64);
-  }
+  // What normalises a position, in the tile.
+  __device__ __forceinline__ float2* norms() const { return reinterpret_cast<float2*>(tile); }
 
   // The n-th chunk of the slot: within the block, and within the image.
   __device__ __forceinline__ int chunk_in_block(int n) const { return slot * plan.chunks_a_slot + n; }
@@ -101,31 +101,25 @@ struct ClusterWarp {
   __device__ __forceinline__ int valid(int n) const {
     return kMayEndEarly ? max(0, min(kC, p.length - chunk_of(n) * kC)) : is_empty(n) ? 0 : kC;
   }
-  __device__ __forceinline__ int64_t row_of(int image, int n) const {
-    return static_cast<int64_t>(image) * p.length + chunk_of(n) * kC;
+  __device__ __forceinline__ int row_of(int image, int n) const { return image * p.length + chunk_of(n) * kC; }
+  // One that exists: what an empty chunk, which is without x, loads from it means nothing.
+  __device__ __forceinline__ int readable_row_of(int image, int n) const {
+    return is_empty(n) ? image * p.length : row_of(image, n);
   }
-
-  __device__ __forceinline__ void load(Pair<T> (&pairs)[kC], const T* from, int row, int count) const {
-    if (count == 0) {
-#pragma unroll
-      for (int i = 0; i < kC; ++i)
-        pairs[i] = {0u};
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kC; ++i)
-      pairs[i] = !kMayEndEarly || i < count ? load_pair(from + i * row) : Pair<T>{0u};
+  // A place in one of the rows, which have fewer than 2^32 values together.
+  template <int kRow, typename Value>
+  __device__ __forceinline__ static Value* at(Value* first, int row, int place) {
+    return first + (static_cast<uint32_t>(row) * kRow + place);
   }
 
   // Start to load the inputs of the slot's n-th chunk: x to shared memory, 16 bytes a lane.
   __device__ __forceinline__ void fetch(int image, int n) {
-    const int64_t row = row_of(image, n);
-    const int count = valid(n);
-    projection.fetch(p.projection + row * 2 * W::kColumns, count, slot_thread);
+    const int row = readable_row_of(image, n), count = valid(n);
+    projection.fetch(at<2 * W::kColumns>(p.projection, row, 2 * slot_thread), kMayEndEarly ? count : kC, slot_thread);
     const int first = lane / 8, part = lane % 8 * 8;
     if (is_half && part >= 32)
       return;
-    const T* const from = p.x + (row + first) * kD + 64 * group + part;
+    const T* const from = at<kD>(p.x, row + first, 64 * group + part);
     float4* const to = reinterpret_cast<float4*>(x() + first * 64 + part);
 #pragma unroll
     for (int i = 0; i < kC; i += 4)
@@ -149,8 +143,8 @@ struct ClusterWarp {
   // One position: the state, its share of the sum, and the factor of the state that enters the chunk.
   template <int kDirection>
   __device__ __forceinline__ void take(
-      int i, float2 w, float B, float C, const Own& own, float2& state, float2& decay) {
-    const float2 raw = W::kHasBiasRows ? w : w + own.bias, own_x = unpack(as_pairs(x() + i * 64)[column / 2]);
+      int i, float2 w, float B, float C, float2 own_x, const Own& own, float2& state, float2& decay) {
+    const float2 raw = W::kHasBiasRows ? w : w + own.bias;
     const float2 s = make_float2(softplus2_of<T>(raw.x), softplus2_of<T>(raw.y));
     const float2 a = make_float2(decay_of(s.x, own.A.x), decay_of(s.y, own.A.y));
     state = make_float2(next_state(state.x, s.x, a.x, B, own_x.x), next_state(state.y, s.y, a.y, B, own_x.y));
@@ -163,7 +157,7 @@ struct ClusterWarp {
 
   // Run a direction through the slot's n-th chunk.
   template <int kDirection>
-  __device__ __forceinline__ void scan(int n) {
+  __device__ __forceinline__ void scan(int n, const Pair<T> (&own_x)[kC]) {
     const float* const own_stage = stage + kDirection * W::kStageDirection;
     const float4* const fragments =
         reinterpret_cast<const float4*>(memory) + (kDirection * W::kGroups + group) * 4 * W::kBlocks * kLanes;
@@ -187,8 +181,8 @@ struct ClusterWarp {
         const int odd = kDirection ? 1 - half : half, i = 2 * pair + odd;
         if (i < kC)
           take<kDirection>(
-              i, odd ? make_float2(w.z, w.w) : make_float2(w.x, w.y), odd ? BC.z : BC.x, odd ? BC.w : BC.y, own, state,
-              decay);
+              i, odd ? make_float2(w.z, w.w) : make_float2(w.x, w.y), odd ? BC.z : BC.x, odd ? BC.w : BC.y,
+              unpack(own_x[i]), own, state, decay);
       }
     }
     if (!kIsWhole)
@@ -207,9 +201,37 @@ struct ClusterWarp {
     projection.put(stage, places(), slot_thread);
     wait_for_copies();
     __syncthreads();
-    scan<1>(n);
-    scan<0>(n);
+    Pair<T> own_x[kC];
+#pragma unroll
+    for (int i = 0; i < kC; ++i)
+      own_x[i] = as_pairs(x() + i * 64)[column / 2];
+    scan<1>(n, own_x);
+    // Direction 1's factors wait where x was: registers are few.
+    if (!kIsWhole)
+      put_factors_aside();
+    scan<0>(n, own_x);
+    if (!kIsWhole)
+      get_factors_back();
     __syncwarp();
+  }
+
+  // All but the last kC % 4 of them.
+  __device__ __forceinline__ float4* factors_aside() const { return reinterpret_cast<float4*>(x()) + lane; }
+  __device__ __forceinline__ void put_factors_aside() const {
+    const auto word = [&](int i) { return __uint_as_float(factors[1][i].bits); };
+#pragma unroll
+    for (int i = 0; i < kC / 4 * 4; i += 4)
+      factors_aside()[i / 4 * kLanes] = make_float4(word(i), word(i + 1), word(i + 2), word(i + 3));
+  }
+  __device__ __forceinline__ void get_factors_back() {
+#pragma unroll
+    for (int i = 0; i < kC / 4 * 4; i += 4) {
+      const float4 four = factors_aside()[i / 4 * kLanes];
+      factors[1][i].bits = __float_as_uint(four.x);
+      factors[1][i + 1].bits = __float_as_uint(four.y);
+      factors[1][i + 2].bits = __float_as_uint(four.z);
+      factors[1][i + 3].bits = __float_as_uint(four.w);
+    }
   }
 
   __device__ __forceinline__ float4* parked_at(int n) const {
@@ -244,12 +266,19 @@ struct ClusterWarp {
     return reinterpret_cast<float4*>(memory + Layout::kBlockMaps) + (direction * W::kGroups + group) * kLanes + lane;
   }
 
+  // The chunks of the block in a direction's travel: the map of the first, and the distance to the next.
+  __device__ __forceinline__ float4* first_map(int direction) const {
+    return map_of(direction, direction ? block_chunks - 1 : 0);
+  }
+  __device__ __forceinline__ static int next_map(int direction) { return (direction ? -1 : 1) * W::kGroups * kLanes; }
+
   // The map of all the block's chunks, one after the other in travel.
   __device__ __forceinline__ float4 compose(int direction) const {
     float2 decay = make_float2(1.f, 1.f), added = make_float2(0.f, 0.f);
+    const float4* place = first_map(direction);
 #pragma unroll 1
-    for (int step = 0; step < block_chunks; ++step) {
-      const float4 map = *map_of(direction, direction ? block_chunks - 1 - step : step);
+    for (int step = 0; step < block_chunks; ++step, place += next_map(direction)) {
+      const float4 map = *place;
       apply(map, added);
       decay.x *= map.x;
       decay.y *= map.z;
@@ -257,27 +286,49 @@ struct ClusterWarp {
     return make_float4(decay.x, added.x, decay.y, added.y);
   }
 
+  // The state that enters the block in a direction.
+  __device__ __forceinline__ float2 state_before_block(int direction) const {
+    constexpr int kAtATime = 4;  // which arrive together
+    const int count = direction ? plan.blocks - 1 - rank : rank, sign = direction ? -1 : 1;
+    const float4* const own = block_map_of(direction);
+    float2 state = make_float2(0.f, 0.f);
+    int other = direction ? plan.blocks - 1 : 0;
+#pragma unroll 1
+    for (int step = 0; step < count; step += kAtATime) {
+      float4 maps[kAtATime];
+#pragma unroll
+      for (int i = 0; i < kAtATime; ++i, other += sign)
+        if (step + i < count)
+          maps[i] = read_of_block(own, other);
+#pragma unroll
+      for (int i = 0; i < kAtATime; ++i)
+        if (step + i < count)
+          apply(maps[i], state);
+    }
+    return state;
+  }
+
   // Put the state that enters each chunk in the place of its map. Each slot's warps take a direction, or both where
   // there is one slot.
   __device__ __forceinline__ void exchange(bool is_first) {
+    constexpr int kDirections = 2 / kSlots;
     __syncthreads();
     if (plan.blocks > 1) {
       if (!is_first)
         cluster_wait();  // the others have read the maps of the image before
-      for (int direction = slot; direction < 2; direction += kSlots)
-        *block_map_of(direction) = compose(direction);
+#pragma unroll 1
+      for (int i = 0; i < kDirections; ++i)
+        *block_map_of(slot + i) = compose(slot + i);
       cluster_arrive();
       cluster_wait();
     }
-    for (int direction = slot; direction < 2; direction += kSlots) {
-      float2 state = make_float2(0.f, 0.f);
-      const int count = direction ? plan.blocks - 1 - rank : rank;
-#pragma unroll 4
-      for (int step = 0; step < count; ++step)
-        apply(read_of_block(block_map_of(direction), direction ? plan.blocks - 1 - step : step), state);
 #pragma unroll 1
-      for (int step = 0; step < block_chunks; ++step) {
-        float4* const place = map_of(direction, direction ? block_chunks - 1 - step : step);
+    for (int i = 0; i < kDirections; ++i) {
+      const int direction = slot + i;
+      float2 state = state_before_block(direction);
+      float4* place = first_map(direction);
+#pragma unroll 1
+      for (int step = 0; step < block_chunks; ++step, place += next_map(direction)) {
         const float4 map = *place;
         *reinterpret_cast<float2*>(place) = state;
         apply(map, state);
@@ -298,7 +349,7 @@ struct ClusterWarp {
   __device__ __forceinline__ void keep_state(int image, int direction, int chunk, const float2& state) const {
     const int64_t place = (static_cast<int64_t>(image) * 2 + direction) * plan.states + chunk / kChunksAState;
     if (is_own_channel())
-      *reinterpret_cast<float2*>(states + place * kD + channel) = state;
+      *reinterpret_cast<float2*>(states + place * kD + channel) = state * kLn2;
   }
 
   // Add what the entering states contribute.
@@ -311,15 +362,20 @@ struct ClusterWarp {
       if (chunk % kChunksAState == kChunksAState - 1 || (chunk + 1) * kC >= p.length)
         keep_state(image, 1, chunk, second);
     }
+    if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      // Two channels at a time, rounded as the factors are.
+      const Pair<T> own_first = pack<T>(first), own_second = pack<T>(second);
 #pragma unroll
-    for (int i = 0; i < kC; ++i) {
-      const float2 one = unpack(factors[0][i]), other = unpack(factors[1][i]);
-      sum[i].x = fmaf(one.x, first.x, fmaf(other.x, second.x, sum[i].x));
-      sum[i].y = fmaf(one.y, first.y, fmaf(other.y, second.y, sum[i].y));
+      for (int i = 0; i < kC; ++i)
+        sum[i] = sum[i] + unpack(multiply_add(factors[0][i], own_first, factors[1][i] * own_second));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kC; ++i)
+        sum[i] = multiply_add(unpack(factors[0][i]), first, multiply_add(unpack(factors[1][i]), second, sum[i]));
     }
   }
 
-  // 1 / deviation and -mean / deviation over all channels, for each position, to norm_of.
+  // 1 / deviation and -mean / deviation over all channels, for each position, to norms().
   __device__ __forceinline__ void find_norm(int n) {
     __syncwarp();
 #pragma unroll
@@ -343,9 +399,9 @@ struct ClusterWarp {
       const float deviation = part.x - mean;
       squares += fmaf(deviation * (kD * share(g)), deviation, part.y);
     }
-    const float rstd = rsqrtf(squares * (1.f / kD) + norm.eps);
+    const float rstd = rsqrtf(fmaf(squares, 1.f / kD, kLog2e * kLog2e * norm.eps));
     if (lane < kMaxChunk)
-      norm_of(lane) = make_float2(rstd, -mean * rstd);
+      norms()[lane] = make_float2(rstd, -mean * rstd);
     __syncwarp();
   }
   // A group's part of the channels.
@@ -353,27 +409,32 @@ struct ClusterWarp {
     return (W::kHasHalf && g == W::kGroups - 1 ? 32.f : 64.f) / kD;
   }
 
-  __device__ __forceinline__ Pair<T> gated(int i, float2 weight, float2 bias) const {
-    const float2 factor = norm_of(i), gate = unpack(z[i]);
+  __device__ __forceinline__ Pair<T> gated(int i, const Pair<T>& z, float2 factor, float2 weight, float2 bias) const {
     const float2 normed = make_float2(fmaf(sum[i].x, factor.x, factor.y), fmaf(sum[i].y, factor.x, factor.y));
-    return pack<T>(multiply_add(normed, weight, bias) * make_float2(silu<T>(gate.x), silu<T>(gate.y)));
+    return pack<T>(multiply_add(normed, weight, bias) * silu(z));
   }
 
-  __device__ __forceinline__ void store(int image, int n) const {
-    T* const to = y + row_of(image, n) * kD + channel;
+  __device__ __forceinline__ void store(int image, int n, const Pair<T> (&z)[kC]) const {
     if (is_empty(n))
       return;
+    T* const to = at<kD>(y, row_of(image, n), channel);
     const float2 weight = parameter(kNormWeight), bias = parameter(kNormBias);
 #pragma unroll
     for (int i = 0; i < kC; ++i) {
-      const Pair<T> pair = gated(i, weight, bias);
+      const float4 two = reinterpret_cast<const float4*>(norms())[i / 2];
+      const Pair<T> pair = gated(i, z[i], i % 2 ? make_float2(two.z, two.w) : make_float2(two.x, two.y), weight, bias);
       if (is_own_channel() && (!kMayEndEarly || i < valid(n)))
         store_word(to + i * kD, pair.bits);
     }
   }
 
-  __device__ __forceinline__ void load_gate(int image, int n) {
-    load(z, norm.z + row_of(image, n) * kZRow + channel, kZRow, valid(n));
+  __device__ __forceinline__ void load_gate(int image, int n, Pair<T> (&z)[kC]) const {
+    if (kSkipsEmpty && is_empty(n))
+      return;
+    const T* const from = at<kZRow>(norm.z, readable_row_of(image, n), channel);
+#pragma unroll
+    for (int i = 0; i < kC; ++i)
+      z[i] = !kMayEndEarly || i < valid(n) ? load_pair(from + i * kZRow) : Pair<T>{0u};
   }
 
   __device__ __forceinline__ void start() {
@@ -387,7 +448,7 @@ struct ClusterWarp {
         parameter(kBias0 + direction) = pair_at(p.dt_bias, direction) * kLog2e;
     }
     if (slot == 0) {
-      parameter(kSkip) = pair_at(p.D_skip, 0) + pair_at(p.D_skip, 1);
+      parameter(kSkip) = (pair_at(p.D_skip, 0) + pair_at(p.D_skip, 1)) * kLog2e;
       parameter(kNormWeight) = pair_at(norm.weight, 0);
       parameter(kNormBias) = pair_at(norm.bias, 0);
     }
@@ -411,17 +472,18 @@ struct ClusterWarp {
       }
       if (image + clusters < p.batch)
         fetch(image + clusters, 0);
-      load_gate(image, n);
+      Pair<T> z[kC];
+      load_gate(image, n, z);
       if (!kIsWhole)
         exchange(image == first);
       while (true) {
         if (!kIsWhole)
           correct(image, n);
         find_norm(n);
-        store(image, n);
+        store(image, n, z);
         if (n == 0)
           break;
-        load_gate(image, --n);
+        load_gate(image, --n, z);
         take_back(n);
       }
     }

@@ -77,17 +77,6 @@ __device__ __forceinline__ float sigmoid(float value) {
   return fast_reciprocal(1.f + fast_exp2(-kLog2e * value));
 }
 
-// The tangent is one special function where the sigmoid takes two. Its error, 5e-4 of the gate at most where the gate
-// is nearly shut, is more than float16 rounds.
-template <typename T>
-__device__ __forceinline__ float silu(float value) {
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const float half = 0.5f * value;
-    return fmaf(half, fast_tanh(half), half);
-  }
-  return value * sigmoid(value);
-}
-
 // The gradients of one step, given the gradient of its state and of its output y = C * state.
 struct StepGradient {
   float x;         // without the skip term
