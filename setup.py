@@ -59,6 +59,7 @@ EXTRAS = {
         "webdataset",
         "simplejpeg",
         "opencv-python-headless",
+        'nvidia-cuda-nvdisasm; platform_system == "Linux"',
         "segmentation-models-pytorch",
         "transformers",
         "selenium",

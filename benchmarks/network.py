@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.export.formats import require
 from model.lib_mamba import choose, use_backend
 from util.memory import keep_freed_memory
 
@@ -200,7 +201,7 @@ def _prepare(
     """Return what runs the case once, weights and input in place; exported files go to the folder."""
     device = arguments.device
     if case.mode in EXPORTED:
-        return Preparation(candidate, batch, folder, arguments.threads).prepare(case.mode)[0]
+        return Preparation(candidate, batch, folder, arguments.threads).prepare(case.mode).run
     network = copy.deepcopy(candidate.network).to(device=device, memory_format=LAYOUTS[case.layout])
     image = torch.randn(batch, 3, candidate.size, candidate.size, device=device)
     if case.precision == "bf16":
@@ -330,10 +331,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _default_modes(arguments: argparse.Namespace) -> list[str]:
     if arguments.quick or arguments.device != "cpu":
         return ["eager"]
-    installed = versions()
-    missing = [mode for mode in EXPORTED if not all(package in installed for package in RUNTIMES[mode])]
-    for mode in missing:
-        logger.warning("%s is not measured: it needs %s (the extra [benchmark])", mode, ", ".join(RUNTIMES[mode]))
+    missing = []
+    for mode in EXPORTED:
+        try:
+            require(RUNTIMES[mode])
+        except ModuleNotFoundError as error:
+            logger.warning("%s is not measured: %s", mode, error)
+            missing.append(mode)
     if choose(arguments.device).name == "reference":
         missing.append("plain")  # is what eager is
     return [mode for mode in MODES if mode not in missing]
