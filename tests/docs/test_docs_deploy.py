@@ -5,25 +5,20 @@ from __future__ import annotations
 import functools
 import http.server
 import os
-import re
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from doc_blocks import ROOT, Block, blocks_of, play
 from PIL import Image
 from torchvision.transforms import v2
 
 from benchmarks.networks import settle
 from model import create_model
 
-ROOT = Path(__file__).resolve().parents[2]
-BLOCK = re.compile(r"(?:<!-- (?P<mark>[\w :.]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", flags=re.S)
-RUNNERS = {"python": [sys.executable, "-"], "bash": ["bash", "-euo", "pipefail", "-s"]}
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
 # Reports what the page shows to the server that it came from.
 REPORTER = """<script>
@@ -34,17 +29,6 @@ REPORTER = """<script>
   addEventListener("error", (event) => report(`failed: ${event.message}`));
 </script>
 """
-
-
-class Block(NamedTuple):
-    mark: str
-    language: str
-    code: str
-
-
-def blocks():
-    text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
-    return [Block(found["mark"] or "", found["language"], found["code"]) for found in BLOCK.finditer(text)]
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +61,14 @@ def expected(folder):
         return network(prepare(Image.open(folder / "photo.png").convert("RGB"))[None])[0].softmax(0)
 
 
-def play(folder: Path, block: Block) -> str:
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        RUNNERS[block.language],
-        input=block.code,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, f"{block.code}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+def blocks() -> list[Block]:
+    return blocks_of("deploy.md")
+
+
+def run(folder: Path, block: Block) -> str:
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return play(folder, block, environment, timeout=600)
 
 
 def write_files(folder: Path) -> None:
@@ -117,7 +91,7 @@ def exported(folder):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     (export,) = [block for block in blocks() if block.language == "bash" and not block.mark]
-    assert "agrees with PyTorch" in play(folder, export)
+    assert "agrees with PyTorch" in run(folder, export)
     return folder
 
 
@@ -130,7 +104,7 @@ def test_every_block_says_how_it_is_run():
 
 def test_onnx_runtime_in_python(exported, expected):
     (block,) = [block for block in blocks() if block.language == "python" and not block.mark]
-    lines = play(exported, block).splitlines()
+    lines = run(exported, block).splitlines()
     assert len(lines) == 3
     check_first(lines[0], expected, is_named=True)
 
@@ -143,9 +117,9 @@ def test_openvino_in_python_and_in_cpp(folder, expected):
         pytest.skip("g++ is not installed")
     write_files(folder)
     export, python, cpp = [block for block in blocks() if block.mark == "slow" and "npm" not in block.code]
-    assert "agrees with PyTorch" in play(folder, export)
-    check_first(play(folder, python).splitlines()[0], expected, is_named=True)
-    check_first(play(folder, cpp), expected, is_named=False)
+    assert "agrees with PyTorch" in run(folder, export)
+    check_first(run(folder, python).splitlines()[0], expected, is_named=True)
+    check_first(run(folder, cpp), expected, is_named=False)
 
 
 @pytest.mark.slow
@@ -155,7 +129,7 @@ def test_in_a_browser(exported, expected):
         pytest.skip("npm or chromium is not installed")
     write_files(exported)
     (install,) = [block for block in blocks() if "npm install" in block.code]
-    play(exported, install)
+    run(exported, install)
     check_first(shown_by_chromium(exported, programs[1]), expected, is_named=False)
 
 

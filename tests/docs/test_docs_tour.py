@@ -7,30 +7,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from doc_blocks import ROOT, Block, blocks_of, play
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("configs", "data", "downstream", "loss", "model", "optim", "trainer", "util", "weights")
 NOT_COPIED = ("*.pth", "__pycache__", "imagenet", "digits", "csrc", "build")
-BLOCK = re.compile(r"(?:<!-- (?P<mark>\w+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", flags=re.S)
-RUNNERS = {"python": [sys.executable, "-"], "bash": ["bash", "-euo", "pipefail", "-s"]}
-
-
-class Block(NamedTuple):
-    mark: str
-    language: str
-    code: str
-
-
-def blocks_of(name: str) -> list[Block]:
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    return [Block(found["mark"] or "", found["language"], found["code"]) for found in BLOCK.finditer(text)]
 
 
 @pytest.fixture
@@ -44,15 +28,9 @@ def clone(tmp_path):
     return root
 
 
-def play(root: Path, blocks: list[Block]) -> str:
+def play_all(root: Path, blocks: list[Block]) -> str:
     """Run blocks one after the other; Python ones that follow each other share a process, to save imports."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",  # threads of several processes would wait for each other
-    }
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("PYTHONPATH", None)
     joined: list[Block] = []
     for block in blocks:
@@ -60,20 +38,7 @@ def play(root: Path, blocks: list[Block]) -> str:
             joined[-1] = joined[-1]._replace(code=f"{joined[-1].code}\n{block.code}")
         else:
             joined.append(block)
-    output = ""
-    for block in joined:
-        done = subprocess.run(
-            RUNNERS[block.language],
-            input=block.code,
-            cwd=root,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, f"{block.code}\n{done.stdout}\n{done.stderr}"
-        output += done.stdout
-    return output
+    return "".join(play(root, block, environment, timeout=900) for block in joined)
 
 
 def test_every_block_says_how_it_is_run():
@@ -84,7 +49,7 @@ def test_every_block_says_how_it_is_run():
 
 
 def test_the_quick_blocks(clone):
-    output = play(clone, [block for block in blocks_of("tour.md") if not block.mark])
+    output = play_all(clone, [block for block in blocks_of("tour.md") if not block.mark])
     assert "MobileMamba_B4" in output
     predicted = json.loads((clone / "tour" / "predictions.json").read_text())["images"]
     assert [image["path"] for image in predicted] == ["tour/cmyk.jpg", "tour/grey.png"]
@@ -93,7 +58,7 @@ def test_the_quick_blocks(clone):
 
 @pytest.mark.slow
 def test_the_whole_tour(clone):
-    output = play(clone, [block for block in blocks_of("tour.md") if block.mark != "internet"])
+    output = play_all(clone, [block for block in blocks_of("tour.md") if block.mark != "internet"])
     assert "frozen: backbone" in output
     assert "2 classes, called by the checkpoint's own names" in output
     with (clone / "tour" / "digits.csv").open(newline="") as file:
