@@ -200,15 +200,20 @@ def start(job, nodes) -> Iterator[object]:
         yield start_agent
 
 
+def end_at(marks, agent, *others):
+    """End an agent where all ranks have come to their marks, and take these away."""
+    for mark in marks:
+        wait_for(mark, *others, agent)
+    end(agent)
+    for mark in marks:
+        mark.unlink()
+
+
 def test_a_node_that_is_lost_and_joins_again_changes_nothing(job, start, undisturbed):
     """Two nodes of one process each give the gradients of one node of two."""
     lost = [job.mark(f"2-{rank}-5") for rank in (0, 1)]
     first, second = start(0, "2"), start(1, "2")
-    for mark in lost:
-        wait_for(mark, first, second)
-    end(second)
-    for mark in lost:
-        mark.unlink()
+    end_at(lost, second, first)
     finish(first, start(1, "2"))
     assert_same(comparable(job.checkpoint()), comparable(undisturbed))
     assert "after 1 of 2 epochs and 1 steps, iteration 4" in (job.run / "log.txt").read_text()
@@ -218,11 +223,7 @@ def test_a_job_goes_on_with_fewer_nodes_until_they_are_back(job, start):
     marks = [job.mark(f"2-{rank}-2") for rank in (0, 1)]
     alone = job.mark("1-0-4")
     first, second = start(0, "1:2"), start(1, "1:2")
-    for mark in marks:
-        wait_for(mark, first, second)
-    end(second)
-    for mark in marks:
-        mark.unlink()
+    end_at(marks, second, first)
     wait_for(alone, first)
     finish(first, start(1, "1:2"))
     text = (job.run / "log.txt").read_text()
