@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import SAFETENSORS, network_prefixes, read_checkpoint, select_state_dict
+from .command import exit_code
 from .files import replacing, save_safetensors
 from .messages import listed
 from .mismatch import INSIDE_MODEL, is_folded_file
@@ -148,13 +149,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-head", dest="keep_head", action="store_false", help="leave the classifier out")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     options = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         done = convert(**vars(options))
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{options.target}: {_describe(done, options.layout)}\n")
-    return 0
+        sys.stdout.write(f"{options.target}: {_describe(done, options.layout)}\n")
+
+    return exit_code(run)
 
 
 def _describe(done: Conversion, layout: str) -> str:
