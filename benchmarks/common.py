@@ -37,6 +37,7 @@ __all__ = [
     "describe_machine",
     "measure",
     "precision_context",
+    "reason_of",
     "result_path",
     "save_and_draw",
     "save_result",
@@ -292,6 +293,11 @@ def set_up(arguments: argparse.Namespace, *, full: Plan = FULL, quick: Plan = QU
     return replace(
         quick if arguments.quick else full, **{name: value for name, value in given.items() if value is not None}
     )
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error's text, or its name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _git(*command: str) -> str:

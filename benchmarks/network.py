@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from .common import (
     describe_machine,
     measure,
     precision_context,
+    reason_of,
     save_and_draw,
     set_up,
     speedup,
@@ -196,12 +198,11 @@ def _cases(candidate: Candidate, arguments: argparse.Namespace) -> list[Case]:
 
 
 def _prepare(
-    case: Case, candidate: Candidate, batch: int, arguments: argparse.Namespace, folder: Path
+    case: Case, candidate: Candidate, batch: int, device: str, exported: Callable[[], Preparation]
 ) -> Callable[[], Any]:
-    """Return what runs the case once, weights and input in place; exported files go to the folder."""
-    device = arguments.device
+    """Return what runs the case once, weights and input in place; ``exported`` prepares files of the network."""
     if case.mode in EXPORTED:
-        return Preparation(candidate, batch, folder, arguments.threads).prepare(case.mode).run
+        return exported().prepare(case.mode).run
     network = copy.deepcopy(candidate.network).to(device=device, memory_format=LAYOUTS[case.layout])
     image = torch.randn(batch, 3, candidate.size, candidate.size, device=device)
     if case.precision == "bf16":
@@ -249,11 +250,13 @@ def measure_batch(
     failures = []
     shares = []
     for candidate in candidates:
+        # Its answers are PyTorch's, which all runtimes share; where nothing is exported, nobody needs them.
+        exported = functools.cache(functools.partial(Preparation, candidate, batch, folder, arguments.threads))
         for case in _cases(candidate, arguments):
             try:
-                runs[case] = _prepare(case, candidate, batch, arguments, folder)
+                runs[case] = _prepare(case, candidate, batch, arguments.device, exported)
             except Exception as error:  # each runtime has errors of its own
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = reason_of(error)
                 logger.warning("%s, batch %d does not run: %s", case, batch, reason)
                 failures.append({**vars(case), "batch": batch, "reason": reason})
                 continue

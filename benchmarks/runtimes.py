@@ -24,6 +24,7 @@ from .common import (
     add_arguments,
     describe_machine,
     measure,
+    reason_of,
     save_and_draw,
     set_up,
     speedup,
@@ -94,7 +95,7 @@ def measure_batch(
             try:
                 prepared[case] = preparation.prepare(case.runtime, case.precision)
             except Exception as error:  # each runtime has errors of its own
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = reason_of(error)
                 logger.warning("%s, batch %d does not run: %s", case, batch, reason)
                 failures.append({**vars(case), "batch": batch, "reason": reason})
     timings = measure({case: each.run for case, each in prepared.items() if each.run is not None}, plan, "cpu")
