@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib.util
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -158,6 +160,21 @@ def test_file_that_does_not_agree_ends_with_1(small, tmp_path, monkeypatch, caps
     source, _ = t2_checkpoint(tmp_path, "released")
     assert main([str(source), str(tmp_path / "network.onnx"), "--size", "64", "--num-images", "1"]) == 1
     assert "DOES NOT AGREE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_openvinos_converter_does_not_silence_the_log(small, tmp_path, monkeypatch, fails):
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("onnx")
+    logging.getLogger().setLevel(logging.WARNING)
+    filters = list(logging.getLogger().filters)
+    if fails:
+        convert = openvino.convert_model
+        monkeypatch.setattr(openvino, "convert_model", lambda _: convert(tmp_path / "missing.onnx"))
+    with pytest.raises(Exception, match=r"missing\.onnx") if fails else contextlib.nullcontext():
+        export(small(), tmp_path / "network.xml", format="openvino")
+    assert logging.getLogger().level == logging.WARNING
+    assert logging.getLogger().filters == filters
 
 
 def test_missing_runtime_is_named_with_its_extra(tmp_path, monkeypatch, capsys):
