@@ -35,16 +35,18 @@ def weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def own_log():
-    """Remove the handlers that a run or a command leaves, its log file's among them."""
+    """Begin with the log of a new process, whatever came before; remove what the test leaves, such as a log file."""
     root = logging.getLogger()
-    before, level = list(root.handlers), root.level
+    logging.disable(logging.NOTSET)
+    root.setLevel(logging.WARNING)
+    root.filters.clear()
+    before = list(root.handlers)
     yield
     for handler in [handler for handler in root.handlers if handler not in before]:
         root.removeHandler(handler)
         handler.close()
-    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,6 @@ def _one_thread(one_thread):
     """For every module here."""
 
 
-@pytest.fixture(autouse=True)
-def _own_log(own_log):
-    """For every test here."""
-
-
 @pytest.fixture(scope="session")
 def class_folders(tmp_path_factory) -> Path:
     """3 classes, 24 training images, 15 test images: an odd number."""

@@ -30,7 +30,6 @@ from util.logging import (
 logger = logging.getLogger(__name__)
 
 
-pytestmark = pytest.mark.usefixtures("own_log")
 FULL = Path("/dev/full")
 needs_full_device = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ from data import build_loaders
 from model import create_model
 from weights import check
 
-pytestmark = pytest.mark.usefixtures("own_log", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/mobilemamba/mobilemamba_t2"

@@ -13,8 +13,6 @@ from model.mobilemamba import variant_shapes
 from model.zoo import find
 from weights import check
 
-pytestmark = pytest.mark.usefixtures("own_log")
-
 COCO = {
     "coco/bbox_mAP": 0.396,
     "coco/bbox_mAP_50": 0.598,

@@ -15,8 +15,6 @@ from model.zoo import find
 from weights import download
 from weights.validation_set import doubts_about
 
-pytestmark = pytest.mark.usefixtures("own_log")
-
 NAMES = ImageNetInfo("imagenet-1k").label_names()
 IMAGENET = find("mobilemamba_t2").dataset
 

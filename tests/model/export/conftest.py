@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from torch import nn
@@ -15,14 +13,6 @@ from model.export import check
 @pytest.fixture(autouse=True)
 def short_measurements(monkeypatch):
     monkeypatch.setattr(check, "MEASURED_SECONDS", 0.02)
-
-
-@pytest.fixture(autouse=True)
-def quiet_log():
-    """The command sets the level of the log."""
-    level = logging.getLogger().level
-    yield
-    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture

@@ -166,7 +166,6 @@ def test_file_that_does_not_agree_ends_with_1(small, tmp_path, monkeypatch, caps
 def test_openvinos_converter_does_not_silence_the_log(small, tmp_path, monkeypatch, fails):
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("onnx")
-    logging.getLogger().setLevel(logging.WARNING)
     filters = list(logging.getLogger().filters)
     if fails:
         convert = openvino.convert_model
