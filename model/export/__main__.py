@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..command import exit_code
+from ..pictures import find_pictures
 from ..preparation import INTERPOLATIONS
 from .check import read_images
 from .exporting import NUM_MADE_UP, default_request, export
 from .formats import FORMATS, require
-from .pictures import find_pictures, labels_of
+from .labels import labels_of
 from .sources import read_source
 
 __all__ = ["main"]

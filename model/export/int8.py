@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..pictures import find_pictures
 from .check import read_images
-from .pictures import find_pictures
 from .request import ExportRequest
 
 if TYPE_CHECKING:

@@ -320,8 +320,7 @@ def test_ctrl_c_while_a_run_is_set_up_is_one_line(class_folders, tmp_path):
     assert (done.returncode, done.stderr) == (130, "interrupted before there was anything to save\n")
 
 
-# The read is many short ones: a signal that came just before a long one would wait for the next signal, and count as one
-# with it.
+# The read is many short ones: a signal that came just before a long one would wait for the next, and both count as one.
 HANGING = """
 import faulthandler, select, sys
 from pathlib import Path
