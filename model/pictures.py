@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import TiffImageFile
 
 __all__ = [
     "find_pictures",
@@ -110,13 +111,13 @@ def gray_range(image: Image.Image) -> tuple[float, float] | None:
         black, white = 0.0, 2.0 ** _depth(image) - 1
     else:
         return None
-    is_inverted = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == IS_WHITE_ZERO
+    is_inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == IS_WHITE_ZERO
     return (white, black) if is_inverted else (black, white)
 
 
 def _depth(image: Image.Image) -> int:
     """Return the bits of a gray image of integers."""
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         (bits, *_), (sample_format, *_) = image.tag_v2[BITS_PER_SAMPLE], image.tag_v2.get(SAMPLE_FORMAT, (IS_UNSIGNED,))
         is_known = bits <= 16 and sample_format == IS_UNSIGNED
     else:
