@@ -60,13 +60,17 @@ def find_pictures(folder: Path) -> list[Path]:
     files = sorted(
         file
         for file in folder.rglob("*")
-        if is_image_name(file.name) and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if is_image_name(file.name) and file.is_file() and not _is_hidden(file.relative_to(folder))
     )
     if not files:
         raise FileNotFoundError(
             f"there are no pictures in {folder} ({', '.join(image_suffixes())}): name another folder"
         )
     return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def read_picture(path: Path, mode: str = "RGB") -> Image.Image:

@@ -18,6 +18,7 @@ def folder(tmp_path):
     colours, transparent = Image.fromarray(values[..., :3]), Image.fromarray(values)
     (tmp_path / "sub").mkdir()
     (tmp_path / ".hidden").mkdir()
+    (tmp_path / "folder.png").mkdir()
     pictures = {"deep.tif": Image.fromarray(deep), "a.ppm": colours, "b.GIF": transparent, "sub/c.jfif": colours}
     for name, picture in pictures.items():
         picture.save(tmp_path / name, "JPEG" if name.endswith("jfif") else None)
