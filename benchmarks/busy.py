@@ -27,6 +27,7 @@ from .common import (
     Timing,
     add_arguments,
     describe_machine,
+    main,
     result_path,
     save_result,
     set_up,
@@ -38,7 +39,7 @@ from .common import (
 from .train_step import Case as Step
 from .train_step import training_step
 
-__all__ = ["Case", "main", "measure_case", "parse", "run"]
+__all__ = ["Case", "measure_case", "parse", "run"]
 
 FULL = Plan(warmup=2.0, seconds=30.0, runs=200, turns=5)
 QUICK = Plan(warmup=0.2, seconds=2.0, runs=10, turns=2)
@@ -191,10 +192,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    """Run the benchmark of the command line."""
-    run(parse())
-
-
 if __name__ == "__main__":
-    main()
+    main(parse, run)

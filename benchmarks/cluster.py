@@ -223,7 +223,11 @@ def pace(exchange: Exchange, cluster: Cluster, *, compute: float, batch: int) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cluster",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--variant", default="MobileMamba_T2", choices=list_models())
     parser.add_argument("--step-seconds", type=float, help="of a step on one GPU, measured")
     parser.add_argument("--batch", type=int, default=128, help="images of that step")

@@ -9,6 +9,7 @@ import argparse
 import datetime
 import gc
 import json
+import logging
 import os
 import platform
 import re
@@ -24,6 +25,7 @@ import timm
 import torch
 
 from model.lib_mamba import choose
+from util.cores import count_cores, describe_threads, fitting_threads
 from util.logging import markdown_table
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "add_arguments",
     "capture",
     "describe_machine",
+    "main",
     "measure",
     "precision_context",
     "reason_of",
@@ -49,6 +52,8 @@ __all__ = [
     "take_turn",
     "warm_up",
 ]
+
+logger = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -269,7 +274,12 @@ def precision_context(precision: str, device: str) -> torch.autocast:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that every benchmark has."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch on the CPU")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=fitting_threads(count_cores()),
+        help="threads of PyTorch on the CPU (default: as many as it has cores to run on)",
+    )
     parser.add_argument("--quick", action="store_true", help="few models and short runs: a look, not a measurement")
     parser.add_argument("--seconds", type=float, help="seconds measured per case")
     parser.add_argument("--runs", type=int, help="runs per case that are enough in less time")
@@ -279,7 +289,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def set_up(arguments: argparse.Namespace, *, full: Plan = FULL, quick: Plan = QUICK) -> Plan:
-    """Set threads and seeds as the arguments say, and return how long to measure.
+    """Set threads and seeds as the arguments say, log the threads, and return how long to measure.
 
     Args:
         arguments: Of the command line.
@@ -287,12 +297,19 @@ def set_up(arguments: argparse.Namespace, *, full: Plan = FULL, quick: Plan = QU
         quick: The same with ``--quick``.
     """
     torch.set_num_threads(arguments.threads)
+    logger.info("%s", describe_threads(count_cores()))
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     given = {name: getattr(arguments, name) for name in ("warmup", "seconds", "runs", "turns")}
     return replace(
         quick if arguments.quick else full, **{name: value for name, value in given.items() if value is not None}
     )
+
+
+def main(parse: Callable[[], argparse.Namespace], run: Callable[[argparse.Namespace], object]) -> None:
+    """Run a benchmark as the command line says, with its log on the screen."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run(parse())
 
 
 def reason_of(error: Exception) -> str:
@@ -328,7 +345,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "device": device,
         "cpu": cpu,
         "cpu_features": features,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": count_cores().count,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "platform": f"{platform.system()} {platform.machine()}",

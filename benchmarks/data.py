@@ -31,6 +31,7 @@ from .common import (
     Timing,
     add_arguments,
     describe_machine,
+    main,
     measure,
     result_path,
     save_result,
@@ -40,7 +41,7 @@ from .common import (
     table,
 )
 
-__all__ = ["Case", "main", "parse", "run"]
+__all__ = ["Case", "parse", "run"]
 
 FORMATS = {"DefaultCLS": "folders", "ImageFolderLMDB": "lmdb", "Shards": "shards"}
 WAYS = (  # who decodes, who resizes the crop, who shears, shifts and rotates
@@ -221,10 +222,5 @@ def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main(command_line: Sequence[str] | None = None) -> None:
-    """Run from the command line."""
-    run(parse(command_line))
-
-
 if __name__ == "__main__":
-    main()
+    main(parse, run)

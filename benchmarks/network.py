@@ -33,6 +33,7 @@ from .common import (
     add_arguments,
     capture,
     describe_machine,
+    main,
     measure,
     precision_context,
     reason_of,
@@ -46,7 +47,7 @@ from .common import (
 from .networks import NAMES, Candidate, build, literal_name
 from .runners import RUNTIMES, Preparation, versions
 
-__all__ = ["Case", "main", "run"]
+__all__ = ["Case", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -374,11 +375,5 @@ def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main(command_line: Sequence[str] | None = None) -> None:
-    """Run from the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run(parse(command_line))
-
-
 if __name__ == "__main__":
-    main()
+    main(parse, run)

@@ -223,7 +223,11 @@ def _train_step(figure: Figure, result: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Draw the pictures of result files again, next to them, or one for the README."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plots",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument(
         "--readme", type=Path, metavar="FILE.svg", help="draw only accuracy against speed, to this file"

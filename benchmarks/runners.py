@@ -21,6 +21,7 @@ from torch import Tensor
 from model.export import FORMATS, ExportRequest, default_request, export
 from model.export.check import read_images, size_on_disk
 from model.export.formats import require
+from model.export.int8 import quantise_static
 from model.lib_mamba import use_backend
 
 from .networks import Candidate
@@ -247,11 +248,7 @@ class Preparation:
         )
 
     def _quantize_peer(self, path: Path) -> None:
-        """Quantise the convolutions: weights by channel and to 7 bits, which processors without VNNI add up exactly.
-
-        Maps are unsigned, as such processors multiply unsigned with signed numbers.
-        """
-        from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+        """Quantise the convolutions, as `model.export` does those of our networks."""
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
         source = self._file("onnxruntime", "fp32")
@@ -260,22 +257,8 @@ class Preparation:
         pictures = write_crops(self.folder / "calibration", NUM_CALIBRATION_IMAGES, seed=CALIBRATION_SEED)
         images = np.concatenate(read_images(self._request("fp32"), pictures, num_made_up=0))
         name, whole = _input_of(source), len(images) // self.batch * self.batch
-        batches = iter(np.split(images[:whole], whole // self.batch))
-
-        class Reader(CalibrationDataReader):
-            def get_next(self) -> dict[str, np.ndarray] | None:
-                batch = next(batches, None)
-                return None if batch is None else {name: batch}
-
-        quantize_static(
-            prepared,
-            path,
-            Reader(),
-            per_channel=True,
-            reduce_range=True,
-            op_types_to_quantize=["Conv"],
-            activation_type=QuantType.QUInt8,
-        )
+        batches = [{name: batch} for batch in np.split(images[:whole], whole // self.batch)]
+        quantise_static(prepared, path, batches, operators=["Conv"])
         prepared.unlink()
 
 

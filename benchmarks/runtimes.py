@@ -23,6 +23,7 @@ from .common import (
     Timing,
     add_arguments,
     describe_machine,
+    main,
     measure,
     reason_of,
     save_and_draw,
@@ -35,7 +36,7 @@ from .networks import NAMES, Candidate, build
 from .runners import PRECISIONS, RUNTIMES, Preparation, Prepared, versions
 from .runtimes_table import tables
 
-__all__ = ["Case", "main", "parse", "run"]
+__all__ = ["Case", "parse", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -184,11 +185,5 @@ def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main(command_line: Sequence[str] | None = None) -> None:
-    """Run from the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run(parse(command_line))
-
-
 if __name__ == "__main__":
-    main()
+    main(parse, run)

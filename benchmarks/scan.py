@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from .common import (
     Plan,
     add_arguments,
     describe_machine,
+    main,
     measure,
     save_and_draw,
     set_up,
@@ -39,7 +39,7 @@ from .common import (
 )
 from .literal import literal_core
 
-__all__ = ["Call", "calls_of", "core_arguments", "count_bytes", "literal_arguments", "main", "parse", "run"]
+__all__ = ["Call", "calls_of", "core_arguments", "count_bytes", "literal_arguments", "parse", "run"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LENGTHS = (3, 9, 16, 36, 49, 64, 144, 196, 256, 576, 1024, 4000)
@@ -402,11 +402,5 @@ def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main(command_line: Sequence[str] | None = None) -> None:
-    """Run from the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run(parse(command_line))
-
-
 if __name__ == "__main__":
-    main()
+    main(parse, run)

@@ -10,7 +10,6 @@ meanwhile.
 from __future__ import annotations
 
 import argparse
-import logging
 import multiprocessing
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from .common import (
     Timing,
     add_arguments,
     describe_machine,
+    main,
     precision_context,
     save_and_draw,
     set_up,
@@ -42,7 +42,7 @@ from .common import (
 )
 from .literal import create_literal
 
-__all__ = ["Case", "main", "parse", "run"]
+__all__ = ["Case", "parse", "run"]
 
 KINDS = ("ours", "literal")
 QUICK_VARIANTS = ("MobileMamba_T2",)
@@ -211,11 +211,5 @@ def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main(command_line: Sequence[str] | None = None) -> None:
-    """Run from the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run(parse(command_line))
-
-
 if __name__ == "__main__":
-    main()
+    main(parse, run)

@@ -35,6 +35,8 @@ _MODE_GROUPS = {"finetune": "ft", "predict": "predict"}  # groups that only one 
 
 _CLASSES = ("nb_classes", "data.nb_classes", "model.model_kwargs.num_classes", "trainer.mixup_kwargs.num_classes")
 
+_NUM_WORKERS = 8  # of the recipe
+
 # Files and folders; the teachers' checkpoints are among the terms of the loss.
 _PATHS = (
     "data.root",
@@ -92,6 +94,7 @@ def resolve(config: Config, given: Set[str], *, world_size: int) -> Config:
     _check_channels(config)
     _check_profile(config.trainer.profile)
     run.follow("trainer.scheduler_kwargs.noise_seed", config.seed)
+    run.follow("trainer.data.num_workers_per_gpu", _NUM_WORKERS)
     if config.model.model_kwargs.fuse and config.mode not in _TEST_MODES:
         raise ValueError(f"model.model_kwargs.fuse=True folds the network for inference; not with -m {config.mode}")
     config.derived = run.derived

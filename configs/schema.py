@@ -257,7 +257,7 @@ class TrainerData(Node):
     batch_size_per_gpu: PositiveCount | None = None  # follows the total, or determines it where given
     batch_size_test: PositiveCount | None = None  # images per test step over all processes, where given
     batch_size_per_gpu_test: PositiveCount = 125  # follows the total where that is given
-    num_workers_per_gpu: Count = 8  # 8, the recipe's: so many of them as suit the machine
+    num_workers_per_gpu: Count | None = None  # follows: the recipe's 8, or fewer where cores are few
     drop_last: bool = True
     pin_memory: bool = True
     persistent_workers: bool = False

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model.messages import listed, printable
-
-from .images import is_image_name, missing_decoders
+from model.pictures import is_image_name, missing_decoders
 
 __all__ = ["ImageSearch", "class_folders", "file_name", "left_out", "read_file"]
 

@@ -11,11 +11,11 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from model.messages import listed
+from model.pictures import is_image_name
 
 from .base import BytesTable, FileDataset, index_names
 from .cache import Cache
 from .files import ImageSearch, class_folders, file_name
-from .images import is_image_name
 from .listing import Listing, list_classes
 
 __all__ = ["DefaultCLS", "best_folder", "checked_label"]

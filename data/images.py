@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
-import io
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError, features
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import to_pil_image
 
 from model.messages import printable
+from model.pictures import gray_range, open_image, to_mode
 
 __all__ = [
     "DECODERS",
@@ -24,20 +22,14 @@ __all__ = [
     "UnreadableImageError",
     "check_loader",
     "decode",
-    "image_suffixes",
-    "is_image_name",
-    "missing_decoders",
     "no_pixel_limit",
 ]
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by the number of channels
-DARK = 16  # of 255: a deep image that nowhere reaches it would be black to the eye and to a network
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
-IS_WHITE_ZERO, IS_UNSIGNED = 0, 1  # values of the last two
 
 
 class UnreadableImageError(ValueError):
@@ -52,29 +44,6 @@ class UnreadableImageError(ValueError):
         super().__init__(f"{name}: unreadable image ({cause})")
         self.name = name
         self.cause = printable(cause)
-
-
-def is_image_name(name: str) -> bool:
-    """Return whether a file name is that of an image: an extension that can be decoded here, and not hidden."""
-    return name.lower().endswith(image_suffixes()) and not name.startswith(".")
-
-
-@functools.cache
-def image_suffixes() -> tuple[str, ...]:
-    """Return the extensions of images that can be decoded here."""
-    optional = {suffix for suffix in (".avif", ".heic", ".heif") if suffix not in missing_decoders()}
-    return (*IMG_EXTENSIONS, ".gif", ".jfif", *optional)
-
-
-@functools.cache
-def missing_decoders() -> dict[str, str]:
-    """Return the extensions of images that this installation cannot decode, each with the way out."""
-    missing = {}
-    if not features.check("avif"):
-        missing[".avif"] = "this Pillow lacks AVIF, newer ones have it"
-    if importlib.util.find_spec("pillow_heif") is None:
-        missing |= dict.fromkeys((".heic", ".heif"), "`pip install pillow-heif` makes HEIC readable")
-    return missing
 
 
 def decode(
@@ -127,7 +96,7 @@ def _decode(data: bytes, loader_type: str, max_pixels: int, mode: str) -> Image.
         if pixels is not None:
             return pixels if mode == "RGB" else Image.fromarray(pixels).convert(mode)
     try:
-        image = _open(data)
+        image = open_image(data)
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels, more than data.max_pixels={max_pixels}")
         return DECODERS[loader_type](image, data, mode)
@@ -137,17 +106,6 @@ def _decode(data: bytes, loader_type: str, max_pixels: int, mode: str) -> Image.
         if shorter == data:
             raise
     return _decode(shorter, loader_type, max_pixels, mode)
-
-
-def _open(data: bytes) -> Image.Image:
-    """Return an image of which only the header is read."""
-    if data[4:8] != b"ftyp" or b"hei" not in data[8:64]:
-        return Image.open(io.BytesIO(data))
-    if ".heic" in missing_decoders():
-        raise ValueError(f"a HEIC image; {missing_decoders()['.heic']}")
-    from pillow_heif import HeifImageFile  # optional
-
-    return HeifImageFile(io.BytesIO(data))
 
 
 def _without_texts(data: bytes) -> bytes:
@@ -164,11 +122,11 @@ def _without_texts(data: bytes) -> bytes:
 
 
 def _decode_with_pil(image: Image.Image, data: bytes, mode: str) -> Image.Image:
-    return _to_mode(image, _range_of(image), mode)
+    return to_mode(image, gray_range(image), mode)
 
 
 def _decode_upright(image: Image.Image, data: bytes, mode: str) -> Image.Image:
-    return _to_mode(ImageOps.exif_transpose(image), _range_of(image), mode)
+    return to_mode(ImageOps.exif_transpose(image), gray_range(image), mode)
 
 
 def _decode_with_torchvision(image: Image.Image, data: bytes, mode: str) -> Image.Image:
@@ -195,60 +153,6 @@ def _decode_jpeg(data: bytes, max_pixels: int, *, is_exact: bool) -> np.ndarray 
         return simplejpeg.decode_jpeg(data, fastdct=not is_exact, fastupsample=not is_exact)
     except ValueError:  # Pillow reads some files that lack their last bytes, and says what is wrong with others
         return None
-
-
-def _range_of(image: Image.Image) -> tuple[float, float] | None:
-    """Return the values of black and white in a gray image of more than 8 bits; None for other images.
-
-    Raises:
-        ValueError: If no convention says which these are.
-    """
-    if image.mode == "F":
-        black, white = 0.0, 1.0
-    elif image.mode.startswith("I"):
-        black, white = 0.0, 2.0 ** _depth(image) - 1
-    else:
-        return None
-    is_inverted = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == IS_WHITE_ZERO
-    return (white, black) if is_inverted else (black, white)
-
-
-def _depth(image: Image.Image) -> int:
-    """Return the bits of a gray image of integers."""
-    if image.format == "TIFF":
-        (bits, *_), (sample_format, *_) = image.tag_v2[BITS_PER_SAMPLE], image.tag_v2.get(SAMPLE_FORMAT, (IS_UNSIGNED,))
-        is_known = bits <= 16 and sample_format == IS_UNSIGNED
-    else:
-        bits = 16
-        is_known = image.mode != "I" or image.format in ("PNG", "PPM")  # Pillow scales PPM to 16 bits
-    if not is_known:
-        raise ValueError("integers of 32 bits or with a sign, whose white no convention says; make it 8 or 16 bits")
-    return bits
-
-
-def _to_mode(image: Image.Image, values: tuple[float, float] | None, mode: str) -> Image.Image:
-    if values is not None:
-        image = _to_8_bits(image, *values)
-    elif image.mode == "La":  # TIFF with premultiplied transparency, from which Pillow converts only to LA
-        image = image.convert("LA")
-    elif "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns where a palette with transparency goes to RGB at once
-    if mode != "RGBA" or not image.has_transparency_data:
-        image = image.convert("RGB")
-    return image.convert(mode)
-
-
-def _to_8_bits(image: Image.Image, black: float, white: float) -> Image.Image:
-    values = np.asarray(image).astype(np.float32)
-    low, high = values.min(), values.max()
-    if not (min(black, white) <= low and high <= max(black, white)):
-        raise ValueError(f"values from {low:g} to {high:g}, outside {min(black, white):g} to {max(black, white):g}")
-    scaled = (values - black) * 255 / (white - black)
-    if low < high and scaled.max() < DARK:
-        raise ValueError(
-            f"values from {low:g} to {high:g}, where {white:g} is white: all but black; scale them to the whole range"
-        )
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
 DECODERS: dict[str, Callable[[Image.Image, bytes, str], Image.Image]] = {

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from model.pictures import image_suffixes
+
 from .base import BytesTable
 from .cache import Cache, load_arrays, save_arrays
-from .images import image_suffixes
 
 __all__ = ["Listing", "list_classes"]
 

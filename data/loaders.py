@@ -16,7 +16,7 @@ import torch
 from torch import multiprocessing
 from torch.utils.data import DataLoader
 
-from configs.schema import Config, TrainerData
+from configs.schema import Config
 from util.cores import count_cores
 from util.errors import RunError
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 30
 NUM_SAMPLED = 256  # images of a split whose contents are compared at a resume
-RECIPE_WORKERS = TrainerData().num_workers_per_gpu  # a configuration with another number has chosen
+WORKERS_ENTRY = "trainer.data.num_workers_per_gpu"
 CORES_PER_WORKER = 4  # on a CPU, where workers share the cores with the training: its images take far longer
 PIPES_PER_WORKER = 8  # those that a worker is started with, and the batches on their way from it
 
@@ -97,7 +97,7 @@ class TrainLoader:
         is_simple = config.data.loader_type.startswith("simplejpeg") and config.data.channels == 3
         dataset.as_array = is_simple and takes_arrays(config.data.train_transforms)
         reader = _reader(dataset, config, is_training=True)
-        self._batches = _Batches(reader, self._sampler, options, device_type=device_type, rank=rank)
+        self._batches = _Batches(reader, self._sampler, config, device_type=device_type, rank=rank)
         self.num_workers = self._batches.num_workers
         self.unreadable: set[str] = set()
 
@@ -147,13 +147,12 @@ class TestLoader:
     def __init__(
         self, dataset: ImageDataset, config: Config, *, rank: int, world_size: int, device_type: str = "cpu"
     ) -> None:
-        options = config.trainer.data
-        batch_size = options.batch_size_per_gpu_test
+        batch_size = config.trainer.data.batch_size_per_gpu_test
         self.dataset = dataset
         self.num_images = len(dataset)
         self._sampler = EvaluationSampler(self.num_images, batch_size=batch_size, rank=rank, world_size=world_size)
         reader = _reader(dataset, config, is_training=False)
-        self._batches = _Batches(reader, self._sampler, options, device_type=device_type, rank=rank)
+        self._batches = _Batches(reader, self._sampler, config, device_type=device_type, rank=rank)
         self.num_workers = self._batches.num_workers
 
     def __len__(self) -> int:
@@ -238,19 +237,24 @@ def _explained(error: Exception, num_workers: int, rank: int | None) -> RunError
     place = "" if rank is None else f"on rank {rank} "
     lack = next((lack for signs, lack in LACKS if any(sign in text for sign in signs)), "if memory ran out, free some")
     return RunError(
-        f"a data worker died {place}({text}); {lack}, or lower trainer.data.num_workers_per_gpu (now {num_workers}); "
+        f"a data worker died {place}({text}); {lack}, or lower {WORKERS_ENTRY} (now {num_workers}); "
         "with 0 the main process reads and shows the cause"
     )
 
 
-def _fitting_workers(cores: int, *, device_type: str) -> int:
-    """Return how many workers of the recipe's suit a process.
+def _wanted_workers(config: Config, *, device_type: str) -> int:
+    """Return the number of workers that the user has chosen, or as many of the recipe's as suit the process.
 
     Args:
-        cores: Those that the process may use.
+        config: The resolved run.
         device_type: Where it computes: on a CPU that takes the cores itself, and a worker for several of them keeps up.
     """
-    return min(RECIPE_WORKERS, max(1, cores if device_type == "cuda" else cores // CORES_PER_WORKER))
+    wanted = config.trainer.data.num_workers_per_gpu
+    assert wanted is not None, "a resolved configuration has it"
+    if WORKERS_ENTRY not in config.derived:
+        return wanted
+    cores = count_cores().count
+    return min(wanted, max(1, cores if device_type == "cuda" else cores // CORES_PER_WORKER))
 
 
 def _check_resources(num_workers: int) -> None:
@@ -271,16 +275,15 @@ class _Batches:
         self,
         reader: SampleReader,
         sampler: TrainSampler | EvaluationSampler,
-        options: TrainerData,
+        config: Config,
         *,
         device_type: str,
         rank: int,
     ) -> None:
         self.rank = rank
-        wanted = options.num_workers_per_gpu
-        if wanted == RECIPE_WORKERS:
-            wanted = _fitting_workers(count_cores().count, device_type=device_type)
-        self.num_workers = min(wanted, len(sampler))  # a worker reads whole batches
+        options = config.trainer.data
+        # A worker reads whole batches.
+        self.num_workers = min(_wanted_workers(config, device_type=device_type), len(sampler))
         self._loader = DataLoader(
             reader,
             batch_sampler=sampler,

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from model.messages import neighbours
+from model.pictures import is_image_name
 
 from .base import FileDataset, index_names
 from .files import ImageSearch, left_out
-from .images import MAX_PIXELS, is_image_name
+from .images import MAX_PIXELS
 
 __all__ = ["Pictures"]
 

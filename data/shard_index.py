@@ -20,10 +20,10 @@ from typing import BinaryIO
 import numpy as np
 
 from model.messages import listed, printable
+from model.pictures import is_image_name
 
 from .cache import load_arrays, save_arrays
 from .folders import checked_label
-from .images import is_image_name
 
 __all__ = [
     "INDEXING",

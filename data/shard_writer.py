@@ -16,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 from model.files import remove_leftovers, replacing
+from model.pictures import is_image_name
 
 from .base import ImageDataset
-from .images import decode, is_image_name
+from .images import decode
 from .lmdb_folder import ImageFolderLMDB
 from .shard_cache import SHA256_SUFFIX
 from .shard_index import CLASSES_FILE, ShardIndex, index_name, index_shard, read_samples, sha256_of

@@ -20,15 +20,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import create_model
 from .command import exit_code
 from .erf_panel import Panel, save_panels
-from .export.pictures import find_pictures
 from .messages import listed, neighbours
+from .pictures import find_pictures, read_picture
 
 __all__ = ["THRESHOLDS", "area_shares", "main", "receptive_field"]
 
@@ -120,11 +120,7 @@ def photos(paths: Sequence[Path], size: int, mean: Sequence[float], std: Sequenc
         ValueError: If an image cannot be read.
     """
     for path in paths:
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): remove it from the folder") from error
+        image = read_picture(path)
         scale = size / CROP / min(image.size)
         image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
         left, top = (image.width - size) // 2, (image.height - size) // 2

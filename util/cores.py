@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Cores", "count_cores", "describe_threads", "limit_threads"]
+__all__ = ["Cores", "count_cores", "describe_threads", "fitting_threads", "limit_threads"]
 
 # Whoever sets one of these has chosen.
 CHOICES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -52,10 +52,16 @@ def count_cores(root: Path = Path("/")) -> Cores:
     return Cores(count=max(1, count), reason=reason)
 
 
+def fitting_threads(cores: Cores) -> int:
+    """Return how many threads PyTorch is to have: no more than cores, unless the user has chosen."""
+    count = torch.get_num_threads()
+    return count if any(name in os.environ for name in CHOICES) else min(count, cores.count)
+
+
 def limit_threads(cores: Cores) -> None:
-    """Let PyTorch, and with it the compiled kernels, have no more threads than cores, unless the user has chosen."""
-    if not any(name in os.environ for name in CHOICES) and torch.get_num_threads() > cores.count:
-        torch.set_num_threads(cores.count)
+    """Let PyTorch, and with it the compiled kernels, have no more threads than fit."""
+    if (count := fitting_threads(cores)) < torch.get_num_threads():
+        torch.set_num_threads(count)
 
 
 def describe_threads(cores: Cores) -> str:

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from downstream.data.shapes import draw_scene
 from downstream.export.check import Agreement, compare_detections, compare_labels, predict
 from downstream.export.graph import as_graph
 from downstream.export.writing import load, write
 from model.export.formats import require
-from model.export.pictures import PICTURES, find_pictures
+from model.pictures import find_pictures, read_picture
+from util.cores import count_cores, limit_threads
 
 from .arguments import add_options
 from .errors import InputError, exit_code_of
@@ -65,6 +66,7 @@ def _export(parsed: argparse.Namespace) -> list[Agreement]:
         raise InputError(str(error)) from error
     if parsed.out.suffix != ".onnx" or not parsed.out.parent.is_dir():
         raise InputError(f"{parsed.out}: give a name that ends in .onnx, in a folder that exists")
+    limit_threads(count_cores())
     config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
     size = _size(parsed.size) if parsed.size else _own_size(config)
     images = _read(parsed.images, size, parsed.dynamic_size) if parsed.images else _drawn(size, parsed.dynamic_size)
@@ -117,15 +119,12 @@ def _read(folder: Path, size: tuple[int, int], is_dynamic: bool) -> list[tuple[s
     try:
         paths = find_pictures(folder)
     except FileNotFoundError as error:
-        raise InputError(f"--images {folder}: there are no pictures ({', '.join(PICTURES)})") from error
+        raise InputError(f"--images {folder}: {error}") from error
     return [(path.name, _resized(path, size, is_dynamic)) for path in paths]
 
 
 def _resized(path: Path, size: tuple[int, int], is_dynamic: bool) -> NDArray[np.uint8]:
-    try:
-        picture = Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+    picture = read_picture(path)
     height, width = size
     if is_dynamic:
         scale = min(height / picture.height, width / picture.width)

@@ -17,6 +17,7 @@ from torch import nn
 
 from downstream.hooks import check_fit
 from downstream.loading import load_local_checkpoint
+from util.cores import count_cores, limit_threads
 
 from .arguments import add_options
 from .datasets import classes_of
@@ -69,6 +70,7 @@ def _draw(parsed: argparse.Namespace) -> None:
     image = mmcv.imread(parsed.image, channel_order="rgb") if Path(parsed.image).is_file() else None
     if image is None:
         raise InputError(f"no image at {parsed.image}, or none that can be read")
+    limit_threads(count_cores())
     config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
     network = build_network(config, checkpoint=parsed.checkpoint, device=parsed.device)
     _, dataset = next(loader_datasets(config, "test_dataloader"))

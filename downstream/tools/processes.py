@@ -14,12 +14,14 @@ import torch.distributed as dist
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook, LoggerHook
+from mmengine.runner import Runner
 
+from util.cores import count_cores, describe_threads, limit_threads
 from util.launch import as_environment, find_launch
 
 from .errors import InputError
 
-__all__ = ["leave_processes", "log_once", "prepare_processes"]
+__all__ = ["build_runner", "leave_processes", "log_once", "prepare_processes"]
 
 SYNCHRONISED = ("SyncBN", "MMSyncBN")
 TIMEOUT_SECONDS = 1800
@@ -68,6 +70,16 @@ def prepare_processes(config: Config, launcher: str) -> None:
         find_unused_parameters=config.get("find_unused_parameters", False),
     )
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+
+
+def build_runner(config: Config) -> Runner:
+    """Return the runner, with no more threads than cores; its log says how many, and why."""
+    cores = count_cores()
+    limit_threads(cores)
+    threads = describe_threads(cores)  # before the runner sets OMP_NUM_THREADS for the processes that it starts
+    runner = Runner.from_cfg(config)
+    runner.logger.info("%s", threads)
+    return runner
 
 
 def log_once(hooks: list[Hook]) -> None:

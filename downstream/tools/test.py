@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmengine.runner import Runner
 
 from .arguments import parse_run, run_parser
 from .datasets import check_datasets
 from .errors import InputError, exit_code_of
-from .processes import leave_processes, log_once, prepare_processes
+from .processes import build_runner, leave_processes, log_once, prepare_processes
 from .settings import check_local, load_run
 
 __all__ = ["main"]
@@ -54,7 +53,7 @@ def test(parsed: argparse.Namespace) -> None:
 
 def _run(config: Config) -> None:
     # By itself: `leave_processes` needs the runner to be let go.
-    runner = Runner.from_cfg(config)
+    runner = build_runner(config)
     log_once(runner.hooks)
     runner.test()
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 from .arguments import parse_run, run_parser
 from .datasets import check_datasets
 from .errors import InputError, exit_code_of
-from .processes import leave_processes, prepare_processes
+from .processes import build_runner, leave_processes, prepare_processes
 from .settings import check_local, load_run
 
 __all__ = ["main"]
@@ -50,7 +49,7 @@ def train(parsed: argparse.Namespace) -> None:
     check_local(config.load_from)
     check_datasets(config, "train", "val")
     prepare_processes(config, parsed.launcher)
-    Runner.from_cfg(config).train()
+    build_runner(config).train()
     leave_processes()
 
 

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..command import exit_code
+from ..pictures import find_pictures
 from ..preparation import INTERPOLATIONS
 from .check import read_images
 from .exporting import NUM_MADE_UP, default_request, export
 from .formats import FORMATS, require
-from .pictures import find_pictures, labels_of
+from .labels import labels_of
 from .sources import read_source
 
 __all__ = ["main"]
@@ -27,24 +29,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    try:
-        require(options.format)
-        source = read_source(options.source, name=options.model, ema=options.ema, is_random=options.random)
-        request = default_request(source.network, **_wishes(options, source.classes))
-        files = find_pictures(options.images) if options.images else []
-        images = read_images(request, files, num_made_up=options.num_images)
-        report = export(
-            source.network,
-            options.out,
-            format=options.format,
-            request=request,
-            images=images,
-            labels=labels_of(files, options.images, source.classes) if files else None,
-            overwrite=options.overwrite,
-        )
-    except (ImportError, OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return exit_code(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    require(options.format)
+    source = read_source(options.source, name=options.model, ema=options.ema, is_random=options.random)
+    request = default_request(source.network, **_wishes(options, source.classes))
+    files = find_pictures(options.images) if options.images else []
+    images = read_images(request, files, num_made_up=options.num_images)
+    report = export(
+        source.network,
+        options.out,
+        format=options.format,
+        request=request,
+        images=images,
+        labels=labels_of(files, options.images, source.classes) if files else None,
+        overwrite=options.overwrite,
+    )
     sys.stdout.write(f"{options.out}: {report}\n")
     return 0 if report.agrees else 1
 

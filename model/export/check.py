@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..pictures import read_picture
 from .deployed import Deployed
 from .request import ExportRequest, Runner
 
@@ -155,6 +156,9 @@ def read_images(request: ExportRequest, files: list[Path], *, num_made_up: int) 
         request: What is wanted.
         files: Pictures; where there are none, images are made up.
         num_made_up: How many.
+
+    Raises:
+        ValueError: If a picture cannot be read.
     """
     if not files:
         generator = np.random.default_rng(0)
@@ -171,7 +175,7 @@ def _made_up(request: ExportRequest, generator: np.random.Generator) -> np.ndarr
 
 def _prepared(request: ExportRequest, file: Path) -> np.ndarray:
     """Return a picture as it is, or resized, cropped and normalised where the graph does not do so."""
-    picture = Image.open(file).convert("L" if request.num_channels == 1 else "RGB")
+    picture = read_picture(file, "L" if request.num_channels == 1 else "RGB")
     if request.preprocess:
         pixels = np.atleast_3d(np.asarray(picture))
         return np.ascontiguousarray(pixels[None, :, :, ::-1] if request.is_bgr else pixels[None])

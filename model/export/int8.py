@@ -20,14 +20,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..pictures import find_pictures
 from .check import read_images
-from .pictures import find_pictures
 from .request import ExportRequest
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["LayerNoise", "calibration_images", "find_noise", "nodes_in_float", "quantise_onnx", "quantise_openvino"]
+__all__ = [
+    "LayerNoise",
+    "calibration_images",
+    "find_noise",
+    "nodes_in_float",
+    "quantise_onnx",
+    "quantise_openvino",
+    "quantise_static",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +140,7 @@ def nodes_in_float(graph: onnx.GraphProto, noises: Sequence[LayerNoise]) -> list
 
 
 def quantise_onnx(model: onnx.ModelProto, network: nn.Module, request: ExportRequest, path: Path) -> None:
-    """Write an ONNX model in 8 bits: integers and their scales, as pairs of Quantize and Dequantize.
+    """Write an ONNX model in 8 bits, layers that lose too much in float.
 
     Args:
         model: In float.
@@ -141,34 +149,62 @@ def quantise_onnx(model: onnx.ModelProto, network: nn.Module, request: ExportReq
         path: The file to write.
     """
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     images = calibration_images(request)
     noises = _noises(network, images, request)
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.images: Iterator[np.ndarray] = iter(images)
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(self.images, None)
-            return None if image is None else {request.input_name: _batched(image, request)}
-
-    quantize_static(
+    quantise_static(
         model,
-        str(path),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        reduce_range=_may_overflow(),
-        op_types_to_quantize=["Conv", "MatMul"],
-        nodes_to_exclude=nodes_in_float(model.graph, noises),
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
+        path,
+        [{request.input_name: _batched(image, request)} for image in images],
+        operators=["Conv", "MatMul"],
+        in_float=nodes_in_float(model.graph, noises),
     )
     written = onnx.load(path)
     onnx.helper.set_model_props(written, {entry.key: entry.value for entry in model.metadata_props})
     onnx.save(written, path)
+
+
+def quantise_static(
+    model: onnx.ModelProto | Path,
+    path: Path,
+    batches: Iterable[dict[str, np.ndarray]],
+    *,
+    operators: Sequence[str],
+    in_float: Sequence[str] = (),
+) -> None:
+    """Write an ONNX model in 8 bits: integers and their scales, as pairs of Quantize and Dequantize.
+
+    Weights are signed, with a scale for each channel; maps are unsigned, as processors without VNNI multiply unsigned
+    with signed numbers.
+
+    Args:
+        model: In float; or its file.
+        path: The file to write.
+        batches: Inputs by name, from which the ranges of the maps are learnt.
+        operators: The kinds that are quantised.
+        in_float: Names of nodes that are not.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches: Iterator[dict[str, np.ndarray]] = iter(batches)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.batches, None)
+
+    quantize_static(
+        model,
+        path,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        reduce_range=_may_overflow(),
+        op_types_to_quantize=list(operators),
+        nodes_to_exclude=list(in_float),
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
 
 
 def quantise_openvino(model: Any, graph: onnx.GraphProto, network: nn.Module, request: ExportRequest) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,28 @@ import pytest
 
 from benchmarks import busy, network, scan, train_step
 from benchmarks import data as data_benchmark
+from util.cores import CHOICES
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--quick", "--device", "cpu", "--threads", "1", "--warmup", "0", "--seconds", "0", "--runs", "1"]
 MACHINE = {"cpu", "cores", "threads", "torch", "timm", "scan_backend", "revision", "load_average", "date"}
 TIMES = {"median_s", "first_quartile_s", "third_quartile_s", "samples", "foreign_load", "is_disturbed"}
+
+# In a process that PyTorch has given two threads before it was left one core: the threads of each script.
+ONE_CORE = """
+import logging, os, sys, torch
+torch.set_num_threads(2)
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+from benchmarks import busy, network, runtimes, scan, train_step
+from benchmarks.common import describe_machine, set_up
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+modules = busy, network, runtimes, scan, train_step
+print(*(module.parse(["--device", "cpu", "--quick"]).threads for module in modules))
+for options in ([], ["--threads", "2"]):
+    set_up(train_step.parse(options))
+    machine = describe_machine("cpu")
+    print(machine["threads"], machine["cores"])
+"""
 
 
 @pytest.fixture
@@ -109,6 +127,15 @@ def test_memory_is_kept_or_the_run_refused(run, monkeypatch):
     monkeypatch.setattr(network, "keep_freed_memory", lambda: False)
     with pytest.raises(RuntimeError, match="--keep-memory needs glibc"):
         run(network, *options)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.cpu_count() < 2, reason="one of two cores, on Linux")
+def test_as_many_threads_as_cores_unless_told():
+    environment = {name: value for name, value in os.environ.items() if name not in CHOICES}
+    command = [sys.executable, "-c", ONE_CORE]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    expected = ["1 1 1 1 1", "1 thread (1 core by affinity)", "1 1", "2 threads (1 core by affinity)", "2 1"]
+    assert [line for line in done.stdout.splitlines() if line[:1].isdecimal()] == expected
 
 
 def test_cuda_graphs_need_cuda():

@@ -44,6 +44,16 @@ def test_an_override_to_none_follows():
     assert load_config(T2, ["trainer.epoch_full=None"]).trainer.epoch_full == 300
 
 
+@pytest.mark.parametrize("given", [[], ["trainer.data.num_workers_per_gpu=8"]], ids=["recipe", "given"])
+def test_workers_that_are_given_are_told_from_the_recipes(given, tmp_path):
+    """Also after a run's configuration was saved and read again."""
+    config = load_config(T2, given)
+    save_config(config, tmp_path / "config.yaml")
+    for read in (config, load_config(tmp_path / "config.yaml")):
+        assert read.trainer.data.num_workers_per_gpu == 8
+        assert ("trainer.data.num_workers_per_gpu" in read.derived) == (not given)
+
+
 def test_file_that_contradicts_itself_is_refused(tmp_path):
     file = tmp_path / "own.py"
     file.write_text(

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 from torchvision.datasets.folder import pil_loader
 
-from data.images import DECODERS, UnreadableImageError, decode, is_image_name
+from data.images import DECODERS, UnreadableImageError, decode
+from model.pictures import is_image_name
 
 LOADERS = [name for name in sorted(DECODERS) if find_spec("simplejpeg") or not name.startswith("simplejpeg")]
 SHORT, LONG = 3, 4  # types of TIFF's entries
@@ -257,7 +258,7 @@ def test_avif(load, encoded):
 
 
 def test_heic_says_what_it_needs(load, monkeypatch):
-    monkeypatch.setattr("data.images.missing_decoders", lambda: {".heic": "install it"})
+    monkeypatch.setattr("model.pictures.missing_decoders", lambda: {".heic": "install it"})
     with pytest.raises(UnreadableImageError, match="a HEIC image; install it"):
         load(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
 

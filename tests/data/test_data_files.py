@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from data import Pictures, build_loaders, images
+from data import Pictures, build_loaders
 from data.files import ImageSearch, read_file
 from data.folders import DefaultCLS
-from data.images import UnreadableImageError, missing_decoders
+from data.images import UnreadableImageError
+from model.pictures import image_suffixes, missing_decoders
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,10 +124,10 @@ def without_heif(monkeypatch):
     """HEIC cannot be decoded, whatever is installed."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pillow_heif" else find_spec(name))
-    for cached in (missing_decoders, images.image_suffixes):
+    for cached in (missing_decoders, image_suffixes):
         cached.cache_clear()
     yield
-    for cached in (missing_decoders, images.image_suffixes):
+    for cached in (missing_decoders, image_suffixes):
         cached.cache_clear()
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import UnreadableImageError, decode, is_image_name
+from data.images import UnreadableImageError, decode
+from model.pictures import is_image_name
 
 
 @pytest.fixture(params=["pil", "torchvision"])

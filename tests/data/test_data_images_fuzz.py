@@ -14,7 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from data.images import DECODERS, UnreadableImageError, decode, missing_decoders
+from data.images import DECODERS, UnreadableImageError, decode
+from model.pictures import missing_decoders
 
 LOADERS = [name for name in sorted(DECODERS) if find_spec("simplejpeg") or not name.startswith("simplejpeg")]
 MAX_PIXELS = 1 << 20

@@ -70,10 +70,11 @@ def test_as_many_workers_as_suit_the_machine_unless_told(
     monkeypatch.setattr(loaders, "count_cores", lambda: Cores(count=cores, reason="made up"))
     monkeypatch.setattr(TrainSampler, "__len__", lambda _: 100)
     counts = []
-    for workers in (loaders.RECIPE_WORKERS, 3):
-        config = make_config(two_classes, workers=workers)
+    for derived in ([loaders.WORKERS_ENTRY], []):
+        config = make_config(two_classes, workers=8)
+        config.derived = derived
         counts.append(build_loaders(config, rank=0, world_size=1, device_type=device_type).train.num_workers)
-    assert counts == [expected, 3]
+    assert counts == [expected, 8]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -27,6 +27,7 @@ pytest.importorskip("mmseg", reason="needs OpenMMLab: make downstream")
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 from mmengine.hooks import IterTimerHook, LoggerHook
+from mmengine.runner import Runner
 from mmseg.visualization import SegLocalVisualizer
 
 from downstream.tools import test as testing
@@ -37,11 +38,23 @@ from downstream.tools.errors import InputError, exit_code_of
 from downstream.tools.processes import leave_processes, log_once, prepare_processes
 from downstream.tools.settings import load_config, set_data_root
 from model.checkpoint import read_checkpoint
+from util.cores import CHOICES
 
 RETINANET = str(DOWNSTREAM / "det/configs/retinanet/retinanet_mobilemamba_b1_fpn_1x_coco")
 MASK_RCNN = str(DOWNSTREAM / "det/configs/mask_rcnn/mask-rcnn_mobilemamba_b1_fpn_1x_coco.py")
 SSDLITE = str(DOWNSTREAM / "det/configs/ssd/ssdlite_mobilemamba_b1_8gpu_2lr_coco.py")
 SEMANTIC_FPN = str(DOWNSTREAM / "seg/configs/sem_fpn/fpn_mobilemamba_b4-160k_ade20k-512x512.py")
+
+# In a process that PyTorch has given two threads before it was left one core.
+ONE_CORE = """
+import os, sys, torch
+from mmengine.config import Config
+torch.set_num_threads(2)
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+from downstream.tools.processes import build_runner
+build_runner(Config({"model": {"type": "BaseDataPreprocessor"}, "work_dir": sys.argv[1]}))
+print(torch.get_num_threads())
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -263,7 +276,7 @@ class TestResuming:
 
         def resume(work_dir):
             runs = []
-            monkeypatch.setattr(training.Runner, "from_cfg", lambda config: runs.append(config.load_from) or Mock())
+            monkeypatch.setattr(Runner, "from_cfg", lambda config: runs.append(config.load_from) or Mock())
             arguments = ("--work-dir", work_dir, "--data-root", data / "coco", "--resume")
             assert training.main([RETINANET, *map(str, arguments)]) == 0
             return runs[0]
@@ -336,6 +349,20 @@ class TestProcesses:
         assert [record.message for record in caplog.records] == [
             "no GPU, and synchronised batch norms have no CPU kernel: 2 made plain"
         ]
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="affinity as Linux has it")
+    def test_a_runner_has_as_many_threads_as_cores_and_its_log_says_so(self, tmp_path):
+        done = subprocess.run(
+            [sys.executable, "-c", ONE_CORE, str(tmp_path)],
+            cwd=REPOSITORY,
+            env={name: value for name, value in os.environ.items() if name not in CHOICES},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.splitlines()[-1] == "1"
+        (log,) = tmp_path.rglob("*.log")
+        assert "INFO - 1 thread (1 core by affinity)\n" in log.read_text(encoding="utf-8")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="through gloo there is no GPU")
     @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for the threads")

@@ -79,20 +79,20 @@ def test_the_scan_covers_the_whole_input(parity_fill):
 
 
 def test_the_command(tmp_path, capsys):
-    for index in range(3):
+    for index, suffix in enumerate(("png", "tif", "gif")):
         pixels = np.random.default_rng(index).integers(0, 255, (50, 90, 3), dtype=np.uint8)
         (tmp_path / "photos" / str(index)).mkdir(parents=True)
-        Image.fromarray(pixels).save(tmp_path / "photos" / str(index) / "a.png")
+        Image.fromarray(pixels).save(tmp_path / "photos" / str(index) / f"a.{suffix}")
     network = create_model("MobileMamba_T2", num_classes=7)
     torch.save({"net": network.state_dict()}, tmp_path / "seven.pth")
-    options = ["--size", "64", "--data", str(tmp_path / "photos"), "--images", "2"]
+    options = ["--size", "64", "--data", str(tmp_path / "photos"), "--images", "3"]
     written = ["--out", str(tmp_path / "erf.png"), "--json", str(tmp_path / "erf.json")]
     peer = "timm_mobilenetv3_small_050"
     assert main(["MobileMamba_T2", peer, "--checkpoint", str(tmp_path / "seven.pth"), *options, *written]) == 0
     text = capsys.readouterr().out
     entries = json.loads((tmp_path / "erf.json").read_text())
     assert [(entry["network"], entry["images"], entry["size"]) for entry in entries] == [
-        ("MobileMamba_T2", 2, 64), (peer, 2, 64)
+        ("MobileMamba_T2", 3, 64), (peer, 3, 64)
     ]  # fmt: skip
     for entry in entries:
         shares = list(entry["area"].values())

@@ -320,22 +320,37 @@ def test_ctrl_c_while_a_run_is_set_up_is_one_line(class_folders, tmp_path):
     assert (done.returncode, done.stderr) == (130, "interrupted before there was anything to save\n")
 
 
+# The read is many short ones: a signal that came just before a long one would wait for the next, and both count as one.
 HANGING = """
-import faulthandler, os, sys
+import faulthandler, select, sys
 from pathlib import Path
 import data.samples
+from trainer.stop import SignalWatch
+
+sys.argv.pop(0)
+folder = Path(sys.argv[0])
 
 def hang(*_):
-    Path(sys.argv[0]).touch()
-    os.read(os.pipe()[0], 1)
+    (folder / "reached").touch()
+    while True:
+        select.select([], [], [], 0.1)
+
+def noted(watch, number, frame):
+    (folder / "noted").touch()
+    mark(watch, number, frame)
 
 faulthandler.dump_traceback_later(120, exit=True)
 data.samples.SampleReader.__getitems__ = hang
-sys.argv.pop(0)
+mark, SignalWatch._mark = SignalWatch._mark, noted
 import run
 from util.cli import interruptible
 sys.exit(interruptible(run.main))
 """
+
+
+def _wait_for(file, run):
+    while not file.exists() and run.poll() is None:
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -345,11 +360,11 @@ def test_a_second_ctrl_c_ends_a_read_that_hangs(class_folders, tmp_path, workers
     torch.save(create_model("timm_mobilenetv3_small_050", num_classes=3).state_dict(), weights)
     more = [f"model.model_kwargs.checkpoint_path={weights}"] if mode == "test" else []
     short = short_run(class_folders, tmp_path / "runs", *TINY_NETWORK, f"trainer.data.num_workers_per_gpu={workers}")
-    command = [sys.executable, "-c", HANGING, tmp_path / "reached", "-c", CONFIG, "-m", mode, *short, *more]
+    command = [sys.executable, "-c", HANGING, tmp_path, "-c", CONFIG, "-m", mode, *short, *more]
     run = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (tmp_path / "reached").exists() and run.poll() is None:
-        time.sleep(0.1)
+    _wait_for(tmp_path / "reached", run)
     os.killpg(run.pid, signal.SIGINT)
+    _wait_for(tmp_path / "noted", run)
     time.sleep(1)
     assert run.poll() is None
     os.killpg(run.pid, signal.SIGINT)

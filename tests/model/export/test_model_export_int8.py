@@ -13,7 +13,7 @@ from torch import nn
 from model.export import FORMATS, check, default_request, export
 from model.export.deployed import Deployed
 from model.export.int8 import find_noise
-from model.export.pictures import labels_of
+from model.export.labels import labels_of
 
 SIZE = (64, 64)
 NEEDS = {"onnx": "onnxruntime", "openvino": "nncf"}

@@ -1,25 +1,11 @@
-"""Folders of pictures, with their classes where each class has a folder of its own."""
+"""The classes of pictures that lie in a folder for each class."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["PICTURES", "find_pictures", "labels_of"]
-
-PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-
-
-def find_pictures(folder: Path) -> list[Path]:
-    """Return the pictures in a folder and below, in order.
-
-    Raises:
-        FileNotFoundError: If there are none.
-    """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
-    if not files:
-        raise FileNotFoundError(f"there are no pictures in {folder} ({', '.join(PICTURES)}): name another folder")
-    return files
+__all__ = ["labels_of"]
 
 
 def labels_of(files: Sequence[Path], folder: Path, classes: Sequence[str] = ()) -> list[int] | None:
