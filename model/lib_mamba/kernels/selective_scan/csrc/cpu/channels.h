@@ -71,3 +71,14 @@ INLINE void for_each_channel(int64_t channels, Body body) {
   if (c < channels)
     body(c, Constant<true>());
 }
+
+// Calls `body(v, r)` for the vectors and rows of a tile that is held in registers, each in code of its own: registers
+// have no addresses.
+template <int ROWS, int NV, class Body>
+INLINE void for_each_sum(Body body) {
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v)
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r)
+      body(v, r);
+}

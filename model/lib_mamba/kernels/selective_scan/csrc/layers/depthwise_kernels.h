@@ -2,6 +2,35 @@
 
 constexpr int PIXELS = LANES == 16 ? 4 : 2;  // side by side, as registers allow: a loaded weight serves them all
 
+// Activates the sums of all pixels: the kind is asked for once, not for every sum.
+template <int NV, int COUNT>
+INLINE void activate_all(Vec (&sums)[COUNT][NV], Activation activation) {
+  if (activation == kRelu)
+    for_each_sum<COUNT, NV>([&](int v, int p) { sums[p][v] = activate(sums[p][v], kRelu); });
+  else if (activation == kSilu)
+    for_each_sum<COUNT, NV>([&](int v, int p) { sums[p][v] = activate(sums[p][v], kSilu); });
+}
+
+// Activation, scale and shift, and the last activation of COUNT pixels from (row, column) on.
+template <int NV, int COUNT, bool IS_PART>
+INLINE void finish_pixels(
+    const Depthwise& d, Vec (&sums)[COUNT][NV], int64_t image, int64_t row, int64_t column, int64_t start,
+    int64_t count) {
+  activate_all(sums, d.activation);
+  if (d.scale)
+    for_each_sum<COUNT, NV>([&](int v, int p) {
+      const int64_t channel = start + v * LANES;
+      sums[p][v] = sums[p][v] * load<IS_PART>(d.scale + channel, count) + load<IS_PART>(d.shift + channel, count);
+    });
+  activate_all(sums, d.last_activation);
+  float* out = d.out.data + image * d.out.image + row * d.out.row + column * d.out.pixel + start;
+#pragma GCC unroll 4
+  for (int p = 0; p < COUNT; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+      store<IS_PART>(out + p * d.out.pixel + v * LANES, sums[p][v], count);
+}
+
 // COUNT pixels of the output from (row, column) on, a block of channels: places [first_x, last_x) of the kernel's rows.
 template <int NV, int COUNT, bool IS_PART>
 INLINE void depthwise_pixels(
@@ -24,19 +53,12 @@ INLINE void depthwise_pixels(
           sums[p][v] += load<IS_PART>(from + p * step + v * LANES, count) * w;
       }
     }
-  float* out = d.out.data + image * d.out.image + row * d.out.row + column * d.out.pixel + start;
-  for (int p = 0; p < COUNT; ++p, out += d.out.pixel)
-    for (int v = 0; v < NV; ++v) {
-      Vec value = activate(sums[p][v], d.activation);
-      if (d.scale)
-        value = value * load<IS_PART>(d.scale + start + v * LANES, count) +
-                load<IS_PART>(d.shift + start + v * LANES, count);
-      store<IS_PART>(out + v * LANES, activate(value, d.last_activation), count);
-    }
+  finish_pixels<NV, COUNT, IS_PART>(d, sums, image, row, column, start, count);
 }
 
 template <int NV, bool IS_PART>
-static void depthwise_row(const Depthwise& d, int64_t image, int64_t row, const Block& block) {
+static void depthwise_row(const Depthwise& given, int64_t image, int64_t row, Block block) {
+  const Depthwise d = given;  // stores cannot change this copy: its numbers are not read again after each
   for (int64_t column = 0; column < d.out.width;) {
     const int64_t left = column * d.stride - d.padding, reach = (PIXELS - 1) * d.stride + d.side;
     if (left >= 0 && left + reach <= d.x.width) {

@@ -15,16 +15,6 @@ constexpr int most_rows(int num_vectors) {
   return MOST_SUMS / (num_vectors > 2 ? num_vectors : 2);
 }
 
-// Calls `body(v, r)` for the vectors and rows of a tile, each in code of its own: registers have no addresses.
-template <int ROWS, int NV, class Body>
-INLINE void for_each_sum(Body body) {
-#pragma GCC unroll 3
-  for (int v = 0; v < NV; ++v)
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r)
-      body(v, r);
-}
-
 // Activation and residual in place, where they take more registers than the sums leave.
 NOINLINE void finish_rows(const Dense& d, int64_t row, int64_t rows, int64_t column, int64_t count) {
   for (int64_t end = row + rows; row < end; ++row)
