@@ -112,7 +112,7 @@ bool with_instance(const BackwardArguments<T>& p, Function&& function) {
     using Own = decltype(instance);
     const Division division(p.length, Own::kChunk);
     if (p.rank > 8 * Own::NR || !division.is_possible || (is_block_an_image(Own::kChannels) && division.blocks > 1) ||
-        !fits_shared(Own::Shared::floats(num_groups(p.channels), false)))
+        !fits_shared(Own::Shared::floats(num_groups(p.channels), Own::kChannels > 0)))
       return false;
     return Own::kChannels == 0 || (p.channels == Own::kChannels && p.x_row == p.channels && p.grad_row == p.channels &&
                                    p.rank == ceil_div(p.channels, 32));

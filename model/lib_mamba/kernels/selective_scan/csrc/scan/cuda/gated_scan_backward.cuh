@@ -43,7 +43,7 @@ struct BackwardArguments {
   T* dprojection;         // as projection
   float* shares;          // (thread blocks, groups, ShareLayout::group())
   PassagePair* passages;  // (B, 2, blocks, groups * 32)
-  float* parked;          // (thread blocks, warps, parked floats) or, to use shared memory, null
+  float* parked;          // (thread blocks, warps, parked floats) or, to use shared memory, null; known channels do
   float eps;
   int batch, length, channels, rank;
   int step;              // positions of a chunk
@@ -179,6 +179,7 @@ struct BackwardWarp {
   // A column of ones beside dt: the bias is a weight then, and so is its gradient.
   static constexpr bool kHasOnes = kRank % 8 != 0;
   static constexpr bool kRough = std::is_same_v<T, c10::BFloat16>;
+  static constexpr bool kParksHere = kChannels > 0;  // in shared memory: one known kind of address
   static constexpr bool kHasPassages = !is_block_an_image(kChannels);
   static constexpr bool kIsWhole = kChannels > 0 && kChannels % kGroup == 0;
   // bfloat16 would not do for sums and their gradients: other sums, in which they cancel, follow.
@@ -207,8 +208,9 @@ struct BackwardWarp {
   float2* const statistics = reinterpret_cast<float2*>(narrow + Shared::kNarrowFloats + Shared::kStateFloats);
   float2* const means = statistics + kTileRows;
   float* const dx_scales = reinterpret_cast<float*>(means + kTileRows) + lane;
-  float* const scales = (p.parked ? p.parked + static_cast<int64_t>(blockIdx.x) * warps * Shared::kParkedFloats
-                                  : tiles + warps * Shared::kWarpFloats) +
+  float* const scales = (kParksHere || !p.parked
+                             ? tiles + warps * Shared::kWarpFloats
+                             : p.parked + static_cast<int64_t>(blockIdx.x) * warps * Shared::kParkedFloats) +
                         warp * Shared::kParkedFloats + lane;
   Stored* const parked = reinterpret_cast<Stored*>(scales - lane + kBlockChunks * kLanes) + lane;
   const ShareLayout layout{NR, kHasOnes};
@@ -413,7 +415,7 @@ struct BackwardWarp {
 
   // Mean and sum of squared deviations over the warp's channels, of position l / 2 in lane l.
   __device__ __forceinline__ float2 group_moments() const {
-    const int columns = min(kGroup, channels - warp * kGroup);
+    const int columns = kIsWhole ? kGroup : min(kGroup, channels - warp * kGroup);
     const float* const row = tile + lane / 2 * kPairRow;
     const float shift = row[0];
     float sum = 0.f, squares = 0.f;
