@@ -36,14 +36,15 @@ template <typename T>
 struct BackwardArguments {
   const T *x, *z, *grad;
   int x_row, z_row, grad_row;
-  const T* projection;    // (B, L, 2 * (R + 2))
-  const float* prepared;  // (groups, GroupLayout::kFloats)
-  const float* states;    // (B, 2, image_states, D)
-  T *dx, *dz;             // (B, L, D)
-  T* dprojection;         // as projection
-  float* shares;          // (thread blocks, groups, ShareLayout::group())
-  PassagePair* passages;  // (B, 2, blocks, groups * 32)
-  float* parked;          // (thread blocks, warps, parked floats) or, to use shared memory, null; known channels do
+  const T* projection;      // (B, L, 2 * (R + 2))
+  const float* prepared;    // (groups, GroupLayout::kFloats)
+  const float* transposed;  // prepared, from kTranspose on: an address of its own need not be kept
+  const float* states;      // (B, 2, image_states, D)
+  T *dx, *dz;               // (B, L, D)
+  T* dprojection;           // as projection
+  float* shares;            // (thread blocks, groups, ShareLayout::group())
+  PassagePair* passages;    // (B, 2, blocks, groups * 32)
+  float* parked;            // (thread blocks, warps, parked floats) or, to use shared memory, null; known channels do
   float eps;
   int batch, length, channels, rank;
   int step;              // positions of a chunk
@@ -94,6 +95,7 @@ struct Parking<c10::Half> {
 template <typename T, int NR, int kChunk>
 struct BackwardShared {
   static constexpr bool kExact = sizeof(T) == sizeof(float);
+  static constexpr int kHeaderFloats = 4;  // the number of the block of positions
   static constexpr int kStageRows = (kBlockChunks - 1) * kChunk + kTileRows;
   static constexpr int kStageFloats = 2 * kStageRows * rank_row(NR);
   // Of a warp.
@@ -107,7 +109,7 @@ struct BackwardShared {
   static constexpr int kSumFloats = 2 * 2 * kTileRows;
 
   static constexpr int floats(int warps, bool is_parked_here) {
-    return kStageFloats + warps * (kWarpFloats + kSumFloats + (is_parked_here ? kParkedFloats : 0));
+    return kHeaderFloats + kStageFloats + warps * (kWarpFloats + kSumFloats + (is_parked_here ? kParkedFloats : 0));
   }
 };
 
@@ -196,9 +198,8 @@ struct BackwardWarp {
   const bool exists = kIsWhole || channel < channels;
   const int readable =
       kIsWhole ? channel : min(channel, channels - 2);  // lanes beyond the channels read another's, and write nothing
-  const float* const parameters = p.prepared + warp * Layout::kFloats;
 
-  float* const stages = shared_memory();
+  float* const stages = shared_memory() + Shared::kHeaderFloats;
   float2* const moments = reinterpret_cast<float2*>(stages + Shared::kStageFloats);
   float2* const sums = moments + warps * kTileRows;
   float* const tiles = stages + Shared::kStageFloats + warps * Shared::kSumFloats;
@@ -208,20 +209,22 @@ struct BackwardWarp {
   float2* const statistics = reinterpret_cast<float2*>(narrow + Shared::kNarrowFloats + Shared::kStateFloats);
   float2* const means = statistics + kTileRows;
   float* const dx_scales = reinterpret_cast<float*>(means + kTileRows) + lane;
-  float* const scales = (kParksHere || !p.parked
-                             ? tiles + warps * Shared::kWarpFloats
-                             : p.parked + static_cast<int64_t>(blockIdx.x) * warps * Shared::kParkedFloats) +
-                        warp * Shared::kParkedFloats + lane;
+  float* const scales =
+      (kParksHere || !p.parked ? tiles + warps * Shared::kWarpFloats
+                               : p.parked + static_cast<int64_t>(blockIdx.x) * warps * Shared::kParkedFloats) +
+      warp * Shared::kParkedFloats + lane;
   Stored* const parked = reinterpret_cast<Stored*>(scales - lane + kBlockChunks * kLanes) + lane;
   const ShareLayout layout{NR, kHasOnes};
   float* const share = p.shares + (static_cast<int64_t>(blockIdx.x) * warps + warp) * layout.group();
 
-  // Of the block of positions: its number, its first row of all (B * L), how many it has.
-  int item, first_row, rows;
+  // Of the block of positions: its first row of all (B * L), how many it has.
+  int first_row, rows;
 
   float dweight[4][NR][4];
-  float2 dbias, dA, dskip, dnorm_weight, dnorm_bias;
+  float2 dbias, dnorm_weight, dnorm_bias;
 
+  // The number of the block of positions. What is rarely read is kept in shared memory: registers are few.
+  __device__ __forceinline__ int& item() const { return *reinterpret_cast<int*>(shared_memory()); }
   // Of at most 4: a sum takes fewer instructions than a division, and no register in between.
   __device__ __forceinline__ int chunks() const {
     return 1 + (rows > p.step) + (rows > 2 * p.step) + (rows > 3 * p.step);
@@ -242,12 +245,20 @@ struct BackwardWarp {
   __device__ __forceinline__ float2& cell(int i) const {
     return *reinterpret_cast<float2*>(tile + i * kPairRow + 2 * lane);
   }
+  // Of the warp's channels; `place` in the layout, `own` of the lane.
+  __device__ __forceinline__ const float* parameters(int place, int own) const {
+    return p.prepared + static_cast<uint32_t>(warp * Layout::kFloats + place + own);
+  }
   __device__ __forceinline__ float2 parameter(int place) const {
-    return *reinterpret_cast<const float2*>(parameters + place + 2 * lane);
+    return *reinterpret_cast<const float2*>(parameters(place, 2 * lane));
   }
   __device__ __forceinline__ float2& entering_state(int direction, int chunk) const {
     return entering[(direction * kBlockChunks + chunk) * kLanes];
   }
+  // When all sums have been normalised.
+  __device__ __forceinline__ float2& dA() const { return statistics[lane]; }
+  // In direction 0, when the states that enter direction 1's chunks are needed no more.
+  __device__ __forceinline__ float2& dskip() const { return entering_state(1, 0); }
   // The position that comes `step`-th in the direction's travel.
   template <int kDirection>
   __device__ __forceinline__ static int travelled(int step) {
@@ -322,9 +333,9 @@ struct BackwardWarp {
   template <int kDirection>
   __device__ __forceinline__ void project(int chunk) const {
     const float4* const weights =
-        reinterpret_cast<const float4*>(parameters + kDirection * Layout::kDirection + Layout::kProject) + lane;
+        reinterpret_cast<const float4*>(parameters(kDirection * Layout::kDirection + Layout::kProject, 4 * lane));
     const float4* const biases =
-        reinterpret_cast<const float4*>(parameters + kDirection * Layout::kDirection + Layout::kBias) + lane;
+        reinterpret_cast<const float4*>(parameters(kDirection * Layout::kDirection + Layout::kBias, 4 * lane));
     const float* const dt = stage_of(kDirection, chunk);
     float c[8][4] = {};
 #pragma unroll
@@ -370,7 +381,7 @@ struct BackwardWarp {
 
   // Of a block of the same image, in (B, 2, blocks).
   __device__ __forceinline__ int64_t place_in_image(int direction, int block) const {
-    return (static_cast<int64_t>(item / p.blocks) * 2 + direction) * p.blocks + block;
+    return (static_cast<int64_t>(item() / p.blocks) * 2 + direction) * p.blocks + block;
   }
 
   // The state that enters a chunk in its travel.
@@ -378,7 +389,7 @@ struct BackwardWarp {
   __device__ __forceinline__ float2 first_state(int chunk) const {
     if (p.image_states == 0)
       return make_float2(0.f, 0.f);
-    const int64_t image = item / p.blocks, own = item % p.blocks * kBlockChunks + chunk;
+    const int64_t image = item() / p.blocks, own = item() % p.blocks * kBlockChunks + chunk;
     return *reinterpret_cast<const float2*>(
         p.states + ((image * 2 + kDirection) * p.image_states + own) * channels + readable);
   }
@@ -548,8 +559,8 @@ struct BackwardWarp {
       add_to_share(layout.norm_bias(), dnorm_bias);
     }
     if (kHasPassages && p.blocks > 1 && p.part != Part::kGradients) {
-      passage_of(1, item % p.blocks) = rightwards;
-      passage_of(0, item % p.blocks) = leftwards;
+      passage_of(1, item() % p.blocks) = rightwards;
+      passage_of(0, item() % p.blocks) = leftwards;
     }
   }
 
@@ -563,7 +574,7 @@ struct BackwardWarp {
     float2 gradient = make_float2(0.f, 0.f);
     if (!kHasPassages)
       return gradient;
-    const int block = item % p.blocks;
+    const int block = item() % p.blocks;
     for (int step = 0; step < (kDirection ? block : p.blocks - 1 - block); ++step) {
       // Other blocks of threads have written it: not to be taken from a cache.
       const volatile float* const other =
@@ -597,7 +608,7 @@ struct BackwardWarp {
     dC = row_sum(narrow);
     __syncwarp();
     const float2 skip = parameter(Layout::kSkip) * scale;
-    float2 own_dskip = make_float2(0.f, 0.f);
+    float2 own_dskip = make_float2(0.f, 0.f), own_dA = own_dskip;
 #pragma unroll
     for (int step = kChunk - 1; step >= 0; --step) {
       const int i = travelled<kDirection>(step);
@@ -613,13 +624,14 @@ struct BackwardWarp {
       narrow[i * kTileRow + lane] = fmaf(own_s.x, own_x.x, own_s.y * own_x.y);
       const float2 slope = make_float2(softplus2_slope<kExact>(s.x), softplus2_slope<kExact>(s.y));
       const float2 draw = multiply_add(ddecay, slope_A, own * own_x * own_BC.x) * slope;
-      dA = multiply_add(ddecay, s, dA);
+      own_dA = multiply_add(ddecay, s, own_dA);
       if (!kHasOnes)
         dbias = dbias + draw;
       cell(i) = draw;
     }
+    dA() = dA() + own_dA;
     if (kDirection == 0)
-      dskip = multiply_add(own_dskip, scale, dskip);
+      dskip() = multiply_add(own_dskip, scale, dskip());
 #pragma unroll
     for (int i = kChunk; i < kTileRows; ++i)
       cell(i) = make_float2(0.f, 0.f);
@@ -648,8 +660,8 @@ struct BackwardWarp {
   // dt's gradient (16, R) = raw's gradient (16, 64) . dt_weight (64, R), over the warp's channels.
   template <int kDirection>
   __device__ __forceinline__ void transpose(float (&c)[NR][4]) {
-    const float4* const weights =
-        reinterpret_cast<const float4*>(parameters + kDirection * Layout::kDirection + Layout::kTranspose) + lane;
+    const float4* const weights = reinterpret_cast<const float4*>(
+        p.transposed + static_cast<uint32_t>(warp * Layout::kFloats + kDirection * Layout::kDirection + 4 * lane));
 #pragma unroll
     for (int n = 0; n < NR; ++n)
 #pragma unroll
@@ -712,7 +724,7 @@ struct BackwardWarp {
   }
 
   __device__ __forceinline__ void begin_sums() {
-    dA = dbias = make_float2(0.f, 0.f);
+    dA() = dbias = make_float2(0.f, 0.f);
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -738,7 +750,7 @@ struct BackwardWarp {
     const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA);
     if (!kHasOnes)
       add_to_share(layout.dt_bias(kDirection), dbias * kLog2e);
-    add_to_share(layout.A_log(kDirection), dA * A * kLn2);
+    add_to_share(layout.A_log(kDirection), dA() * A * kLn2);
   }
 
   // One direction's gradients; leaves those of the raw time steps in the tile, dx in the array.
@@ -779,7 +791,7 @@ struct BackwardWarp {
   __device__ __forceinline__ void differentiate_leftwards() {
     begin_sums();
     float2 dstate = first_gradient<0>();
-    dskip = make_float2(0.f, 0.f);
+    dskip() = make_float2(0.f, 0.f);
     for (int chunk = chunks() - 1; chunk >= 0; --chunk) {
       Pair<T> x[kChunk], part[kChunk];
       float2 dx[kChunk];
@@ -793,7 +805,7 @@ struct BackwardWarp {
       store(rows_of(p.dx, chunk), chunk, part);
     }
     add_sums<0>();
-    add_to_share(layout.D_skip(), dskip);
+    add_to_share(layout.D_skip(), dskip());
   }
 
   __device__ __forceinline__ void begin() const {
@@ -809,7 +821,6 @@ struct BackwardWarp {
 
   // A block of positions, from its inputs to its gradients.
   __device__ __forceinline__ void take() {
-    __syncthreads();
     put_stages();
     __syncthreads();
     scan_and_normalise();
@@ -826,13 +837,15 @@ struct BackwardWarp {
   __device__ __forceinline__ void run() {
     begin();
     const int most = kBlockChunks * p.step;
-    for (item = blockIdx.x; item < p.items; item += gridDim.x) {
+    for (int next = blockIdx.x; next < p.items; next = item() + gridDim.x) {
+      __syncthreads();
+      item() = next;
       if (p.are_independent) {
-        first_row = item * most;
+        first_row = item() * most;
         rows = min(most, p.batch * p.length - first_row);
       } else {
-        const int start = item % p.blocks * most;
-        first_row = item / p.blocks * p.length + start;
+        const int start = item() % p.blocks * most;
+        first_row = item() / p.blocks * p.length + start;
         rows = min(most, p.length - start);
       }
       take();
