@@ -100,10 +100,12 @@ struct BackwardShared {
   static constexpr int kStageFloats = 2 * kStageRows * rank_row(NR);
   // Of a warp.
   static constexpr int kTileFloats = kTileRows * kPairRow;
-  static constexpr int kNarrowFloats = kExact ? kChunk * kGroup : kTileRows * kTileRow;  // also a chunk's decays
+  static constexpr int kNarrowFloats = kTileRows * kTileRow;
   static constexpr int kStateFloats = 2 * kBlockChunks * kGroup;
   static constexpr int kRowFloats = 4 * kTileRows;
-  static constexpr int kParkedFloats = kBlockChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes;
+  // A chunk's decays in half precision fit where the sums over lanes are made.
+  static constexpr int kParkedChunks = kBlockChunks + kExact;
+  static constexpr int kParkedFloats = kParkedChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes;
   static constexpr int kScaleFloats = Parking<T>::kScales ? kBlockChunks * kLanes : 0;  // of dx
   static constexpr int kWarpFloats = kTileFloats + kNarrowFloats + kStateFloats + kRowFloats + kScaleFloats;
   static constexpr int kSumFloats = 2 * 2 * kTileRows;
@@ -398,7 +400,9 @@ struct BackwardWarp {
   // will be parked.
   template <int kDirection>
   __device__ __forceinline__ Stored& decay_since_entry(int chunk, int i) const {
-    return kDirection ? parked[(chunk * kChunk + i) * kLanes] : reinterpret_cast<Stored*>(narrow)[i * kLanes + lane];
+    if (kDirection == 0 && !kExact)
+      return reinterpret_cast<Stored*>(narrow)[i * kLanes + lane];
+    return parked[((kDirection ? chunk : kBlockChunks) * kChunk + i) * kLanes];
   }
 
   // Add a direction's C * state at the positions of a chunk; returns the decay through all of it.
@@ -839,13 +843,14 @@ struct BackwardWarp {
     const int most = kBlockChunks * p.step;
     for (int next = blockIdx.x; next < p.items; next = item() + gridDim.x) {
       __syncthreads();
-      item() = next;
+      if (threadIdx.x == 0)
+        item() = next;
       if (p.are_independent) {
-        first_row = item() * most;
+        first_row = next * most;
         rows = min(most, p.batch * p.length - first_row);
       } else {
-        const int start = item() % p.blocks * most;
-        first_row = item() / p.blocks * p.length + start;
+        const int start = next % p.blocks * most;
+        first_row = next / p.blocks * p.length + start;
         rows = min(most, p.length - start);
       }
       take();
