@@ -215,7 +215,7 @@ def test_gradients_of_the_released_networks_scans(shape, dtype, cuda_as_cpp):
     [(99 * 1024, 8), (99 * 1024, 1), (163 * 1024, 1), (H200_SHARED, 8)],
     ids=["sm_120", "sm_89", "sm_80", "no large clusters"],
 )
-@pytest.mark.parametrize("shape", [(70, 20, 7), (320, 196, 10), (38, 1100, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 20, 7), (320, 196, 10), (38, 1100, 3), (384, 36, 12)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_gradients_on_devices_without_clusters_or_memory(dtype, shape, shared, most_blocks, cuda_as_cpp):
     channels, length, rank = shape
