@@ -24,10 +24,8 @@ _ARGUMENTS = (
 )
 _NUM_TENSORS = 9
 _GRADIENTS = ", ".join(["Tensor"] * _NUM_TENSORS)
-# Every fourth chunk keeps the state that enters it. The longest of equally good chunks comes first.
+# Every chunk keeps the states that enter it. The longest of equally good chunks comes first.
 _CHUNK_LENGTHS = (16, 14, 13, 12, 9)
-_CHUNKS_A_STATE = 4
-_MAX_LENGTH_WITHOUT_STATES = 64
 
 
 @torch.library.custom_op("mobilemamba::gated_scan", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
@@ -87,9 +85,9 @@ def _states_shape(x: Tensor) -> tuple[int, ...]:
     """Return the shape (B, 2, count, D) of the states kept for ``x``, by the rule of csrc/scan/cuda/chunks.h."""
     batch, length, channels = x.shape
     count = 0
-    if backends.keeps_states(x.device.type) and length > _MAX_LENGTH_WITHOUT_STATES:
+    if backends.keeps_states(x.device.type) and length > max(_CHUNK_LENGTHS):
         chunk = min(_CHUNK_LENGTHS, key=lambda positions: -(-length // positions) * positions)
-        count = -(-length // (_CHUNKS_A_STATE * chunk))
+        count = -(-length // chunk)
     return batch, 2, count, channels
 
 

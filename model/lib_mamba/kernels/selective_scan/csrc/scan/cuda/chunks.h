@@ -1,4 +1,4 @@
-// How a sequence is divided into chunks, and which states the forward pass keeps for the backward pass.
+// How a sequence is divided into chunks. The forward pass keeps the states that enter them for the backward pass.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,8 +7,6 @@ namespace mobilemamba {
 
 constexpr int kMaxChunk = 16;
 constexpr int kPartialChunk = 13;  // the only length of which a sequence may end with a part
-constexpr int kChunksAState = 4;
-constexpr int kMaxLengthWithoutStates = 64;  // sequences up to here are scanned again from their ends
 
 __host__ __device__ constexpr bool is_chunk_length(int positions) {
   return positions == 9 || (12 <= positions && positions <= 14) || positions == 16;
@@ -23,16 +21,12 @@ __host__ __device__ constexpr int chunk_length(int length) {
   return best;
 }
 
-// Positions between two kept states of a direction.
-__host__ __device__ constexpr int state_interval(int length) {
-  return kChunksAState * chunk_length(length);
-}
-
+// Kept states of a direction, one a chunk: none of a sequence that is a chunk.
 __host__ __device__ constexpr int num_states(int length) {
-  return length > kMaxLengthWithoutStates ? (length + state_interval(length) - 1) / state_interval(length) : 0;
+  return length > kMaxChunk ? (length + chunk_length(length) - 1) / chunk_length(length) : 0;
 }
 
 static_assert(chunk_length(9) == 9 && chunk_length(36) == 12 && chunk_length(49) == 13 && chunk_length(196) == 14);
-static_assert(chunk_length(16) == 16 && chunk_length(144) == 16 && num_states(64) == 0 && num_states(65) == 2);
+static_assert(chunk_length(16) == 16 && chunk_length(144) == 16 && num_states(16) == 0 && num_states(65) == 5);
 
 }  // namespace mobilemamba

@@ -80,18 +80,15 @@ Tensor as_pair_rows(const Tensor& tensor, at::ScalarType type) {
 
 // How sequences are divided for a kernel with chunks of up to `chunk` positions.
 struct Division {
-  int step, blocks;
+  int step, blocks = 1, states;
   bool are_independent, is_possible;
 
-  Division(int length, int chunk)
-      : step(chunk), blocks(1), are_independent(length <= chunk), is_possible(length <= kBlockChunks * chunk) {
+  Division(int length, int chunk) : step(length), states(num_states(length)), are_independent(length <= chunk) {
     if (are_independent)
-      step = length;
-    if (num_states(length) > 0) {
-      step = chunk_length(length);
-      blocks = num_states(length);
-      is_possible = step <= chunk;
-    }
+      states = 0;
+    else
+      step = chunk_length(length), blocks = ceil_div(states, kBlockChunks);
+    is_possible = are_independent || (states > 0 && step <= chunk);
   }
 };
 
@@ -113,8 +110,9 @@ template <typename T, typename Function>
 bool with_instance(const BackwardArguments<T>& p, Function&& function) {
   const auto can_run = [&](auto instance) {
     using Own = decltype(instance);
-    if (p.rank > 8 * Own::NR || !Division(p.length, Own::kChunk).is_possible ||
-        !fits_shared(Own::Shared::floats(num_groups(p.channels), false)))
+    const Division division(p.length, Own::kChunk);
+    if (p.rank > 8 * Own::NR || !division.is_possible || (is_block_an_image(Own::kChannels) && division.blocks > 1) ||
+        !fits_shared(Own::Shared::floats(num_groups(p.channels), Own::kChannels > 0)))
       return false;
     return Own::kChannels == 0 || (p.channels == Own::kChannels && p.x_row == p.channels && p.grad_row == p.channels &&
                                    p.rank == ceil_div(p.channels, 32));
@@ -175,6 +173,7 @@ void run_instance(
   const int64_t items = division.are_independent ? ceil_div<int64_t>(arguments.batch, kBlockChunks)
                                                  : static_cast<int64_t>(arguments.batch) * division.blocks;
   const int64_t blocks = std::min(items, places);
+  arguments.items = static_cast<int>(items);
   how.grid = dim3(blocks);
 
   const Tensor prepared = empty_floats({groups, GroupLayout<Instance::NR>::kFloats}, like);
@@ -188,11 +187,13 @@ void run_instance(
       empty_floats({division.blocks > 1 ? arguments.batch : 0, 2, division.blocks, groups * kLanes, 4}, like);
   const Tensor parked = empty_floats({is_parked_here ? 0 : blocks, groups, Shared::kParkedFloats}, like);
   arguments.prepared = prepared.const_data_ptr<float>();
+  arguments.transposed = arguments.prepared + GroupLayout<Instance::NR>::kTranspose;
   arguments.shares = shares.mutable_data_ptr<float>();
   arguments.passages = static_cast<PassagePair*>(passages.mutable_data_ptr());
   arguments.parked = is_parked_here ? nullptr : parked.mutable_data_ptr<float>();
   arguments.step = division.step;
   arguments.blocks = division.blocks;
+  arguments.image_states = division.states;
   arguments.are_independent = division.are_independent;
   const auto run = [&](Part part) {
     arguments.part = part;

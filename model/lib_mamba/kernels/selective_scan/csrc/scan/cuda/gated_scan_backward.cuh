@@ -1,12 +1,12 @@
 // Gradients of the gated scan in one pass over its inputs.
 //
 // A block of threads has a block of positions, up to 4 chunks of an image (or 4 images of one chunk), with all its
-// channels; a warp has 64 of them, two a lane. From the states that enter the block, kept by the forward pass, it
-// 1. runs direction 1 through the chunks, right to left, and parks its sums;
-// 2. runs direction 0, left to right, adds, normalises and gates: dz, and the gradient of the sum, which it parks;
-// 3. in an image of several blocks, finds how the gradients of the states pass through the block, which go against the
-//    directions' travel, and from those of the other blocks the gradients that enter this one;
-// 4. computes the states of one chunk after the other again, and the gradients of direction 1, then of direction 0.
+// channels; a warp has 64 of them, two a lane. From the states that enter the chunks, kept by the forward pass, it
+// 1. runs both directions through each chunk, normalises and gates: dz, and the gradient of the sum, which it parks; in
+//    an image of several blocks also finds how the gradients of the states pass through the chunk, which go against the
+//    directions' travel;
+// 2. there finds, from how they pass through the other blocks, the gradients that enter this one;
+// 3. computes the states of one chunk after the other again, and the gradients of direction 1, then of direction 0.
 // Sums over channels are made in the block. Those over positions are made by each block for all images that it takes,
 // and added up by add_kernel: in the same order every time, without atomics.
 #pragma once
@@ -23,7 +23,7 @@ constexpr int kMaxBackwardWarps = 9;
 constexpr int kPairRow = 72;   // floats of a tile's row, two a lane
 constexpr int kTileRows = 16;  // as the tensor cores take them
 
-// What a launch does: all of it; or steps 1 to 3 up to the passages, and 1, 2 and 4 in the next launch.
+// What a launch does: all of it; or step 1, and all again in the next launch, which then finds the passages of step 1.
 enum class Part { kWhole, kPassages, kGradients };
 
 // How the gradient of the state passes through a block: the value that leaves is decay * the one that enters + added.
@@ -36,19 +36,22 @@ template <typename T>
 struct BackwardArguments {
   const T *x, *z, *grad;
   int x_row, z_row, grad_row;
-  const T* projection;    // (B, L, 2 * (R + 2))
-  const float* prepared;  // (groups, GroupLayout::kFloats)
-  const float* states;    // (B, 2, blocks, D); not read where an image has one block
-  T *dx, *dz;             // (B, L, D)
-  T* dprojection;         // as projection
-  float* shares;          // (thread blocks, groups, ShareLayout::group())
-  PassagePair* passages;  // (B, 2, blocks, groups * 32)
-  float* parked;          // (thread blocks, warps, parked floats) or, to use shared memory, null
+  const T* projection;      // (B, L, 2 * (R + 2))
+  const float* prepared;    // (groups, GroupLayout::kFloats)
+  const float* transposed;  // prepared, from kTranspose on: an address of its own need not be kept
+  const float* states;      // (B, 2, image_states, D)
+  T *dx, *dz;               // (B, L, D)
+  T* dprojection;           // as projection
+  float* shares;            // (thread blocks, groups, ShareLayout::group())
+  PassagePair* passages;    // (B, 2, blocks, groups * 32)
+  float* parked;            // (thread blocks, warps, parked floats) or, to use shared memory, null; known channels do
   float eps;
   int batch, length, channels, rank;
   int step;              // positions of a chunk
   int blocks;            // of an image
+  int image_states;      // of a direction: one a chunk, or none where a chunk is an image
   bool are_independent;  // chunks: each is an image
+  int items;             // blocks of positions, of all images
   Part part;
 };
 
@@ -92,6 +95,7 @@ struct Parking<c10::Half> {
 template <typename T, int NR, int kChunk>
 struct BackwardShared {
   static constexpr bool kExact = sizeof(T) == sizeof(float);
+  static constexpr int kHeaderFloats = 4;  // the number of the block of positions
   static constexpr int kStageRows = (kBlockChunks - 1) * kChunk + kTileRows;
   static constexpr int kStageFloats = 2 * kStageRows * rank_row(NR);
   // Of a warp.
@@ -99,13 +103,15 @@ struct BackwardShared {
   static constexpr int kNarrowFloats = kTileRows * kTileRow;
   static constexpr int kStateFloats = 2 * kBlockChunks * kGroup;
   static constexpr int kRowFloats = 4 * kTileRows;
-  static constexpr int kParkedFloats = kBlockChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes;
+  // A chunk's decays in half precision fit where the sums over lanes are made.
+  static constexpr int kParkedChunks = kBlockChunks + kExact;
+  static constexpr int kParkedFloats = kParkedChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes;
   static constexpr int kScaleFloats = Parking<T>::kScales ? kBlockChunks * kLanes : 0;  // of dx
   static constexpr int kWarpFloats = kTileFloats + kNarrowFloats + kStateFloats + kRowFloats + kScaleFloats;
   static constexpr int kSumFloats = 2 * 2 * kTileRows;
 
   static constexpr int floats(int warps, bool is_parked_here) {
-    return kStageFloats + warps * (kWarpFloats + kSumFloats + (is_parked_here ? kParkedFloats : 0));
+    return kHeaderFloats + kStageFloats + warps * (kWarpFloats + kSumFloats + (is_parked_here ? kParkedFloats : 0));
   }
 };
 
@@ -160,6 +166,11 @@ __device__ __forceinline__ void multiply_rounded(float (&c)[4], const float (&a)
     multiply_tf32(c, a, b);
 }
 
+// Whether a block of threads has all positions of an image, in all the released networks with these channels.
+__host__ __device__ constexpr bool is_block_an_image(int channels) {
+  return channels == 384 || channels == 448 || channels == 544;
+}
+
 // kChannels: D where it is a constant, and the rows of x and the output's gradient lie D apart; otherwise 0.
 template <typename T, int NR, int kChunk, int kChannels>
 struct BackwardWarp {
@@ -172,6 +183,8 @@ struct BackwardWarp {
   // A column of ones beside dt: the bias is a weight then, and so is its gradient.
   static constexpr bool kHasOnes = kRank % 8 != 0;
   static constexpr bool kRough = std::is_same_v<T, c10::BFloat16>;
+  static constexpr bool kParksHere = kChannels > 0;  // in shared memory: one known kind of address
+  static constexpr bool kHasPassages = !is_block_an_image(kChannels);
   static constexpr bool kIsWhole = kChannels > 0 && kChannels % kGroup == 0;
   // bfloat16 would not do for sums and their gradients: other sums, in which they cancel, follow.
   using Parked = Parking<std::conditional_t<kExact, float, c10::Half>>;
@@ -187,9 +200,8 @@ struct BackwardWarp {
   const bool exists = kIsWhole || channel < channels;
   const int readable =
       kIsWhole ? channel : min(channel, channels - 2);  // lanes beyond the channels read another's, and write nothing
-  const float* const parameters = p.prepared + warp * Layout::kFloats;
 
-  float* const stages = shared_memory();
+  float* const stages = shared_memory() + Shared::kHeaderFloats;
   float2* const moments = reinterpret_cast<float2*>(stages + Shared::kStageFloats);
   float2* const sums = moments + warps * kTileRows;
   float* const tiles = stages + Shared::kStageFloats + warps * Shared::kSumFloats;
@@ -199,19 +211,26 @@ struct BackwardWarp {
   float2* const statistics = reinterpret_cast<float2*>(narrow + Shared::kNarrowFloats + Shared::kStateFloats);
   float2* const means = statistics + kTileRows;
   float* const dx_scales = reinterpret_cast<float*>(means + kTileRows) + lane;
-  float* const scales = (p.parked ? p.parked + static_cast<int64_t>(blockIdx.x) * warps * Shared::kParkedFloats
-                                  : tiles + warps * Shared::kWarpFloats) +
-                        warp * Shared::kParkedFloats + lane;
+  float* const scales =
+      (kParksHere || !p.parked ? tiles + warps * Shared::kWarpFloats
+                               : p.parked + static_cast<int64_t>(blockIdx.x) * warps * Shared::kParkedFloats) +
+      warp * Shared::kParkedFloats + lane;
   Stored* const parked = reinterpret_cast<Stored*>(scales - lane + kBlockChunks * kLanes) + lane;
   const ShareLayout layout{NR, kHasOnes};
   float* const share = p.shares + (static_cast<int64_t>(blockIdx.x) * warps + warp) * layout.group();
 
-  // Of the block of positions: its number, its first row of all (B * L), how many it has.
-  int item, first_row, rows, chunks;
+  // Of the block of positions: its first row of all (B * L), how many it has.
+  int first_row, rows;
 
   float dweight[4][NR][4];
-  float2 dbias, dA, dskip, dnorm_weight, dnorm_bias;
+  float2 dbias, dnorm_weight, dnorm_bias;
 
+  // The number of the block of positions. What is rarely read is kept in shared memory: registers are few.
+  __device__ __forceinline__ int& item() const { return *reinterpret_cast<int*>(shared_memory()); }
+  // Of at most 4: a sum takes fewer instructions than a division, and no register in between.
+  __device__ __forceinline__ int chunks() const {
+    return 1 + (rows > p.step) + (rows > 2 * p.step) + (rows > 3 * p.step);
+  }
   __device__ __forceinline__ int valid(int chunk) const { return min(p.step, rows - chunk * p.step); }
   __device__ __forceinline__ int64_t row_of(int chunk) const {
     return static_cast<int64_t>(first_row) + chunk * p.step;
@@ -228,12 +247,20 @@ struct BackwardWarp {
   __device__ __forceinline__ float2& cell(int i) const {
     return *reinterpret_cast<float2*>(tile + i * kPairRow + 2 * lane);
   }
+  // Of the warp's channels; `place` in the layout, `own` of the lane.
+  __device__ __forceinline__ const float* parameters(int place, int own) const {
+    return p.prepared + static_cast<uint32_t>(warp * Layout::kFloats + place + own);
+  }
   __device__ __forceinline__ float2 parameter(int place) const {
-    return *reinterpret_cast<const float2*>(parameters + place + 2 * lane);
+    return *reinterpret_cast<const float2*>(parameters(place, 2 * lane));
   }
   __device__ __forceinline__ float2& entering_state(int direction, int chunk) const {
     return entering[(direction * kBlockChunks + chunk) * kLanes];
   }
+  // When all sums have been normalised.
+  __device__ __forceinline__ float2& dA() const { return statistics[lane]; }
+  // In direction 0, when the states that enter direction 1's chunks are needed no more.
+  __device__ __forceinline__ float2& dskip() const { return entering_state(1, 0); }
   // The position that comes `step`-th in the direction's travel.
   template <int kDirection>
   __device__ __forceinline__ static int travelled(int step) {
@@ -254,17 +281,17 @@ struct BackwardWarp {
     }
   }
 
-  __device__ __forceinline__ void store(Pair<T>* to, int chunk, const float2 (&values)[kChunk]) const {
+  __device__ __forceinline__ void store(Pair<T>* to, int chunk, const Pair<T> (&values)[kChunk]) const {
     const int count = exists ? valid(chunk) : 0, row = channels / 2;
     if (count == kChunk) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        to[i * row] = pack<T>(values[i]);
+        to[i * row] = values[i];
     } else {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
         if (i < count)
-          to[i * row] = pack<T>(values[i]);
+          to[i * row] = values[i];
     }
   }
 
@@ -290,15 +317,6 @@ struct BackwardWarp {
     *to = *to + value;
   }
 
-  __device__ __forceinline__ void store(T* to, int chunk, const float2 (&values)[kChunk]) const {
-    const int count = exists ? valid(chunk) : 0;
-    to += row_of(chunk) * channels + channel;
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i, to += channels)
-      if (i < count)
-        *as_pairs(to) = pack<T>(values[i]);
-  }
-
   // The projection of all positions of the block as [2][rows][dt, zeros up to 8 * NR, ln 2 * B, C].
   __device__ __forceinline__ void put_stages() {
     const int columns = rank + 2, width = 2 * columns;
@@ -317,9 +335,9 @@ struct BackwardWarp {
   template <int kDirection>
   __device__ __forceinline__ void project(int chunk) const {
     const float4* const weights =
-        reinterpret_cast<const float4*>(parameters + kDirection * Layout::kDirection + Layout::kProject) + lane;
+        reinterpret_cast<const float4*>(parameters(kDirection * Layout::kDirection + Layout::kProject, 4 * lane));
     const float4* const biases =
-        reinterpret_cast<const float4*>(parameters + kDirection * Layout::kDirection + Layout::kBias) + lane;
+        reinterpret_cast<const float4*>(parameters(kDirection * Layout::kDirection + Layout::kBias, 4 * lane));
     const float* const dt = stage_of(kDirection, chunk);
     float c[8][4] = {};
 #pragma unroll
@@ -365,21 +383,32 @@ struct BackwardWarp {
 
   // Of a block of the same image, in (B, 2, blocks).
   __device__ __forceinline__ int64_t place_in_image(int direction, int block) const {
-    return (static_cast<int64_t>(item / p.blocks) * 2 + direction) * p.blocks + block;
+    return (static_cast<int64_t>(item() / p.blocks) * 2 + direction) * p.blocks + block;
   }
 
-  // The state that enters the block in its travel.
+  // The state that enters a chunk in its travel.
   template <int kDirection>
-  __device__ __forceinline__ float2 first_state() const {
-    if (p.blocks == 1)
+  __device__ __forceinline__ float2 first_state(int chunk) const {
+    if (p.image_states == 0)
       return make_float2(0.f, 0.f);
+    const int64_t image = item() / p.blocks, own = item() % p.blocks * kBlockChunks + chunk;
     return *reinterpret_cast<const float2*>(
-        p.states + (place_in_image(kDirection, item % p.blocks)) * channels + readable);
+        p.states + ((image * 2 + kDirection) * p.image_states + own) * channels + readable);
   }
 
-  // A direction's C * state at the positions of a chunk.
+  // Where a chunk's decays since the direction's entry wait for the gradient of the sum: direction 1's where that
+  // will be parked.
   template <int kDirection>
-  __device__ __forceinline__ void scan(int chunk, const Pair<T> (&x)[kChunk], float2& state, float2 (&y)[kChunk]) {
+  __device__ __forceinline__ Stored& decay_since_entry(int chunk, int i) const {
+    if (kDirection == 0 && !kExact)
+      return reinterpret_cast<Stored*>(narrow)[i * kLanes + lane];
+    return parked[((kDirection ? chunk : kBlockChunks) * kChunk + i) * kLanes];
+  }
+
+  // Add a direction's C * state at the positions of a chunk; returns the decay through all of it.
+  template <int kDirection>
+  __device__ __forceinline__ float2 scan(int chunk, const Pair<T> (&x)[kChunk], float2 (&y)[kChunk]) const {
+    float2 state = first_state<kDirection>(chunk), through = make_float2(1.f, 1.f);
     entering_state(kDirection, chunk) = state;
     project<kDirection>(chunk);
     const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA);
@@ -389,27 +418,19 @@ struct BackwardWarp {
       const int i = travelled<kDirection>(step);
       const float2 own_BC = BC(stage, i), s = time_step(i);
       state = advance(state, s, A, own_BC.x, unpack(x[i]));
-      y[i] = state * own_BC.y;
+      y[i] = multiply_add(state, own_BC.y, y[i]);
+      if (kHasPassages) {
+        through = decay(through, s, A);
+        decay_since_entry<kDirection>(chunk, i) = pack<typename Parked::Type>(through);
+      }
     }
     __syncwarp();
-  }
-
-  __device__ __forceinline__ void scan_leftwards() {
-    float2 state = first_state<1>();
-    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-      Pair<T> x[kChunk];
-      float2 y[kChunk];
-      load(p.x, x_row, chunk, x);
-      if (p.are_independent)
-        state = make_float2(0.f, 0.f);
-      scan<1>(chunk, x, state, y);
-      park(chunk, y);
-    }
+    return through;
   }
 
   // Mean and sum of squared deviations over the warp's channels, of position l / 2 in lane l.
   __device__ __forceinline__ float2 group_moments() const {
-    const int columns = min(kGroup, channels - warp * kGroup);
+    const int columns = kIsWhole ? kGroup : min(kGroup, channels - warp * kGroup);
     const float* const row = tile + lane / 2 * kPairRow;
     const float shift = row[0];
     float sum = 0.f, squares = 0.f;
@@ -455,7 +476,8 @@ struct BackwardWarp {
                              : make_float2(0.f, 0.f);
     __syncwarp();
     const float2 weight = parameter(Layout::kNormWeight), bias = parameter(Layout::kNormBias);
-    float2 dz[kChunk], scaled[kChunk];  // gradient of the normalised value
+    float2 scaled[kChunk];  // gradient of the normalised value
+    Pair<T> dz[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const float2 own = statistics[i], z_own = unpack(z[i]), grad_own = unpack(grad[i]);
@@ -464,7 +486,7 @@ struct BackwardWarp {
       const float2 shifted = multiply_add(normed, weight, bias);
       const GateGradient left = gate_gradient<kRough>(grad_own.x, z_own.x, shifted.x);
       const GateGradient right = gate_gradient<kRough>(grad_own.y, z_own.y, shifted.y);
-      dz[i] = make_float2(left.gate, right.gate);
+      dz[i] = pack<T>(make_float2(left.gate, right.gate));
       const float2 dnormed = make_float2(left.normed, right.normed);
       dnorm_weight = multiply_add(dnormed, normed, dnorm_weight);
       dnorm_bias = dnorm_bias + dnormed;
@@ -487,83 +509,76 @@ struct BackwardWarp {
       sums[warp * kTileRows + lane / 2] = own_sums;
     __syncthreads();
     const float2 total = combine_group_sums(sums, warps);
+    const float part = -mean_rstd.y / channels;
     if (lane < kTileRows)
-      means[lane] = make_float2(total.x / channels, total.y / channels);
+      means[lane] = lane < valid(chunk) ? total * part : make_float2(0.f, 0.f);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const float2 own = means[i];
-      const float rstd = exists ? statistics[i].y : 0.f;
+      const float rstd = statistics[i].y;
       y[i] = make_float2(
-          (scaled[i].x - fmaf(y[i].x, own.y, own.x)) * rstd, (scaled[i].y - fmaf(y[i].y, own.y, own.x)) * rstd);
+          fmaf(scaled[i].x, rstd, fmaf(y[i].x, own.y, own.x)), fmaf(scaled[i].y, rstd, fmaf(y[i].y, own.y, own.x)));
+      if (!exists)
+        y[i] = make_float2(0.f, 0.f);
     }
     __syncwarp();
   }
 
-  __device__ __forceinline__ void scan_rightwards_and_normalise() {
-    float2 state = first_state<0>();
+  // What the gradients of a chunk's sum add to that of a direction's state on its way through the chunk.
+  template <int kDirection>
+  __device__ __forceinline__ float2 added_in(int chunk, const float2 (&dy)[kChunk]) const {
+    const float* const stage = stage_of(kDirection, chunk);
+    float2 added = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      added = multiply_add(unpack(decay_since_entry<kDirection>(chunk, i)) * BC(stage, i).y, dy[i], added);
+    return added;
+  }
+
+  __device__ __forceinline__ void scan_and_normalise() {
+    PassagePair rightwards{make_float2(1.f, 1.f), make_float2(0.f, 0.f)}, leftwards = rightwards;
     dnorm_weight = dnorm_bias = make_float2(0.f, 0.f);
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+    for (int chunk = 0; chunk * p.step < rows; ++chunk) {
       Pair<T> x[kChunk];
       float2 y[kChunk];
       load(p.x, x_row, chunk, x);
-      if (p.are_independent)
-        state = make_float2(0.f, 0.f);
-      scan<0>(chunk, x, state, y);
       const float2 skip = parameter(Layout::kSkip);
-      const float scale = scale_of<Parked>(scales, chunk);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        y[i] = multiply_add(skip, unpack(x[i]), multiply_add(get_parked(chunk, i), scale, y[i]));
+        y[i] = skip * unpack(x[i]);
+      const float2 decay1 = scan<1>(chunk, x, y), decay0 = scan<0>(chunk, x, y);
       normalise_back(chunk, y);
+      if (kHasPassages) {
+        // The chunk comes last for gradients that go right, and first for those that go left.
+        rightwards.added = multiply_add(decay1, rightwards.added, added_in<1>(chunk, y));
+        rightwards.decay = decay1 * rightwards.decay;
+        leftwards.added = multiply_add(leftwards.decay, added_in<0>(chunk, y), leftwards.added);
+        leftwards.decay = leftwards.decay * decay0;
+      }
       park(chunk, y);
     }
     if (p.part != Part::kPassages) {
       add_to_share(layout.norm_weight(), dnorm_weight);
       add_to_share(layout.norm_bias(), dnorm_bias);
     }
-  }
-
-  // How the gradient of a direction's state passes through a chunk, against the direction's travel.
-  template <int kDirection>
-  __device__ __forceinline__ void pass(int chunk, PassagePair& passage) const {
-    project<kDirection>(chunk);
-    const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA);
-    const float* const stage = stage_of(kDirection, chunk);
-    const float scale = scale_of<Parked>(scales, chunk);
-#pragma unroll
-    for (int step = kChunk - 1; step >= 0; --step) {
-      const int i = travelled<kDirection>(step);
-      const float2 s = time_step(i);
-      passage.added = decay(multiply_add(get_parked(chunk, i), scale * BC(stage, i).y, passage.added), s, A);
-      passage.decay = decay(passage.decay, s, A);
+    if (kHasPassages && p.blocks > 1 && p.part != Part::kGradients) {
+      passage_of(1, item() % p.blocks) = rightwards;
+      passage_of(0, item() % p.blocks) = leftwards;
     }
-    __syncwarp();
   }
 
   __device__ __forceinline__ PassagePair& passage_of(int direction, int block) const {
     return p.passages[place_in_image(direction, block) * warps * kLanes + threadIdx.x];
   }
 
-  __device__ __forceinline__ void find_passages() const {
-    const PassagePair none{make_float2(1.f, 1.f), make_float2(0.f, 0.f)};
-    PassagePair passage = none;
-    for (int chunk = 0; chunk < chunks; ++chunk)
-      pass<1>(chunk, passage);
-    passage_of(1, item % p.blocks) = passage;
-    passage = none;
-    for (int chunk = chunks - 1; chunk >= 0; --chunk)
-      pass<0>(chunk, passage);
-    passage_of(0, item % p.blocks) = passage;
-  }
-
   // The gradient that enters the block against a direction's travel.
   template <int kDirection>
   __device__ __forceinline__ float2 first_gradient() const {
     float2 gradient = make_float2(0.f, 0.f);
-    if (p.blocks == 1)
+    if (!kHasPassages)
       return gradient;
-    const int block = item % p.blocks;
+    const int block = item() % p.blocks;
     for (int step = 0; step < (kDirection ? block : p.blocks - 1 - block); ++step) {
       // Other blocks of threads have written it: not to be taken from a cache.
       const volatile float* const other =
@@ -597,7 +612,7 @@ struct BackwardWarp {
     dC = row_sum(narrow);
     __syncwarp();
     const float2 skip = parameter(Layout::kSkip) * scale;
-    float2 own_dskip = make_float2(0.f, 0.f);
+    float2 own_dskip = make_float2(0.f, 0.f), own_dA = own_dskip;
 #pragma unroll
     for (int step = kChunk - 1; step >= 0; --step) {
       const int i = travelled<kDirection>(step);
@@ -613,13 +628,14 @@ struct BackwardWarp {
       narrow[i * kTileRow + lane] = fmaf(own_s.x, own_x.x, own_s.y * own_x.y);
       const float2 slope = make_float2(softplus2_slope<kExact>(s.x), softplus2_slope<kExact>(s.y));
       const float2 draw = multiply_add(ddecay, slope_A, own * own_x * own_BC.x) * slope;
-      dA = multiply_add(ddecay, s, dA);
+      own_dA = multiply_add(ddecay, s, own_dA);
       if (!kHasOnes)
         dbias = dbias + draw;
       cell(i) = draw;
     }
+    dA() = dA() + own_dA;
     if (kDirection == 0)
-      dskip = multiply_add(own_dskip, scale, dskip);
+      dskip() = multiply_add(own_dskip, scale, dskip());
 #pragma unroll
     for (int i = kChunk; i < kTileRows; ++i)
       cell(i) = make_float2(0.f, 0.f);
@@ -648,8 +664,8 @@ struct BackwardWarp {
   // dt's gradient (16, R) = raw's gradient (16, 64) . dt_weight (64, R), over the warp's channels.
   template <int kDirection>
   __device__ __forceinline__ void transpose(float (&c)[NR][4]) {
-    const float4* const weights =
-        reinterpret_cast<const float4*>(parameters + kDirection * Layout::kDirection + Layout::kTranspose) + lane;
+    const float4* const weights = reinterpret_cast<const float4*>(
+        p.transposed + static_cast<uint32_t>(warp * Layout::kFloats + kDirection * Layout::kDirection + 4 * lane));
 #pragma unroll
     for (int n = 0; n < NR; ++n)
 #pragma unroll
@@ -712,7 +728,7 @@ struct BackwardWarp {
   }
 
   __device__ __forceinline__ void begin_sums() {
-    dA = dbias = make_float2(0.f, 0.f);
+    dA() = dbias = make_float2(0.f, 0.f);
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -738,7 +754,7 @@ struct BackwardWarp {
     const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA);
     if (!kHasOnes)
       add_to_share(layout.dt_bias(kDirection), dbias * kLog2e);
-    add_to_share(layout.A_log(kDirection), dA * A * kLn2);
+    add_to_share(layout.A_log(kDirection), dA() * A * kLn2);
   }
 
   // One direction's gradients; leaves those of the raw time steps in the tile, dx in the array.
@@ -759,15 +775,19 @@ struct BackwardWarp {
   __device__ __forceinline__ void differentiate_rightwards() {
     begin_sums();
     float2 dstate = first_gradient<1>();
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+    for (int chunk = 0; chunk * p.step < rows; ++chunk) {
       Pair<T> x[kChunk];
+      Pair<T> part[kChunk];
       float2 dx[kChunk];
       load(p.x, x_row, chunk, x);
       differentiate_chunk<1>(chunk, x, dstate, dx);
       const float scale = Parking<T>::scale_up(dx);
       if (Parking<T>::kScales)
         dx_scales[chunk * kLanes] = scale;
-      store(rows_of(p.dx, chunk), chunk, dx);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        part[i] = pack<T>(dx[i]);
+      store(rows_of(p.dx, chunk), chunk, part);
     }
     add_sums<1>();
   }
@@ -775,8 +795,8 @@ struct BackwardWarp {
   __device__ __forceinline__ void differentiate_leftwards() {
     begin_sums();
     float2 dstate = first_gradient<0>();
-    dskip = make_float2(0.f, 0.f);
-    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+    dskip() = make_float2(0.f, 0.f);
+    for (int chunk = chunks() - 1; chunk >= 0; --chunk) {
       Pair<T> x[kChunk], part[kChunk];
       float2 dx[kChunk];
       load(p.x, x_row, chunk, x);
@@ -785,11 +805,11 @@ struct BackwardWarp {
       const float scale = scale_of<Parking<T>>(dx_scales, chunk);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        dx[i] = multiply_add(unpack(part[i]), scale, dx[i]);
-      store(rows_of(p.dx, chunk), chunk, dx);
+        part[i] = pack<T>(multiply_add(unpack(part[i]), scale, dx[i]));
+      store(rows_of(p.dx, chunk), chunk, part);
     }
     add_sums<0>();
-    add_to_share(layout.D_skip(), dskip);
+    add_to_share(layout.D_skip(), dskip());
   }
 
   __device__ __forceinline__ void begin() const {
@@ -805,18 +825,14 @@ struct BackwardWarp {
 
   // A block of positions, from its inputs to its gradients.
   __device__ __forceinline__ void take() {
-    __syncthreads();
     put_stages();
     __syncthreads();
-    scan_leftwards();
-    scan_rightwards_and_normalise();
-    if (p.blocks > 1 && p.part != Part::kGradients)
-      find_passages();
-    if (p.blocks > 1 && p.part == Part::kWhole) {
+    scan_and_normalise();
+    if (kHasPassages && p.blocks > 1 && p.part == Part::kWhole) {
       cluster_arrive();
       cluster_wait();
     }
-    if (p.part == Part::kPassages)
+    if (kHasPassages && p.part == Part::kPassages)
       return;
     differentiate_rightwards();
     differentiate_leftwards();
@@ -824,18 +840,19 @@ struct BackwardWarp {
 
   __device__ __forceinline__ void run() {
     begin();
-    const int most = kBlockChunks * p.step, all_rows = p.batch * p.length;
-    const int items = p.are_independent ? (all_rows + most - 1) / most : p.batch * p.blocks;
-    for (item = blockIdx.x; item < items; item += gridDim.x) {
+    const int most = kBlockChunks * p.step;
+    for (int next = blockIdx.x; next < p.items; next = item() + gridDim.x) {
+      __syncthreads();
+      if (threadIdx.x == 0)
+        item() = next;
       if (p.are_independent) {
-        first_row = item * most;
-        rows = min(most, all_rows - first_row);
+        first_row = next * most;
+        rows = min(most, p.batch * p.length - first_row);
       } else {
-        const int start = item % p.blocks * most;
-        first_row = item / p.blocks * p.length + start;
+        const int start = next % p.blocks * most;
+        first_row = next / p.blocks * p.length + start;
         rows = min(most, p.length - start);
       }
-      chunks = (rows + p.step - 1) / p.step;
       take();
     }
   }

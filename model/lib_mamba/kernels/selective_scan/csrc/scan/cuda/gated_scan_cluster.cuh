@@ -347,7 +347,7 @@ struct ClusterWarp {
   __device__ __forceinline__ bool is_own_channel() const { return !W::kHasHalf || !is_half || lane < 16; }
 
   __device__ __forceinline__ void keep_state(int image, int direction, int chunk, const float2& state) const {
-    const int64_t place = (static_cast<int64_t>(image) * 2 + direction) * plan.states + chunk / kChunksAState;
+    const int64_t place = (static_cast<int64_t>(image) * 2 + direction) * plan.states + chunk;
     if (is_own_channel())
       *reinterpret_cast<float2*>(states + place * kD + channel) = state * kLn2;
   }
@@ -356,11 +356,8 @@ struct ClusterWarp {
   __device__ __forceinline__ void correct(int image, int n) {
     const float2 first = state_before(0, n), second = state_before(1, n);
     if (states && !is_empty(n)) {
-      const int chunk = chunk_of(n);
-      if (chunk % kChunksAState == 0)
-        keep_state(image, 0, chunk, first);
-      if (chunk % kChunksAState == kChunksAState - 1 || (chunk + 1) * kC >= p.length)
-        keep_state(image, 1, chunk, second);
+      keep_state(image, 0, chunk_of(n), first);
+      keep_state(image, 1, chunk_of(n), second);
     }
     if constexpr (std::is_same_v<T, c10::BFloat16>) {
       // Two channels at a time, rounded as the factors are.

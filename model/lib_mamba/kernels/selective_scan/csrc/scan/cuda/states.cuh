@@ -14,14 +14,14 @@ __global__ void states_kernel(const ScanInputs<T> p, float* states) {
   const int channel = blockIdx.y * kLanes + lane_index(), direction = blockIdx.z;
   if (channel >= p.channels)
     return;
-  const int interval = state_interval(p.length), count = num_states(p.length);
+  const int interval = chunk_length(p.length), count = num_states(p.length);
   const int64_t row = static_cast<int64_t>(direction) * p.channels + channel;
   const float A = -expf(p.A_log[row]);
   float state = 0.f;
   for (int step = 0; step < p.length; ++step) {
-    const int position = direction ? p.length - 1 - step : step, block = position / interval;
-    if (direction ? position == min((block + 1) * interval, p.length) - 1 : position % interval == 0)
-      states[((image * 2 + direction) * count + block) * p.channels + channel] = state;
+    const int position = direction ? p.length - 1 - step : step, chunk = position / interval;
+    if (direction ? position == min((chunk + 1) * interval, p.length) - 1 : position % interval == 0)
+      states[((image * 2 + direction) * count + chunk) * p.channels + channel] = state;
     const T* own = p.projection + (image * p.length + position) * p.width() + direction * (p.rank + 2);
     float raw = p.dt_bias[row];
     for (int r = 0; r < p.rank; ++r)
