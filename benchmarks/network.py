@@ -2,8 +2,9 @@
 
     python -m benchmarks.network [--quick] [--batches 1 16] [--precisions fp32 amp] [--modes eager onnxruntime ...]
 
-All cases of a batch size take turns in one process. Every network is measured in both memory layouts; the tables give
-each in its better one, eager and in its best mode. Exported files have the layout that their runtime chooses.
+A variant, its literal network and its peers take turns in one process, for each batch size. Every network is measured in
+both memory layouts; the tables give each in its better one, eager and in its best mode. Exported files have the layout that
+their runtime chooses.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
@@ -270,6 +272,17 @@ def measure_batch(
     return Measurement(batch, timings, {candidate.name: candidate for candidate in candidates}), failures, shares
 
 
+def groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Return each variant with its literal network and its rivals; the last group has what belongs to no variant.
+
+    What is compared takes turns. All networks in all modes at once would need more than 24 GB at batch 16.
+    """
+    by_name = {candidate.name: candidate for candidate in candidates}
+    names = [[variant, literal_name(variant), *rivals] for variant, rivals in RIVALS.items() if variant in by_name]
+    rest = [name for name in by_name if name not in itertools.chain(*names)]
+    return [[by_name[name] for name in group if name in by_name] for group in (*names, rest) if group]
+
+
 def _print(measurement: Measurement, shares: list[dict[str, Any]]) -> None:
     print(f"\nBatch {measurement.batch}: each network in its better layout, eager and in its best mode\n")
     rows = [
@@ -321,8 +334,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     candidates = [build(name) for name in arguments.networks]
     figures: dict[str, list] = {"best": [], "ratios": [], "scan_share": [], "cases": [], "failures": []}
     with tempfile.TemporaryDirectory() as folder:
-        for batch in arguments.batches:
-            measurement, failures, shares = measure_batch(candidates, batch, arguments, plan, Path(folder))
+        for batch, group in itertools.product(arguments.batches, groups(candidates)):
+            measurement, failures, shares = measure_batch(group, batch, arguments, plan, Path(folder))
             _print(measurement, shares)
             figures["best"] += measurement.best_rows()
             figures["ratios"] += measurement.ratios()
