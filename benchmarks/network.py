@@ -2,9 +2,9 @@
 
     python -m benchmarks.network [--quick] [--batches 1 16] [--precisions fp32 amp] [--modes eager onnxruntime ...]
 
-A variant, its literal network and its peers take turns in one process, for each batch size. Every network is measured in
-both memory layouts; the tables give each in its better one, eager and in its best mode. Exported files have the layout that
-their runtime chooses.
+A variant, its literal network and its peers take turns in one process, for each batch size. Every network is measured
+in both memory layouts; the tables give each in its better one, eager and in its best mode. Exported files have the
+layout that their runtime chooses.
 """
 
 from __future__ import annotations

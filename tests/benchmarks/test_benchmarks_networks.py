@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -10,7 +11,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks import scan
-from benchmarks.network import RIVALS
+from benchmarks.network import RIVALS, groups
 from benchmarks.networks import NAMES, PEERS, build, fold_peer, literal_name, settle
 from benchmarks.plots import ACCURACY
 from model import list_models
@@ -47,6 +48,16 @@ def test_names_that_tables_refer_to_exist():
     assert set(accuracy["models"]) == {*list_models(), *PEERS}
     assert set(accuracy["longer"]) == set(list_models())
     assert all(entry["source"] for group in ("models", "longer") for entry in accuracy[group].values())
+
+
+def test_what_is_compared_is_measured_together_and_nothing_is_left_out():
+    measured = [[candidate.name for candidate in group] for group in groups([SimpleNamespace(name=n) for n in NAMES])]
+    assert {name for group in measured for name in group} == set(NAMES)
+    for variant, rivals in RIVALS.items():
+        (group,) = (group for group in measured if variant in group)
+        assert group == [variant, literal_name(variant), *rivals]
+    chosen = [SimpleNamespace(name=name) for name in ("levit_256", "MobileMamba_B2", "cpubone_nano")]
+    assert groups(chosen) == [[chosen[1], chosen[0]], [chosen[2]]]
 
 
 # Per variant: D, side of the map, R and how often, in the order of the stages.
