@@ -38,7 +38,7 @@ def test_the_drawn_stages_are_those_of_the_network():
 
 def test_the_plot_is_that_of_the_results(tmp_path):
     """By its labels, as the drawing itself may differ between versions of matplotlib."""
-    (path,) = (ROOT / "benchmarks" / "results").glob("network-*.json")
+    (path,) = (ROOT / "benchmarks" / "results" / "avx2").glob("network-*.json")
     result = json.loads(path.read_text())
     svg = draw_readme(result, tmp_path / "plot.svg").read_text(encoding="utf-8")
     assert texts(svg) == texts((DOCS / "accuracy-speed.svg").read_text(encoding="utf-8"))
