@@ -61,8 +61,12 @@ SPILLED = {(Case(544, 16, False, 4), "BFloat16"): 24}
 # Of the backward pass: width, positions of a chunk, the most bytes that a thread may store and reload, and instructions
 # of a warp for 32 values of a channel and position.
 BACKWARD = [
-    *((224, 16, 0, 281), (320, 16, 24, 246), (384, 12, 0, 235)),
-    *((448, 9, 0, 262), (512, 16, 0, 252), (544, 16, 16, 246)),
+    (224, 16, 0, 281),
+    (320, 16, 24, 246),
+    (384, 12, 0, 235),
+    (448, 9, 0, 262),
+    (512, 16, 0, 252),
+    (544, 16, 16, 246),
 ]
 
 COMPLETE = """

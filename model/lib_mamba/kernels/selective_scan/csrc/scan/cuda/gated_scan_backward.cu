@@ -80,16 +80,15 @@ Tensor as_pair_rows(const Tensor& tensor, at::ScalarType type) {
 
 // How sequences are divided for a kernel with chunks of up to `chunk` positions.
 struct Division {
-  int step, blocks = 1, states;
+  int states, step, blocks;
   bool are_independent, is_possible;
 
-  Division(int length, int chunk) : step(length), states(num_states(length)), are_independent(length <= chunk) {
-    if (are_independent)
-      states = 0;
-    else
-      step = chunk_length(length), blocks = ceil_div(states, kBlockChunks);
-    is_possible = are_independent || (states > 0 && step <= chunk);
-  }
+  Division(int length, int chunk)
+      : states(num_states(length)),
+        step(length <= chunk ? length : chunk_length(length)),
+        blocks(states > 0 ? ceil_div(states, kBlockChunks) : 1),
+        are_independent(length <= chunk),
+        is_possible(are_independent || (states > 0 && step <= chunk)) {}
 };
 
 int num_groups(int64_t channels) {
