@@ -37,10 +37,10 @@ __all__ = [
     "add_arguments",
     "capture",
     "describe_machine",
+    "failure_of",
     "main",
     "measure",
     "precision_context",
-    "reason_of",
     "result_path",
     "save_and_draw",
     "save_result",
@@ -312,9 +312,11 @@ def main(parse: Callable[[], argparse.Namespace], run: Callable[[argparse.Namesp
     run(parse())
 
 
-def reason_of(error: Exception) -> str:
-    """Return the first line of an error's text, or its name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def failure_of(case: Any, batch: int, error: Exception) -> dict[str, Any]:
+    """Say that a case does not run; return its row of the result file, with the first line of the reason."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    logger.warning("%s, batch %d does not run: %s", case, batch, reason)
+    return {**vars(case), "batch": batch, "reason": reason}
 
 
 def _git(*command: str) -> str:

@@ -35,10 +35,10 @@ from .common import (
     add_arguments,
     capture,
     describe_machine,
+    failure_of,
     main,
     measure,
     precision_context,
-    reason_of,
     save_and_draw,
     set_up,
     speedup,
@@ -259,9 +259,7 @@ def measure_batch(
             try:
                 runs[case] = _prepare(case, candidate, batch, arguments.device, exported)
             except Exception as error:  # each runtime has errors of its own
-                reason = reason_of(error)
-                logger.warning("%s, batch %d does not run: %s", case, batch, reason)
-                failures.append({**vars(case), "batch": batch, "reason": reason})
+                failures.append(failure_of(case, batch, error))
                 continue
             if candidate.kind == "ours" and (case.layout, case.mode) == ("channels_last", "eager"):
                 share = _scan_share(runs[case], arguments.device)

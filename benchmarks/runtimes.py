@@ -23,9 +23,9 @@ from .common import (
     Timing,
     add_arguments,
     describe_machine,
+    failure_of,
     main,
     measure,
-    reason_of,
     save_and_draw,
     set_up,
     speedup,
@@ -96,9 +96,7 @@ def measure_batch(
             try:
                 prepared[case] = preparation.prepare(case.runtime, case.precision)
             except Exception as error:  # each runtime has errors of its own
-                reason = reason_of(error)
-                logger.warning("%s, batch %d does not run: %s", case, batch, reason)
-                failures.append({**vars(case), "batch": batch, "reason": reason})
+                failures.append(failure_of(case, batch, error))
     timings = measure({case: each.run for case, each in prepared.items() if each.run is not None}, plan, "cpu")
     rows = []
     for case, timing in timings.items():
