@@ -6,6 +6,7 @@ what else is between them stays in float, and so does a layer that loses too muc
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -228,7 +229,6 @@ def quantise_openvino(model: Any, graph: onnx.GraphProto, network: nn.Module, re
 
     images = calibration_images(request)
     noises = _noises(network, images, request)
-    nncf.set_log_level(logging.ERROR)
     present = {operator.get_friendly_name() for operator in model.get_ops()}
     in_float = [name for name in nodes_in_float(graph, noises) if name in present]
     scope = nncf.IgnoredScope(
@@ -237,22 +237,34 @@ def quantise_openvino(model: Any, graph: onnx.GraphProto, network: nn.Module, re
         subgraphs=[nncf.Subgraph(inputs=first, outputs=last) for first, last in _scans(graph)],
         validate=False,
     )
-    quantised = nncf.quantize(
-        model,
-        nncf.Dataset([_batched(image, request) for image in images]),
-        preset=nncf.QuantizationPreset.PERFORMANCE,
-        subset_size=len(images),
-        ignored_scope=scope,
-        advanced_parameters=nncf.AdvancedQuantizationParameters(
-            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
-        ),
-    )
-    # NNCF leaves out squeeze-excitation, on whose few numbers 8 bits save no time: its weights are a tenth of the file.
-    return nncf.compress_weights(
-        quantised,
-        mode=nncf.CompressWeightsMode.INT8_SYM,
-        ignored_scope=nncf.IgnoredScope(names=in_float, types=["MatMul"], validate=False),
-    )
+    with _only_errors(logging.getLogger("nncf")):
+        quantised = nncf.quantize(
+            model,
+            nncf.Dataset([_batched(image, request) for image in images]),
+            preset=nncf.QuantizationPreset.PERFORMANCE,
+            subset_size=len(images),
+            ignored_scope=scope,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+            ),
+        )
+        # NNCF leaves out squeeze-excitation, on whose few numbers 8 bits save no time, but a tenth of the file.
+        return nncf.compress_weights(
+            quantised,
+            mode=nncf.CompressWeightsMode.INT8_SYM,
+            ignored_scope=nncf.IgnoredScope(names=in_float, types=["MatMul"], validate=False),
+        )
+
+
+@contextlib.contextmanager
+def _only_errors(log: logging.Logger) -> Iterator[None]:
+    """Silence a logger, but not its handlers, which others may share; NNCF's `set_log_level` silences those too."""
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _scans(graph: onnx.GraphProto) -> list[tuple[list[str], list[str]]]:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from trainer_cases import CONFIG, REPOSITORY, TINY_NETWORK, assert_same, free_port, short_run, write_class_folders
 
-from trainer.checkpoint import load_training_checkpoint
+from trainer.checkpoint import LATEST, load_training_checkpoint
 
 MAX_RESTARTS = 10_000
 TIMEOUT_SECONDS = 10  # after which a process takes another, which stands still, for lost
@@ -60,6 +60,7 @@ class Launcher:
 
     def kill(self) -> None:
         """Kill it and all of its processes."""
+        _send(self.process.pid, signal.SIGSTOP)  # it starts no other meanwhile
         for process in (*self.ranks(), self.process.pid):
             _send(process, signal.SIGKILL)
         self.process.wait()
@@ -153,8 +154,8 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def _last_checkpoint(runs: Path) -> dict:
-    (folder,) = (path for path in runs.iterdir() if path.is_dir())
-    return load_training_checkpoint(folder / "latest_ckpt.pth")
+    (path,) = runs.glob(f"*/{LATEST}")  # a run that is killed at once leaves an empty folder
+    return load_training_checkpoint(path)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -137,3 +138,16 @@ def test_openvino_keeps_squeeze_excitation_in_8_bits_and_the_scan_in_float(small
     gates = [kind for name, kind in weights.items() if ".reduce." in name or ".expand." in name]
     assert [kind for kind in gates if kind == openvino.Type.i8]
     assert not [name for name, kind in weights.items() if ".scans." in name and kind == openvino.Type.i8]
+
+
+@pytest.mark.slow
+def test_nncf_is_quiet_and_the_log_is_as_it_was(small, tmp_path, pictures, caplog):
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    log = logging.getLogger("nncf")
+    log.addHandler(caplog.handler)
+    level = log.level
+    export(small(), tmp_path / "network.xml", format="openvino", size=SIZE, int8=True, calibration=pictures)
+    log.removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.name == "nncf" and record.levelno < logging.ERROR]
+    assert (log.level, caplog.handler.level) == (level, logging.NOTSET)
