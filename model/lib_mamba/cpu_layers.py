@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .tracing import is_exporting
 
 __all__ = ["serve", "serve_network", "serve_training"]
 
@@ -32,7 +33,7 @@ def serve(x: Tensor) -> Any | None:
         not isinstance(x, Tensor)
         or x.device.type != "cpu"
         or (torch.is_grad_enabled() and x.requires_grad)
-        or torch.compiler.is_exporting()
+        or is_exporting()
     ):
         return None
     if not _is_chosen() or not _is_for_float32(x):

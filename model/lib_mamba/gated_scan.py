@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import backends, reference
 from .selective_scan import check_shapes
+from .tracing import is_exporting
 
 __all__ = ["gated_scan"]
 
@@ -112,7 +113,7 @@ _gated_with_states.register_autograd(_backward_with_states, setup_context=_setup
 
 def _is_differentiated(tensors: Sequence[Tensor]) -> bool:
     """Return whether a backward pass may follow. A traced or exported network is for inference."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or is_exporting():
         return False
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

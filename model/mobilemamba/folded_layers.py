@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_modules
 from ..layers import Activation, is_on_gpu
 from ..lib_mamba import SS2D, cpu_layers, layouts
 from ..lib_mamba.backends import without_autocast
+from ..lib_mamba.tracing import is_exporting
 from .mixer import join_channels
 from .wavelet import haar_bands, haar_pixels, haar_signs, is_haar, pixels_of_sums, sums_of_pixels
 
@@ -136,7 +137,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation = A
 
 def _is_plain(x: Tensor) -> bool:
     """Return whether only operators with a gradient, or known outside of PyTorch, will do."""
-    return (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_exporting()
+    return (torch.is_grad_enabled() and x.requires_grad) or is_exporting()
 
 
 class FoldedPointwise(Packed):

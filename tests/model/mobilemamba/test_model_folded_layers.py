@@ -10,6 +10,7 @@ import pytest
 import torch
 from layer_cases import feature_map, lively
 from torch import nn
+from torch.autograd.profiler import profile
 
 from model import create_model
 from model.layers import Residual
@@ -235,12 +236,17 @@ def test_gradients_of_the_image_flow_through_a_folded_network(inference_kernels)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
-def test_compiles_without_graph_breaks(inference_kernels):
+def test_compiles_without_graph_breaks_onto_the_same_kernels(inference_kernels):
     with torch.inference_mode(False), torch.no_grad():
         network = create_model("MobileMamba_T2", num_classes=3).fuse()
         images = torch.randn(2, 3, 64, 64)
         compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images), network(images))
+        with profile() as calls:
+            compiled(images)
+    names = [event.name for event in calls.function_events]
+    assert names.count("mobilemamba_kernels::block") == 5
+    assert not [name for name in names if name in ("aten::convolution", "aten::addmm")]
 
 
 def test_what_is_laid_out_for_another_processor_is_not_read(inference_kernels):

@@ -180,6 +180,7 @@ def test_a_compiled_network_on_a_gpu_is_compiled_once_for_training(as_on_gpu):
         plain.train()(x).square().sum().backward()
         network.eval()
     assert len(graphs) == 1
+    assert "gated_scan_with_states" in graphs[0].code
     for (name, value), expected in zip(network.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(value, expected, msg=name)
     for (name, value), expected in zip(network.named_parameters(), plain.parameters(), strict=True):
