@@ -155,7 +155,7 @@ def build_page(checkpoints: Sequence[Path], config_path: str) -> Any:
         import gradio
     except ImportError as error:
         raise ValueError(f"the demo needs gradio: pip install gradio ({error})") from error
-    files = {f"{path.parent.name}/{path.name}": path for path in checkpoints}
+    files = {str(Path(path.parent.name, path.name)): path for path in checkpoints}
 
     @functools.cache
     def load(name: str, runtime: str) -> Classifier:
