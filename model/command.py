@@ -1,4 +1,4 @@
-"""How the repository's commands end, those that are one process."""
+"""How the commands that run as one process end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 
 
 class CommandError(RuntimeError):
-    """The input is good, but the command failed, or found what it looks for: a build, a check."""
+    """A build that failed, or a check that found problems, though the input was good."""
 
 
 def exit_code(run: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:

@@ -88,8 +88,8 @@ class StepResult:
         signal: A signal that one of the processes got.
         unreadable: Files that could not be read, over all processes once it is settled.
         seconds: Time in ``data_t`` (waiting for images), ``optim_t`` (computing) and ``batch_t`` (both).
-        pending: Numbers that a GPU has not delivered yet, on which all attributes but the first two and `seconds`
-            depend. None once the step is settled.
+        pending: Numbers that a GPU has not delivered yet, on which all attributes but the first two depend. None once
+            the step is settled.
     """
 
     terms: dict[str, Tensor] = field(default_factory=dict)

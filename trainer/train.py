@@ -227,9 +227,8 @@ def _count_unreadable(run: Run, paths: list[str]) -> StopError | None:
     known, limit = run.state.unreadable, run.config.data.max_unreadable
     new = [path for path in paths if path not in known]
     known.extend(new)
-    others = [
-        path for path in new if path not in run.loaders.train.unreadable
-    ]  # the loader has named this process's own
+    # The loader has named those of this process.
+    others = [path for path in new if path not in run.loaders.train.unreadable]
     if others and run.process.is_logging:
         names = listed(others, MAX_LISTED)
         logger.warning("%d training images cannot be read so far, on other processes %s", len(known), names)
