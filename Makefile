@@ -65,7 +65,7 @@ $(RUNTIMES)/.requirements: requirements-runtimes.txt $(VENV)/.requirements-dev
 runtimes: $(RUNTIMES)/.requirements ## Install what exporting to Core ML, LiteRT and ExecuTorch needs, into .venv-runtimes
 
 test-runtimes: runtimes ## Run the tests of exporting to these
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUNTIMES)/bin/python -m pytest -m "slow or not slow" -k "core_ml or litert or executorch" tests/model/export/test_model_export_formats.py
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUNTIMES)/bin/python -m pytest -m "slow or not slow" -k "core_ml or litert or executorch" tests/model/export/test_model_export_formats.py tests/docs/test_docs_deploy.py
 
 downstream: $(VENV)/.requirements-openmmlab ## Install OpenMMLab for detection and segmentation; builds mmcv's operators (C++ compiler)
 	@test -z "$(MMCV_OPERATORS)" || $(PY) -m downstream.mmcv_build $(MMCV_OPERATORS)

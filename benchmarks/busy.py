@@ -36,6 +36,7 @@ from .common import (
     take_turn,
     warm_up,
 )
+from .parsers import new_parser
 from .train_step import Case as Step
 from .train_step import training_step
 
@@ -182,11 +183,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; ``sys.argv`` when ``arguments`` is None."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.busy",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("busy", __doc__)
     add_arguments(parser)
     parser.add_argument("--variants", nargs="+", default=["MobileMamba_T2"], choices=list_models())
     return parser.parse_args(arguments)

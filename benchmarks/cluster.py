@@ -10,7 +10,6 @@ benchmarks.train_step measures it.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch import distributed, nn
 from model import create_model, list_models
 
 from .common import table
+from .parsers import new_parser
 
 __all__ = [
     "Bounds",
@@ -223,11 +223,7 @@ def pace(exchange: Exchange, cluster: Cluster, *, compute: float, batch: int) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cluster",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("cluster", __doc__)
     parser.add_argument("--variant", default="MobileMamba_T2", choices=list_models())
     parser.add_argument("--step-seconds", type=float, help="of a step on one GPU, measured")
     parser.add_argument("--batch", type=int, default=128, help="images of that step")

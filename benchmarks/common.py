@@ -15,15 +15,17 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import timm
 import torch
 
+from model.command import exit_code
 from model.lib_mamba import choose
 from util.cores import count_cores, describe_threads, fitting_threads
 from util.logging import markdown_table
@@ -306,10 +308,15 @@ def set_up(arguments: argparse.Namespace, *, full: Plan = FULL, quick: Plan = QU
     )
 
 
-def main(parse: Callable[[], argparse.Namespace], run: Callable[[argparse.Namespace], object]) -> None:
-    """Run a benchmark as the command line says, with its log on the screen."""
+def main(parse: Callable[[], argparse.Namespace], run: Callable[[argparse.Namespace], object]) -> NoReturn:
+    """Run a benchmark as the command line says, with its log on the screen; end the process with its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run(parse())
+    arguments = parse()
+
+    def body() -> None:
+        run(arguments)
+
+    sys.exit(exit_code(body))
 
 
 def failure_of(case: Any, batch: int, error: Exception) -> dict[str, Any]:

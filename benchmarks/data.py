@@ -40,6 +40,7 @@ from .common import (
     summary_line,
     table,
 )
+from .parsers import new_parser
 
 __all__ = ["Case", "parse", "run"]
 
@@ -208,9 +209,7 @@ def _print(rows: Sequence[dict[str, Any]], stages: Sequence[dict[str, Any]]) -> 
 
 def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments, with what is left to ``--quick`` filled in."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("data", __doc__)
     add_arguments(parser)
     parser.set_defaults(device="cpu", threads=1)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="processes that read")

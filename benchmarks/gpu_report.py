@@ -28,6 +28,7 @@ from .gpu.figures import FILE
 from .gpu.runner import Runner
 from .gpu.steps import STEPS, Step
 from .gpu.tables import tables
+from .parsers import new_parser
 
 __all__ = ["main", "parse", "plan"]
 
@@ -80,11 +81,7 @@ def kernels_folder(path: Path) -> Path:
 
 def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments, checked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("gpu_report", __doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="folder for the figures and the log")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="budget for all steps together")
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS), help="which, in their order")

@@ -47,6 +47,7 @@ from .common import (
     table,
 )
 from .networks import NAMES, Candidate, build, literal_name
+from .parsers import new_parser
 from .runners import RUNTIMES, Preparation, versions
 
 __all__ = ["Case", "run"]
@@ -360,9 +361,7 @@ def _default_modes(arguments: argparse.Namespace) -> list[str]:
 
 def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments, with what is left to the device and to ``--quick`` filled in."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.network", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("network", __doc__)
     add_arguments(parser)
     parser.add_argument("--networks", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--batches", nargs="+", type=int, help="images at a time (CPU: 1 16; GPU: 1 16 256)")

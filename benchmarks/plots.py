@@ -8,7 +8,6 @@ The README's plot is one of them, as an SVG file that follows the reader's light
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from .labels import place_labels
+from .parsers import new_parser
 
 __all__ = ["draw", "draw_readme"]
 
@@ -223,11 +223,7 @@ def _train_step(figure: Figure, result: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Draw the pictures of result files again, next to them, or one for the README."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.plots",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("plots", __doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument(
         "--readme", type=Path, metavar="FILE.svg", help="draw only accuracy against speed, to this file"

@@ -33,6 +33,7 @@ from .common import (
     table,
 )
 from .networks import NAMES, Candidate, build
+from .parsers import new_parser
 from .runners import PRECISIONS, RUNTIMES, Preparation, Prepared, versions
 from .runtimes_table import tables
 
@@ -156,9 +157,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments, with what is left to ``--quick`` filled in."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.runtimes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("runtimes", __doc__)
     add_arguments(parser)
     parser.add_argument("--networks", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], help="images at a time (default: 1 16)")

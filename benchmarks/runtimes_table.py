@@ -7,13 +7,14 @@ One table for each network. Of a case that several results have, the last one's 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from util.logging import markdown_table
+
+from .parsers import new_parser
 
 __all__ = ["main", "tables"]
 
@@ -107,11 +108,7 @@ def _reasons(results: Sequence[Mapping[str, Any]], measured: Mapping[Way, Any]) 
 
 def main(command_line: Sequence[str] | None = None) -> None:
     """Print the tables of result files."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.runtimes_table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("runtimes_table", __doc__)
     parser.add_argument("results", type=Path, nargs="+", help="result files of benchmarks.runtimes")
     paths = parser.parse_args(command_line).results
     print(tables([json.loads(path.read_text(encoding="utf-8")) for path in paths]))

@@ -38,6 +38,7 @@ from .common import (
     table,
 )
 from .literal import literal_core
+from .parsers import new_parser
 
 __all__ = ["Call", "calls_of", "core_arguments", "count_bytes", "literal_arguments", "parse", "run"]
 
@@ -384,9 +385,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments, with what is left to the device and to ``--quick`` filled in."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("scan", __doc__)
     add_arguments(parser)
     parser.add_argument("--variants", nargs="+", choices=list_models(), help="whose calls to measure (default: all)")
     parser.add_argument("--lengths", nargs="+", type=int, help="L of the measurement of time against length")

@@ -41,6 +41,7 @@ from .common import (
     warm_up,
 )
 from .literal import create_literal
+from .parsers import new_parser
 
 __all__ = ["Case", "parse", "run"]
 
@@ -197,11 +198,7 @@ def _print(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> 
 
 def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments, with what is left to ``--quick`` filled in."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("train_step", __doc__)
     add_arguments(parser)
     parser.add_argument("--variants", nargs="+", choices=list_models(), help="what to train (default: all)")
     parser.add_argument("--batch", type=int, default=16, help="images a step")

@@ -26,7 +26,7 @@ from .samplers import EvaluationSampler, TrainSampler
 from .samples import Batch, SampleReader, collate
 from .transforms import build_transform, takes_arrays
 
-__all__ = ["Loaders", "TestLoader", "TrainLoader", "build_loaders", "worker_failures"]
+__all__ = ["Loaders", "TestLoader", "TrainLoader", "build_loaders", "describe_workers", "worker_failures"]
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +255,13 @@ def _wanted_workers(config: Config, *, device_type: str) -> int:
         return wanted
     cores = count_cores().count
     return min(wanted, max(1, cores if device_type == "cuda" else cores // CORES_PER_WORKER))
+
+
+def describe_workers(config: Config, num_workers: int) -> str:
+    """Return how many workers a loader has, and why, for the log."""
+    wanted = config.trainer.data.num_workers_per_gpu
+    reason = count_cores().reason if WORKERS_ENTRY in config.derived else f"{WORKERS_ENTRY} is set"
+    return f"{num_workers} {'worker' if num_workers == 1 else 'workers'} (of {wanted} at most; {reason})"
 
 
 def _check_resources(num_workers: int) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from model.command import CommandError, exit_code
 from model.files import replacing_folder
 from model.messages import listed
 
@@ -171,19 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, or 1 with a line on stderr, or 130 after Ctrl-C.
+        The exit code: 0, 1 where ``verify`` finds problems, 2 for bad input, or 130 after Ctrl-C.
     """
     parsed = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], None] = parsed.command
-    try:
-        command(parsed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: parsed.command(parsed))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -246,7 +238,7 @@ def _count(text: str) -> int:
 def _run_verify(parsed: argparse.Namespace) -> None:
     counts, problems = verify(parsed.root, against=parsed.against, decodes=parsed.decode)
     if problems:
-        raise ValueError(f"{len(problems)} problems: {listed(problems, 20)}")
+        raise CommandError(f"{len(problems)} problems: {listed(problems, 20)}")
     print(f"{parsed.root}: {_summary(counts)}, all correct")
 
 

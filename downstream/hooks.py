@@ -1,7 +1,7 @@
-"""Checks before a run's first step, for every task: OpenMMLab itself continues with what does not fit.
+"""Checks before a run's first step, for every task. Without them, OpenMMLab runs with what does not fit.
 
-A class count that differs from the data set's ends in an index error, or in silence; entries of a checkpoint that do
-not fit are left out with a line in the log, and the figures that follow are of random weights.
+A class count other than the data set's is an index error, or goes unnoticed. Entries of a checkpoint that do not fit
+are left out with a line in the log, and the figures that follow are those of random weights.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def _class_counts(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 @HOOKS.register_module(force=True)
 class CheckpointFitHook(Hook):
-    """Refuse a checkpoint that is not the model's, when it is loaded for testing, to be resumed or to start from.
+    """Refuse a checkpoint of another model, whether it is tested, resumed or the start of a training.
 
-    To start a training from (`load_from`), heads and neck may differ: they are then initialised again.
+    At the start of a training (`load_from`), heads and neck may differ: these are then initialised again.
 
     Raises:
         ValueError: If it does not fit; entries are counted by module, and the backbone's variant is guessed.

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
+from model.command import CommandError, exit_code
 from model.files import replacing_folder
 
 __all__ = ["keep_operators", "main"]
@@ -47,10 +48,6 @@ NINJA_STEP = re.compile(r"\s*\[(?P<done>\d+)/(?P<wanted>\d+)\] .* -o (?P<object>
 LOG_LINES = 15
 
 
-class BuildError(RuntimeError):
-    """A step failed; the message holds the end of what it said, and where the rest is."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build and install; the exit code is 0, 1 where the build failed, 2 for bad input, or 128 + signal."""
     parser = argparse.ArgumentParser(
@@ -68,15 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parsed = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        _install(parsed.folder.resolve(), parsed.operators)
-    except (ValueError, OSError, BuildError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, BuildError) else 2
-    except KeyboardInterrupt:
-        print("mmcv: stopped; the same command continues", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    return exit_code(
+        lambda: _install(parsed.folder.resolve(), parsed.operators),
+        interrupted="mmcv: stopped; the same command continues",
+    )
 
 
 def _install(folder: Path, more: Sequence[str]) -> None:
@@ -186,7 +178,11 @@ def _build(folder: Path, *, with_cuda: bool) -> None:
 
 
 def _run(command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None, total: int = 0) -> None:
-    """Run a command, its output going to a file, and say which of ``total`` source files are done."""
+    """Run a command, its output going to a file, and say which of ``total`` source files are done.
+
+    Raises:
+        CommandError: It failed; the message holds the end of what it said, and where the rest is.
+    """
     start = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -212,7 +208,7 @@ def _run(command: Sequence[str], log: Path, *, environment: Mapping[str, str] | 
             raise
     if process.returncode:
         end = log.read_text(encoding="utf-8").splitlines()[-LOG_LINES:]
-        raise BuildError("\n".join((f"{' '.join(command[:6])} ... failed; {log} ends:", *end)))
+        raise CommandError("\n".join((f"{' '.join(command[:6])} ... failed; {log} ends:", *end)))
 
 
 def _report(step: re.Match[str], total: int, seconds: float) -> None:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from . import create_model
 from .command import exit_code
 from .erf_panel import Panel, save_panels
-from .messages import listed, neighbours
+from .messages import listed
 from .pictures import find_pictures, read_picture
 
 __all__ = ["THRESHOLDS", "area_shares", "main", "receptive_field"]
@@ -133,11 +133,8 @@ def some_pictures(folder: Path, number: int) -> list[Path]:
     """Return up to so many pictures in a folder and below, evenly spaced among all.
 
     Raises:
-        ValueError: If there is no such folder.
-        FileNotFoundError: If there is no picture in it.
+        FileNotFoundError: If there is no picture in it, or no such folder.
     """
-    if not folder.is_dir():
-        raise ValueError(f"--data {folder}: there is no such folder; {neighbours(folder)}")
     paths = find_pictures(folder)
     return [paths[index * len(paths) // number] for index in range(number)] if number < len(paths) else paths
 

@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
+from .messages import neighbours
+
 __all__ = [
     "find_pictures",
     "gray_range",
@@ -36,8 +38,8 @@ def is_image_name(name: str) -> bool:
 @functools.cache
 def image_suffixes() -> tuple[str, ...]:
     """Return the extensions of images that can be decoded here."""
-    optional = {suffix for suffix in (".avif", ".heic", ".heif") if suffix not in missing_decoders()}
-    return (*SUFFIXES, *optional)
+    optional = (".avif", ".heic", ".heif")
+    return (*SUFFIXES, *(suffix for suffix in optional if suffix not in missing_decoders()))
 
 
 @functools.cache
@@ -55,8 +57,10 @@ def find_pictures(folder: Path) -> list[Path]:
     """Return the visible pictures in a folder and below, in order.
 
     Raises:
-        FileNotFoundError: If there are none.
+        FileNotFoundError: If there are none, or no such folder.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; {neighbours(folder)}")
     files = sorted(
         file
         for file in folder.rglob("*")

@@ -25,6 +25,7 @@ from .lib_mamba import use_backend
 from .profile_hooks import Clock, Ledger, Place, find_parts, new_bytes
 from .profile_parts import Part, Profile
 from .profile_plot import draw_bars
+from .profile_trace import new_trace
 
 __all__ = ["Part", "Profile", "count_macs", "gated_scan_macs", "profile", "scan_macs"]
 
@@ -176,13 +177,10 @@ def _table(profile_: Profile, key: str) -> Iterator[str]:
 
 
 def _write_trace(network: nn.Module, images: torch.Tensor, path: Path) -> None:
-    """Write one pass as a trace for chrome://tracing or Perfetto, with a range for every layer."""
+    """Write one pass as a trace, with a range for every layer."""
     places = find_parts(network)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if images.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
     ledger = Ledger(network, places, Clock(images.device), has_ranges=True)
-    with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as trace, ledger:
+    with new_trace(images.device, record_shapes=True) as trace, ledger:
         network(images)
     trace.export_chrome_trace(str(path))
 

@@ -8,22 +8,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from configs import Config, load_config, with_classes
 from data import find_class_names
 from model.command import exit_code
+from model.export import export
+from model.export.formats import require
 from util.distributed import Process
 
 from .explain import Explainer
@@ -31,7 +35,8 @@ from .network import build_tested_network, count_head_classes, read_weights
 
 __all__ = ["Answer", "Classifier", "build_page", "launch", "main"]
 
-RUNTIMES = {"PyTorch, folded": True, "PyTorch": False}  # whether the network is folded
+FOLDED, PLAIN = "PyTorch, folded", "PyTorch"
+EXPORTED = {"ONNX Runtime": "onnx", "OpenVINO": "openvino"}  # by format; where the format's packages are installed
 NUM_CLASSES = 5
 NUM_TIMED = 3  # passes, of which the median is shown
 TITLE = "MobileMamba"
@@ -58,14 +63,16 @@ class Classifier:
     Args:
         checkpoint: File with its weights.
         config_path: Configuration; only its network, size and pipeline matter.
-        is_folded: Fold it for inference.
+        runtime: `FOLDED`, `PLAIN` or one of `EXPORTED`, into whose format the network is exported first.
 
     Raises:
-        ValueError: If the weights do not fit the configuration, or pytorch-grad-cam is missing.
+        ValueError: If the weights do not fit the configuration, the network cannot be exported, or pytorch-grad-cam is
+            missing.
         OSError: If a file cannot be read.
     """
 
-    def __init__(self, checkpoint: Path, config_path: str | Path, *, is_folded: bool) -> None:
+    def __init__(self, checkpoint: Path, config_path: str | Path, *, runtime: str) -> None:
+        is_folded = runtime == FOLDED
         overrides = [f"model.model_kwargs.checkpoint_path={checkpoint}", f"model.model_kwargs.fuse={is_folded}"]
         config = load_config(config_path, overrides, mode="predict")
         entries = read_weights(config)
@@ -79,24 +86,57 @@ class Classifier:
         assert config.nb_classes is not None, "it has been counted"
         self.names = find_class_names(entries.get("class_names"), config.data, num_classes=config.nb_classes).words
         self.explainer = Explainer(self.network, config)
-        self.device = process.device
+        self.device = torch.device("cpu") if runtime in EXPORTED else process.device
+        self._run = _exported(self.network, EXPORTED[runtime], config.size) if runtime in EXPORTED else self.network
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> Answer:
         """Classify an image in RGB."""
         images = self.explainer.prepare(image).to(self.device)
-        logits = self.network(images)
+        logits = self._run(images)
         seconds = statistics.median(self._time(images) for _ in range(NUM_TIMED))
         shares, indices = logits[0].double().softmax(0).topk(min(NUM_CLASSES, logits.shape[1]))
         named = {self.names[index]: share for index, share in zip(indices.tolist(), shares.tolist(), strict=True)}
         return Answer(named, self.explainer.overlay(image, int(indices[0])), seconds)
 
-    def _time(self, images: torch.Tensor) -> float:
+    def _time(self, images: Tensor) -> float:
         start = time.perf_counter()
-        self.network(images)
+        self._run(images)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+
+def _exported(network: nn.Module, format: str, size: int) -> Callable[[Tensor], Tensor]:
+    """Return a network in another runtime: images (1, C, H, W) -> logits (1, num_classes).
+
+    Raises:
+        ValueError: If it is no MobileMamba, or the runtime's answers are not PyTorch's.
+    """
+    chosen = require(format)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "network").with_suffix(chosen.SUFFIX)
+        report = export(network, path, format=format, size=(size, size))
+        if not report.agrees:
+            raise ValueError(f"{format}: {report}")
+        run = chosen.load(path)
+        assert run is not None, "these formats run everywhere"
+
+    def forward(images: Tensor) -> Tensor:
+        (logits,) = run(images.numpy())
+        return torch.from_numpy(logits)
+
+    return forward
+
+
+def _runtimes() -> list[str]:
+    """Return the names of the runtimes that are installed."""
+    names = [FOLDED, PLAIN]
+    for name, format in EXPORTED.items():
+        with contextlib.suppress(ModuleNotFoundError):
+            require(format)
+            names.append(name)
+    return names
 
 
 def build_page(checkpoints: Sequence[Path], config_path: str) -> Any:
@@ -115,12 +155,12 @@ def build_page(checkpoints: Sequence[Path], config_path: str) -> Any:
         import gradio
     except ImportError as error:
         raise ValueError(f"the demo needs gradio: pip install gradio ({error})") from error
-    files = {f"{path.parent.name}/{path.name}": path for path in checkpoints}
+    files = {str(Path(path.parent.name, path.name)): path for path in checkpoints}
 
     @functools.cache
     def load(name: str, runtime: str) -> Classifier:
         beside = files[name].parent / "config.yaml"
-        return Classifier(files[name], beside if beside.is_file() else config_path, is_folded=RUNTIMES[runtime])
+        return Classifier(files[name], beside if beside.is_file() else config_path, runtime=runtime)
 
     def classify(image: Image.Image | None, name: str, runtime: str) -> tuple[Any, Any, str]:
         if image is None:
@@ -135,14 +175,14 @@ def build_page(checkpoints: Sequence[Path], config_path: str) -> Any:
         return answer.shares, answer.overlay, f"{1e3 * answer.seconds:.1f} ms: {said}"
 
     first = next(iter(files))
-    load(first, next(iter(RUNTIMES)))  # what is wrong with it is said before the page opens
+    load(first, FOLDED)  # what is wrong with it is said before the page opens
     with gradio.Blocks(title=TITLE, analytics_enabled=False) as page:
         gradio.Markdown(f"# {TITLE}\nDrop an image, or use the camera.")
         with gradio.Row():
             with gradio.Column():
                 image = gradio.Image(type="pil", sources=["upload", "webcam", "clipboard"], label="Image", height=SIDE)
                 name = gradio.Dropdown(list(files), value=first, label="Checkpoint")
-                runtime = gradio.Dropdown(list(RUNTIMES), value=next(iter(RUNTIMES)), label="Runtime")
+                runtime = gradio.Dropdown(_runtimes(), value=FOLDED, label="Runtime")
             with gradio.Column():
                 shares = gradio.Label(num_top_classes=NUM_CLASSES, label="Classes")
                 overlay = gradio.Image(label="Where it looks", interactive=False, height=SIDE)

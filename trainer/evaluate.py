@@ -60,7 +60,7 @@ class Answers:
 
     Attributes:
         targets: The images' classes (N,), int64.
-        predicted: Those that came first (N,), int64; -1 where the logits are not finite.
+        predicted: The most probable classes (N,), int64; -1 where the logits are not finite.
         confidence: Their probabilities (N,), float64.
     """
 
@@ -77,7 +77,7 @@ class AnswerSheet:
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Note the first class of logits (B, C) beside the targets (B,)."""
-        first = _rank(logits)[:, :1]
+        first = _first_classes(logits)[:, :1]
         confidence = logits.double().softmax(1).gather(1, first)[:, 0]
         predicted = first[:, 0].where(logits.isfinite().all(dim=1), -1)
         self._batches.append(torch.stack([targets.double(), predicted.double(), confidence]))
@@ -93,7 +93,7 @@ class AnswerSheet:
         return Answers(targets=targets, predicted=predicted, confidence=together[2])
 
 
-def _rank(logits: Tensor) -> Tensor:
+def _first_classes(logits: Tensor) -> Tensor:
     """Return the first five classes of logits (B, C), or all if they are fewer."""
     return logits.float().topk(min(5, logits.shape[1]), dim=1).indices
 
@@ -101,9 +101,9 @@ def _rank(logits: Tensor) -> Tensor:
 def count_correct(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many of logits (B, C) rank their target (B,) first, and among the first five.
 
-    Logits that are not finite rank nothing: such an image is wrong.
+    An image whose logits are not finite counts as wrong.
     """
-    ranked = _rank(logits)
+    ranked = _first_classes(logits)
     is_hit = (ranked == targets[:, None]) & logits.isfinite().all(dim=1, keepdim=True)
     return is_hit[:, 0].sum(), is_hit.sum()
 
@@ -200,7 +200,7 @@ class Evaluator:
 def build_evaluator(
     config: Config, process: Process, *, loader: TestLoader, precision: Precision, watch: SignalWatch
 ) -> Evaluator:
-    """Return the test of a run."""
+    """Return the evaluator of a run."""
     return Evaluator(
         loader=loader,
         process=process,

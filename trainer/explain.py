@@ -41,8 +41,8 @@ def find_layer(network: nn.Module, side: int) -> nn.Module:
         raise ValueError(
             f"predict.explain=true needs a network that names its stages; {type(network).__name__} does not"
         )
-    fine = [info for info in infos if math.ceil(side / info["reduction"]) >= MIN_CELLS]
-    stage = network.get_submodule((fine or infos[:1])[-1]["module"])
+    detailed = [info for info in infos if math.ceil(side / info["reduction"]) >= MIN_CELLS]
+    stage = network.get_submodule((detailed or infos[:1])[-1]["module"])
     return stage[-1] if isinstance(stage, nn.Sequential) and len(stage) else stage
 
 

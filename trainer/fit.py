@@ -38,10 +38,12 @@ def check_contents(
     Raises:
         ValueError: One report of everything that does not fit, and the way out.
     """
-    problems = [problem for name, network in networks.items() for problem in _network(name, checkpoint[name], network)]
+    problems = [
+        problem for name, network in networks.items() for problem in _network_problems(name, checkpoint[name], network)
+    ]
     if config.trainer.resume_optimizer:
-        problems += _optimizer(checkpoint, config, optimizer)
-    problems += [*_progress(checkpoint.get("progress"), progress), *_ranks(checkpoint["rng"])]
+        problems += _optimizer_problems(checkpoint, config, optimizer)
+    problems += [*_progress_problems(checkpoint.get("progress"), progress), *_rank_problems(checkpoint["rng"])]
     if not isinstance(checkpoint["scheduler"], Mapping):
         problems.append("scheduler: it holds no state.")
     if problems:
@@ -66,7 +68,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], c
         group.update({name: value for name, value in values.items() if _differ(group.get(name), value)})
 
 
-def _network(name: str, weights: Any, network: nn.Module) -> Iterator[str]:
+def _network_problems(name: str, weights: Any, network: nn.Module) -> Iterator[str]:
     if not isinstance(weights, Mapping):
         yield f"{name}: it holds no weights."
         return
@@ -76,7 +78,9 @@ def _network(name: str, weights: Any, network: nn.Module) -> Iterator[str]:
         yield f"{name}: {' '.join(explain(report, weights, own, heads=()))}"
 
 
-def _optimizer(checkpoint: Mapping[str, Any], config: Config, optimizer: torch.optim.Optimizer) -> Iterator[str]:
+def _optimizer_problems(
+    checkpoint: Mapping[str, Any], config: Config, optimizer: torch.optim.Optimizer
+) -> Iterator[str]:
     """Yield what keeps the optimiser from continuing with the checkpoint's state."""
     then, now = _entries(checkpoint, "config", "optim"), config.optim
     name = _entries(then, "optim_kwargs").get("name", now.optim_kwargs.name)
@@ -130,7 +134,7 @@ def _differ(then: Any, now: Any) -> bool:
     return bool(then != now)
 
 
-def _progress(saved: Any, expected: Mapping[str, Any]) -> Iterator[str]:
+def _progress_problems(saved: Any, expected: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(saved, Mapping):
         yield "progress: the file lacks it, or it holds no counters."
         return
@@ -146,7 +150,7 @@ def _is_like(value: Any, example: Any) -> bool:
     return isinstance(value, (int, float) if isinstance(example, float) else type(example))
 
 
-def _ranks(saved: Any) -> Iterator[str]:
+def _rank_problems(saved: Any) -> Iterator[str]:
     if not isinstance(saved, list) or not all(
         isinstance(own, Mapping) and {"state", "meters"} <= set(own) for own in saved
     ):

@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
+from model.profile_trace import new_trace
 from util.logging import LogGuard
 
 __all__ = ["StepProfiler"]
@@ -50,10 +51,7 @@ class StepProfiler:
             self._profile = None
 
     def _start(self) -> None:
-        activities = [ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities, acc_events=True)
+        self._profile = new_trace(self._device)
         self._profile.start()
 
     def _stop(self, taken: profile) -> None:

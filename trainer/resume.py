@@ -21,9 +21,10 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"  # of trainer.resume_dir
 CONFIG = "config.yaml"  # in a run's folder
 
-# Entries that say where and how to resume, or by how many processes; `check_resumable` compares the numbers of images.
-HOW = ("trainer.resume_", "trainer.checkpoint", "derived")
-WHERE = (
+# How entries begin: those on the resume itself, and those in which the saved run may differ. The numbers of images are
+# compared by `check_resumable`.
+OF_THE_RESUME = ("trainer.resume_", "trainer.checkpoint", "derived")
+MAY_DIFFER = (
     "batch_size",
     "logging",
     "trainer.accumulation_steps",
@@ -82,7 +83,7 @@ def _is_of(folder: Path, config: Config) -> bool:
     current = to_dict(config)
     derived = {*(saved.get("derived") or ()), *current["derived"]}
     return not [
-        path for path, *_ in changed_entries(saved, current) if path not in derived and not path.startswith(WHERE)
+        path for path, *_ in changed_entries(saved, current) if path not in derived and not path.startswith(MAY_DIFFER)
     ]
 
 
@@ -102,7 +103,7 @@ def changed_entries(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Ite
     """
     before, now = _flatten(saved), _flatten(current)
     for path, value in now.items():
-        if path in before and before[path] != value and not path.startswith(HOW):
+        if path in before and before[path] != value and not path.startswith(OF_THE_RESUME):
             yield path, before[path], value
 
 

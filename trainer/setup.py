@@ -20,10 +20,9 @@ from torch import nn
 from configs import Config, save_config, to_dict, with_classes
 from configs.overrides import get_entry
 from configs.schema import LogTerm
-from data import ImageDataset, Loaders, build_loaders, count_classes, find_class_names, open_first
+from data import ImageDataset, Loaders, build_loaders, count_classes, describe_workers, find_class_names, open_first
 from loss import build_loss, build_mixup
 from optim import Schedule, build_optimizer, build_scheduler
-from util.cores import count_cores
 from util.distributed import Process
 from util.logging import FILE_ONLY
 from util.memory import keep_freed_memory
@@ -239,12 +238,11 @@ def _build_loaders(config: Config, process: Process, first: ImageDataset | None)
     )
     options = config.trainer.data
     logger.info(
-        "train: %d batches of %d images per process and epoch, %d in all per step; %d workers (%s)",
+        "train: %d batches of %d images per process and epoch, %d in all per step; %s",
         len(loaders.train),
         options.batch_size_per_gpu,
         options.batch_size,
-        loaders.train.num_workers,
-        f"of {options.num_workers_per_gpu} at most; {count_cores().reason}",
+        describe_workers(config, loaders.train.num_workers),
     )
     return loaders
 

@@ -69,7 +69,7 @@ class RunState:
             scores: By weights.
 
         Returns:
-            The weights that are better than ever, by top-1.
+            The weights whose top-1 is the best so far.
         """
         previous = {name: self.best(name) for name in scores}
         self.scores.append({"epoch": epoch, **{name: asdict(score) for name, score in scores.items()}})
@@ -86,7 +86,7 @@ class RunState:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> RunState:
-        """Return the state that `state_dict` returned the values of."""
+        """Undo `state_dict`."""
         return cls(**{item.name: state[item.name] for item in fields(cls)})
 
 
@@ -139,11 +139,11 @@ class Saver:
         self.precision = precision
         self.meters = meters
         self.meta = _facts(config, process, loaders)
-        # Ranks differ in their statistics where neither every step nor the save makes them equal.
+        # Ranks keep batch-norm statistics of their own where these are made equal neither in each step nor for a save.
         self.has_own_statistics = process.is_distributed and config.trainer.dist_BN == "reduce"
         self.last_good: str | None = None
-        # Told to who uses the weights alone.
-        self._told = {
+        # For those who have only the file: what its classes are called, and how to prepare images.
+        self._description = {
             "class_names": loaders.class_names,
             TEST_TRANSFORM: describe_steps(to_dict(config)["data"]["test_transforms"]),
         }
@@ -188,7 +188,7 @@ class Saver:
 
     def save_best(self, name: str, *, epoch: int, scores: Mapping[str, float]) -> None:
         """Keep the present weights as the best, ``name`` being ``net`` or ``net_E``; a collective."""
-        facts = {"epoch": epoch, "scores": scores, **self._told}
+        facts = {"epoch": epoch, "scores": scores, **self._description}
 
         def save(weights: Mapping[str, Any]) -> None:
             save_weights = self._store.save_best_net if name == "net" else self._store.save_best_ema
@@ -323,7 +323,7 @@ class Saver:
             "rng": ranks,
             "meta": self.meta,
             "progress": state.state_dict(),
-            **self._told,
+            **self._description,
             "config": to_dict(self.config),
         }
 

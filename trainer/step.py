@@ -52,7 +52,7 @@ class Objective:
         return self.loss(images, outputs, targets)
 
 
-class _Report:
+class _Readback:
     """Numbers on their way from the device to the host.
 
     Args:
@@ -85,11 +85,11 @@ class StepResult:
         is_skipped: Whether the step was skipped.
         is_bad: Whether it was skipped for a reason other than the loss scale.
         cause: Why it was skipped.
-        signal: Signal that some process got.
+        signal: A signal that one of the processes got.
         unreadable: Files that could not be read, over all processes once it is settled.
         seconds: Time in ``data_t`` (waiting for images), ``optim_t`` (computing) and ``batch_t`` (both).
-        report: What is still on its way from a GPU; the attributes above but the first two wait for it. None once it
-            is settled.
+        pending: Numbers that a GPU has not delivered yet, on which all attributes but the first two depend. None once
+            the step is settled.
     """
 
     terms: dict[str, Tensor] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class StepResult:
     signal: int | None = None
     unreadable: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    report: _Report | None = None
+    pending: _Readback | None = None
 
 
 class Stepper:
@@ -118,7 +118,7 @@ class Stepper:
         watch: Signals to share with the other processes.
 
     Attributes:
-        is_deferred: Whether the device decides if a step is done, so that nothing waits for it but `settle`.
+        is_deferred: Whether the device decides if a step is done: then only `settle` waits for it.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Stepper:
         norm = self._gradient_norm()
         found = self._exchange_findings(loss, norm, result)
         if self.is_deferred:
-            result.report = _Report(self._apply_on_device(found))
+            result.pending = _Readback(self._apply_on_device(found))
         else:
             with self.process.waiting():
                 numbers = found.tolist()
@@ -179,12 +179,12 @@ class Stepper:
 
     def settle(self, result: StepResult) -> None:
         """Wait for what a step has found, on a GPU; a collective."""
-        if result.report is None:
+        if result.pending is None:
             return
         start = time.perf_counter()
         with self.process.waiting():
-            *found, is_bad = result.report.read()
-        result.report = None
+            *found, is_bad = result.pending.read()
+        result.pending = None
         self._note(found, result, is_bad=bool(is_bad))
         waited = time.perf_counter() - start
         for name in ("batch_t", "optim_t"):

@@ -34,10 +34,10 @@ class SignalError(StopError):
 
 
 class SignalWatch:
-    """While entered, the watched signals only leave a mark.
+    """A context in which the watched signals are only noted.
 
     A second SIGINT raises KeyboardInterrupt at once: the step that the first one waits for may hang in a read. Under
-    torchrun it is a mark like the first, because torchrun repeats the terminal's own, and kills what does not end.
+    torchrun it is only noted too: torchrun passes on the terminal's own a second time, and kills what does not end.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class SignalWatch:
     def __enter__(self) -> SignalWatch:
         for number in WATCHED:
             if not _is_refused(number):
-                self._previous[number] = signal.signal(number, self._mark)
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -57,7 +57,7 @@ class SignalWatch:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _mark(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = number
         self._num_interrupts += number == signal.SIGINT

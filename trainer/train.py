@@ -44,7 +44,7 @@ class _EpochPace:
 
 @dataclass(frozen=True, slots=True)
 class _LaunchedStep:
-    """A step that a GPU may still be at."""
+    """A step that may still be running on a GPU."""
 
     iteration: int
     learning_rate: float
@@ -64,7 +64,7 @@ def train(run: Run) -> int:
         run.process.alarm.explain = lambda: _lost(
             lost_in_nccl(run.process.rank, run.folder), last_good=run.saver.last_good
         )
-    # Signals stay marks while the state is saved: a scheduler may send several. Only a second Ctrl-C does not.
+    # Signals are only noted, even while the state is saved: a scheduler may send several. A second Ctrl-C raises.
     with run.watch, frozen_objects():
         try:
             code = _train_until_stopped(run)
@@ -111,8 +111,8 @@ def _train_epochs(run: Run) -> None:
 def _train_epoch(run: Run, pace: _EpochPace) -> None:
     """Do the steps of the epoch that are not done yet.
 
-    What a step has found is settled while the next one runs; at once where a line, a save or the end of the epoch is
-    due. So a signal stops the run a step later at most, and whatever is saved is settled.
+    A step is settled while the next one runs, or at once where a log line, a save or the end of the epoch is due. So a
+    signal stops the run one step later at most, and only settled steps are saved.
     """
     state, num_steps = run.state, run.schedule.steps_per_epoch
     launched: list[_LaunchedStep] = []
@@ -146,10 +146,10 @@ def _train_epoch(run: Run, pace: _EpochPace) -> None:
 
 
 def _settle(run: Run, launched: list[_LaunchedStep], pace: _EpochPace) -> StopError | None:
-    """Settle the steps before the last one, and the last one too where it has to be; return a reason to stop."""
-    has_to_be = launched[-1].result.report is None or _is_line_due(run) or _is_save_due(run)
+    """Settle all steps but the last one, and that one too where it cannot wait; return a reason to stop."""
+    cannot_wait = launched[-1].result.pending is None or _is_line_due(run) or _is_save_due(run)
     stop: StopError | None = None
-    while len(launched) > (0 if has_to_be or stop else 1):
+    while len(launched) > (0 if cannot_wait or stop else 1):
         step = launched.pop(0)
         run.stepper.settle(step.result)
         pace.add(step.result)
@@ -179,7 +179,7 @@ def _log_step(run: Run, step: _LaunchedStep) -> None:
 
 
 def _log_line(run: Run) -> str:
-    """Return the columns of a line, where one was due."""
+    """Write a log line if one is due; return its columns, or an empty text."""
     state, options = run.state, run.config.logging
     columns = ""
     if state.iteration % options.train_log_per == 0 or state.step == run.schedule.steps_per_epoch:
@@ -227,7 +227,8 @@ def _count_unreadable(run: Run, paths: list[str]) -> StopError | None:
     known, limit = run.state.unreadable, run.config.data.max_unreadable
     new = [path for path in paths if path not in known]
     known.extend(new)
-    others = [path for path in new if path not in run.loaders.train.unreadable]  # its own, the loader has named
+    # The loader has named those of this process.
+    others = [path for path in new if path not in run.loaders.train.unreadable]
     if others and run.process.is_logging:
         names = listed(others, MAX_LISTED)
         logger.warning("%d training images cannot be read so far, on other processes %s", len(known), names)
@@ -238,7 +239,7 @@ def _count_unreadable(run: Run, paths: list[str]) -> StopError | None:
 
 
 def _end_epoch(run: Run, pace: _EpochPace) -> None:
-    """Test and save, as is due; only then does the epoch count as done."""
+    """Test if that is due, and save; only then does the epoch count as done."""
     state, options = run.state, run.config.trainer
     epoch = state.epoch + 1
     is_last = epoch == run.schedule.num_epochs
@@ -316,7 +317,7 @@ def _resumable(last_good: str | None) -> str:
 
 
 def _explain(error: Exception, *, last_good: str | None) -> RunError | None:
-    """Return the error to raise for one that processes have not agreed on; None if it is a defect."""
+    """Return the error to raise in place of one that only this process has met; None if it is a defect."""
     resumable = _resumable(last_good)
     text = str(error).strip()
     if is_lost_process(error):

@@ -7,9 +7,9 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 
+from model.command import exit_code
 from model.zoo import Entry, fetch, local_path, models_of, read_zoo
-from util.errors import EXIT_USER_ERROR, exit_code_of
-from util.launch import Launch
+from util.errors import EXIT_USER_ERROR
 from util.logging import setup_console, table
 
 __all__ = ["add_zoo_options", "main"]
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not parsed.names and not parsed.list:
         parser.error("name a checkpoint, or: imagenet, det, seg, all; --list shows them")
     setup_console(is_logging=True)
-    return exit_code_of(Launch, lambda _: _run(parsed))
+    return exit_code(lambda: _run(parsed), interrupted="interrupted; the same command resumes")
 
 
 def _run(parsed: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from model.command import CommandError, exit_code
+
 from .check import check_ade20k, check_coco
 from .synthetic import write_ade20k, write_coco
 
@@ -28,16 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, or 1 with what is wrong on stderr.
+        The exit code: 0, 1 where ``check`` finds something wrong, or 2 for bad input.
     """
     parsed = _parser().parse_args(arguments)
-    try:
+
+    def run() -> None:
         counts = parsed.command(parsed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{parsed.path}: {', '.join(f'{count:,} images in {split}' for split, count in counts.items())}")
-    return 0
+        print(f"{parsed.path}: {', '.join(f'{count:,} images in {split}' for split, count in counts.items())}")
+
+    return exit_code(run)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,7 +83,7 @@ def _check(parsed: argparse.Namespace) -> dict[str, int]:
         title = f"{parsed.path} is not {parsed.set} as {SOURCES[parsed.set]} unpack to it:"
         if parsed.classes is not None:
             title = f"{parsed.path} is not a data set in the layout of {parsed.set}:"
-        raise ValueError("\n  ".join([title, *problems]))
+        raise CommandError("\n  ".join([title, *problems]))
     return counts
 
 

@@ -20,7 +20,6 @@ from downstream.export.graph import as_graph
 from downstream.export.writing import load, write
 from model.export.formats import require
 from model.pictures import find_pictures, read_picture
-from util.cores import count_cores, limit_threads
 
 from .arguments import add_options
 from .errors import InputError, exit_code_of
@@ -66,7 +65,6 @@ def _export(parsed: argparse.Namespace) -> list[Agreement]:
         raise InputError(str(error)) from error
     if parsed.out.suffix != ".onnx" or not parsed.out.parent.is_dir():
         raise InputError(f"{parsed.out}: give a name that ends in .onnx, in a folder that exists")
-    limit_threads(count_cores())
     config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
     size = _size(parsed.size) if parsed.size else _own_size(config)
     images = _read(parsed.images, size, parsed.dynamic_size) if parsed.images else _drawn(size, parsed.dynamic_size)

@@ -9,7 +9,6 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from model.profile import count_macs
-from util.cores import count_cores, limit_threads
 
 from .arguments import add_options
 from .errors import InputError, exit_code_of
@@ -59,7 +58,6 @@ def _count(parsed: argparse.Namespace) -> None:
         raise InputError(
             f"--shape {' '.join(map(str, parsed.shape))}: give a side, or height and width, from 32 pixels"
         )
-    limit_threads(count_cores())
     height, width = parsed.shape[0], parsed.shape[-1]
     config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
     network = build_network(config, device="cpu")

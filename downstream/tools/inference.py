@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_network(config: Config, *, checkpoint: str | None = None, device: str | None = None) -> nn.Module:
-    """Return a configuration's model in evaluation mode.
+    """Return a configuration's model in evaluation mode, with no more threads of PyTorch than cores.
 
     Args:
         config: Detector's, segmentor's or classifier's.
@@ -56,6 +56,7 @@ def build_network(config: Config, *, checkpoint: str | None = None, device: str 
     Raises:
         InputError: The checkpoint cannot be read, or is another model's.
     """
+    limit_threads(count_cores())
     init_default_scope(config.get("default_scope", "mmengine"))
     network = revert_sync_batchnorm(MODELS.build(config.model))
     if checkpoint is not None:
@@ -70,7 +71,6 @@ def _draw(parsed: argparse.Namespace) -> None:
     image = mmcv.imread(parsed.image, channel_order="rgb") if Path(parsed.image).is_file() else None
     if image is None:
         raise InputError(f"no image at {parsed.image}, or none that can be read")
-    limit_threads(count_cores())
     config = load_config(parsed.config, parsed.cfg_options, data_root=parsed.data_root)
     network = build_network(config, checkpoint=parsed.checkpoint, device=parsed.device)
     _, dataset = next(loader_datasets(config, "test_dataloader"))

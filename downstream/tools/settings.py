@@ -46,7 +46,7 @@ def load_config(path: str, options: Mapping[str, Any], *, data_root: str | None 
     try:
         config = Config.fromfile(_find(path))
     except ImportError as error:
-        raise InputError(f"the configuration {path} cannot be read: {_import_trouble(error)}") from error
+        raise InputError(f"the configuration {path} cannot be read: {_import_cause(error)}") from error
     except (OSError, SyntaxError) as error:
         raise InputError(f"the configuration {path} cannot be read: {error}") from error
     if data_root is not None:
@@ -70,8 +70,8 @@ def load_run(parsed: argparse.Namespace) -> Config:
     return config
 
 
-def _import_trouble(error: ImportError) -> str:
-    """Return why a module was not imported: mmengine itself only advises to set PYTHONPATH."""
+def _import_cause(error: ImportError) -> str:
+    """Return why a module could not be imported; mmengine only says to set PYTHONPATH."""
     links: list[BaseException] = [error]
     while (link := links[-1].__cause__ or links[-1].__context__) is not None:
         links.append(link)
@@ -95,14 +95,14 @@ def check_local(checkpoint: str | None) -> None:
     """Refuse a link: mmengine reads what it downloads in a way that runs what is in it.
 
     Raises:
-        InputError: It is none of this machine's files.
+        InputError: It is a link.
     """
     if checkpoint is not None and "://" in checkpoint:
         raise InputError(f"{checkpoint} is not on this machine: download it and give the file")
 
 
 def loader_datasets(config: Config, loader: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the data sets of a loader as (dotted entry, configuration), those inside wrappers instead of these."""
+    """Yield the data sets of a loader as (dotted entry, configuration); of wrappers, those inside."""
     if config.get(loader):
         yield from _unwrapped(f"{loader}.dataset", config[loader].dataset)
 

@@ -1,4 +1,4 @@
-"""Tests a checkpoint of a detector or a segmentor by its configuration."""
+"""Tests a checkpoint of a detector, segmentor or classifier by its configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DUMPERS = {"mmdet": "DumpDetResults", "mmpretrain": "DumpResults"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Test; the exit code is 0, or 2 for bad input."""
-    parser = run_parser("Test a checkpoint of a detector or a segmentor.")
+    parser = run_parser("Test a checkpoint of a detector, segmentor or classifier.")
     parser.add_argument("checkpoint", help="a checkpoint of training, or a released one")
     parser.add_argument("--tta", action="store_true", help="test at several scales and flipped, and merge the answers")
     parser.add_argument(

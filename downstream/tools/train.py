@@ -1,4 +1,4 @@
-"""Trains a detector or a segmentor by its configuration."""
+"""Trains a detector, segmentor or classifier by its configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; the exit code is 0, or 2 for bad input."""
-    parser = run_parser("Train a detector or a segmentor.")
+    parser = run_parser("Train a detector, segmentor or classifier.")
     parser.add_argument("--amp", action="store_true", help="train in mixed precision (needs a GPU)")
     parser.add_argument(
         "--auto-scale-lr", action="store_true", help="scale the learning rate to this number of processes and images"

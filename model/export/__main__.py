@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     require(options.format)
     source = read_source(options.source, name=options.model, ema=options.ema, is_random=options.random)
-    request = default_request(source.network, **_wishes(options, source.classes))
+    request = default_request(source.network, **_request_options(options, source.classes))
     files = find_pictures(options.images) if options.images else []
     images = read_images(request, files, num_made_up=options.num_images)
     report = export(
@@ -98,7 +98,7 @@ def _batch(text: str) -> int | None:
     return None if text == "dynamic" else int(text)
 
 
-def _wishes(options: argparse.Namespace, classes: Sequence[str]) -> dict[str, Any]:
+def _request_options(options: argparse.Namespace, classes: Sequence[str]) -> dict[str, Any]:
     names = (
         "batch",
         "dynamic_size",
@@ -112,13 +112,13 @@ def _wishes(options: argparse.Namespace, classes: Sequence[str]) -> dict[str, An
         "softmax",
         "features",
     )
-    wishes = {name: getattr(options, name) for name in names}
+    chosen = {name: getattr(options, name) for name in names}
     if options.size:
-        wishes["size"] = (options.size[0], options.size[-1])
+        chosen["size"] = (options.size[0], options.size[-1])
     for name in ("mean", "std", "crop_pct", "interpolation"):
         if (value := getattr(options, name)) is not None:
-            wishes[name] = tuple(value) if isinstance(value, list) else value
-    return {**wishes, "classes": tuple(classes)}
+            chosen[name] = tuple(value) if isinstance(value, list) else value
+    return {**chosen, "classes": tuple(classes)}
 
 
 if __name__ == "__main__":

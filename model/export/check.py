@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,11 +34,11 @@ class Report:
         num_bytes: Size of the file, or files.
         num_images: Images compared; 0 where the format's runtime does not exist for this system.
         error: The largest difference, as a share of the largest value.
-        agreement: The share of images with the same most probable class; 1 where there are no classes.
+        agreement: The share of images with the same most probable class; 1 for feature maps.
         images_per_second: In the file's own runtime, one image at a time.
-        top1: The share of images whose most probable class is theirs, in percent; None where that is not known.
-        top1_before: The same, of the network in PyTorch.
-        agrees: Whether the difference is what the precision asked for explains.
+        top1: Top-1 accuracy of the file, in percent; None where the images' classes are not known.
+        top1_before: Top-1 accuracy of the network in PyTorch.
+        agrees: Whether the differences are no larger than the requested precision explains.
     """
 
     num_bytes: int
@@ -82,19 +83,19 @@ def compare(
         labels: Classes of the images, where they are known.
     """
     batch = 1 if request.batch is None else request.batch
-    differences, largest = 0.0, 0.0
-    firsts: list[tuple[int, int]] = []  # the most probable class, in the runtime and in PyTorch
+    difference, largest = 0.0, 0.0
+    predicted: list[tuple[int, int]] = []  # most probable class in the runtime, and in PyTorch
     for image in images:
         expected = _run_network(network, image)
         actual = [output[:1] for output in run(np.repeat(image, batch, axis=0))]
-        for one, other in zip(actual, expected, strict=True):
-            differences = max(differences, float(np.abs(one - other).max(initial=0.0)))
-            largest = max(largest, float(np.abs(other).max(initial=0.0)))
+        for output, exact in zip(actual, expected, strict=True):
+            difference = max(difference, float(np.abs(output - exact).max(initial=0.0)))
+            largest = max(largest, float(np.abs(exact).max(initial=0.0)))
         if not request.features:
-            firsts.append((int(actual[0].argmax()), int(expected[0].argmax())))
-    error = differences / max(largest, 1e-30)
-    agreement = sum(one == other for one, other in firsts) / len(firsts) if firsts else 1.0
-    top1, top1_before = _top1(firsts, labels) if firsts and labels is not None else (None, None)
+            predicted.append((int(actual[0].argmax()), int(expected[0].argmax())))
+    error = difference / max(largest, 1e-30)
+    agreement = sum(found == exact for found, exact in predicted) / len(predicted) if predicted else 1.0
+    top1, top1_before = _accuracies(predicted, labels) if predicted and labels is not None else (None, None)
     return Report(
         num_images=len(images),
         error=error,
@@ -103,7 +104,7 @@ def compare(
         num_bytes=num_bytes,
         top1=top1,
         top1_before=top1_before,
-        agrees=_is_explained(error, agreement, request) and not _drops(top1, top1_before, request),
+        agrees=_is_near(error, agreement, request) and not _loses_too_much(top1, top1_before, request),
     )
 
 
@@ -113,17 +114,19 @@ def _run_network(network: Deployed, image: np.ndarray) -> list[np.ndarray]:
     return [output.numpy() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)]
 
 
-def _top1(firsts: Sequence[tuple[int, int]], labels: Sequence[int]) -> tuple[float, float]:
-    hits = [(one == label, other == label) for (one, other), label in zip(firsts, labels, strict=True)]
-    one, other = (100 * sum(column) / len(labels) for column in zip(*hits, strict=True))
-    return one, other
+def _accuracies(predicted: Sequence[tuple[int, int]], labels: Sequence[int]) -> tuple[float, float]:
+    """Return top-1 in percent, in the runtime and in PyTorch."""
+    in_runtime, in_pytorch = (
+        100 * sum(map(operator.eq, classes, labels)) / len(labels) for classes in zip(*predicted, strict=True)
+    )
+    return in_runtime, in_pytorch
 
 
-def _drops(top1: float | None, top1_before: float | None, request: ExportRequest) -> bool:
+def _loses_too_much(top1: float | None, top1_before: float | None, request: ExportRequest) -> bool:
     return top1 is not None and top1_before is not None and top1 < top1_before - request.max_drop
 
 
-def _is_explained(error: float, agreement: float, request: ExportRequest) -> bool:
+def _is_near(error: float, agreement: float, request: ExportRequest) -> bool:
     if not np.isfinite(error):
         return False
     if request.int8:

@@ -29,15 +29,15 @@ logger = logging.getLogger(__name__)
 NUM_MADE_UP = 8
 
 
-def default_request(network: nn.Module, **wishes: Any) -> ExportRequest:
-    """Return a request with what the network's record tells: size, mean, standard deviation, crop, interpolation.
+def default_request(network: nn.Module, **options: Any) -> ExportRequest:
+    """Return a request with what the network's timm configuration says of size, normalisation, crop and interpolation.
 
     Args:
         network: The network.
-        **wishes: Attributes of `ExportRequest`; they come first. A single mean or deviation is that of every channel.
+        **options: Attributes of `ExportRequest`; they take precedence. A single mean or deviation is for all channels.
 
     Raises:
-        ValueError: If wishes exclude each other, or there are not as many means as channels.
+        ValueError: If options contradict each other, or there are not as many means as channels.
     """
     inner = bare_network(network)
     cfg = inner.default_cfg
@@ -50,11 +50,11 @@ def default_request(network: nn.Module, **wishes: Any) -> ExportRequest:
     for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
         values = tuple(cfg.get(name, default))
         known[name] = values if len(values) == channels else (sum(values) / len(values),) * channels
-        if len(given := wishes.get(name, ())) == 1:
-            wishes[name] = tuple(given) * channels
+        if len(given := options.get(name, ())) == 1:
+            options[name] = tuple(given) * channels
         elif given and len(given) != channels:
             raise ValueError(f"{name} {tuple(given)} must have one number, or one for each of {channels} channels")
-    return ExportRequest(**{**known, **wishes})
+    return ExportRequest(**{**known, **options})
 
 
 def export(
@@ -66,7 +66,7 @@ def export(
     request: ExportRequest | None = None,
     images: Sequence[np.ndarray] | None = None,
     labels: Sequence[int] | None = None,
-    **wishes: Any,
+    **options: Any,
 ) -> Report:
     """Write a network in a format of `FORMATS`, then run the file beside PyTorch.
 
@@ -75,16 +75,16 @@ def export(
         path: The file to write.
         format: Its format.
         overwrite: Replace the file if it exists.
-        request: What is wanted; by default what `default_request` makes of the network and of ``wishes``.
+        request: What is wanted; by default what `default_request` makes of the network and of ``options``.
         images: To compare with, as the file takes them, each with a batch dimension; made up when None.
         labels: Classes of the images, where they are known.
-        **wishes: Attributes of `ExportRequest`.
+        **options: Attributes of `ExportRequest`.
 
     Returns:
         How the file's answers compare with PyTorch's.
 
     Raises:
-        ValueError: If the format is unknown, or wishes exclude each other.
+        ValueError: If the format is unknown, or options contradict each other.
         ModuleNotFoundError: If a package of the format is missing.
         FileNotFoundError: If there is no folder for the file.
         FileExistsError: If the file exists and ``overwrite`` is not set.
@@ -94,7 +94,7 @@ def export(
     _check_path(path, format, chosen.SUFFIX, overwrite=overwrite)
     inner = copy.deepcopy(bare_network(network)).eval().cpu().float()
     if request is None:
-        request = default_request(inner, **wishes)
+        request = default_request(inner, **options)
     logger.info("%s: the network in portable form", path.name)
     size = None if request.dynamic_size else request.size
     deployed = Deployed(portable(inner, chosen.FORM, size), request).eval()

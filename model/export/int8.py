@@ -194,18 +194,19 @@ def quantise_static(
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.batches, None)
 
-    quantize_static(
-        model,
-        path,
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        reduce_range=_may_overflow(),
-        op_types_to_quantize=list(operators),
-        nodes_to_exclude=list(in_float),
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
+    with _only_errors(logging.getLogger()):  # its warnings advise those who call it
+        quantize_static(
+            model,
+            path,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=_may_overflow(),
+            op_types_to_quantize=list(operators),
+            nodes_to_exclude=list(in_float),
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
 
 
 def quantise_openvino(model: Any, graph: onnx.GraphProto, network: nn.Module, request: ExportRequest) -> Any:

@@ -1,4 +1,4 @@
-"""What an exported file is to be: its input, its output, its precision, and what it says of itself."""
+"""What to export: the file's input, output, precision and metadata."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IN_GRAPH = ("bilinear", "bicubic")  # what runtimes compute with antialiasing, a
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportRequest:
-    """The wishes of a user, whatever the format.
+    """What a user asks for, whatever the format.
 
     Attributes:
         size: Height and width of the input in pixels; with ``dynamic_size`` the size at which the file is checked.
@@ -30,21 +30,21 @@ class ExportRequest:
         dynamic_size: Take any height and width from 32 pixels.
         fp16: Weights in 16 bits.
         int8: Weights and maps in 8 bits, where this costs little.
-        calibration: A folder of images, of which int8 learns the ranges of the maps.
+        calibration: A folder of images, from which int8 learns the ranges of the maps.
         int8_report: A JSON file to write each layer's signal to noise into.
         max_drop: How much int8 may cost, in points of top-1 on images whose classes are known.
         preprocess: Take uint8 images (B, H, W, C) of any size: resize, crop and normalise inside the graph.
-        is_bgr: The order of the channels of these is blue, green, red.
+        is_bgr: Those images have their channels in the order blue, green, red.
         softmax: Give probabilities in place of logits.
         features: Give the maps of the three stages in place of logits.
         classes: Names of the classes.
         mean: Mean of each channel, of pixels from 0 to 1.
         std: Standard deviation of each channel.
-        crop_pct: The share of the shorter side of an image that is seen.
-        interpolation: How it is resized, in Pillow's words.
+        crop_pct: The share of an image's shorter side that is kept, in its middle.
+        interpolation: How the crop is resized, by Pillow's name for it.
 
     Raises:
-        ValueError: If wishes exclude each other, or a size is too small.
+        ValueError: If options contradict each other, or a size is too small.
     """
 
     size: tuple[int, int]
@@ -115,7 +115,7 @@ class ExportRequest:
         return ("probabilities",) if self.softmax else ("logits",)
 
     def metadata(self) -> dict[str, str]:
-        """Return what the file says of itself; values that are not texts are JSON."""
+        """Return the file's metadata; values other than strings are JSON."""
         facts: dict[str, Any] = {
             "size": self.size,
             "mean": self.mean,

@@ -69,12 +69,17 @@ def test_as_many_workers_as_suit_the_machine_unless_told(
 ):
     monkeypatch.setattr(loaders, "count_cores", lambda: Cores(count=cores, reason="made up"))
     monkeypatch.setattr(TrainSampler, "__len__", lambda _: 100)
-    counts = []
+    counts, reasons = [], []
     for derived in ([loaders.WORKERS_ENTRY], []):
         config = make_config(two_classes, workers=8)
         config.derived = derived
         counts.append(build_loaders(config, rank=0, world_size=1, device_type=device_type).train.num_workers)
+        reasons.append(loaders.describe_workers(config, counts[-1]))
     assert counts == [expected, 8]
+    assert reasons == [
+        f"{expected} worker{'s' if expected > 1 else ''} (of 8 at most; made up)",
+        "8 workers (of 8 at most; trainer.data.num_workers_per_gpu is set)",
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -76,7 +76,7 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, name):
 
 def test_nothing_is_replaced_unless_forced(two_classes, packed, tmp_path, capsys):
     before = files(packed)
-    assert main(["folder-to-lmdb", str(two_classes), str(packed)]) == 1
+    assert main(["folder-to-lmdb", str(two_classes), str(packed)]) == 2
     assert "train.lmdb" in (message := capsys.readouterr().err)
     assert "--force" in message
     assert files(packed) == before
@@ -84,7 +84,7 @@ def test_nothing_is_replaced_unless_forced(two_classes, packed, tmp_path, capsys
     out = tmp_path / "out"
     assert main(["lmdb-to-folder", str(packed), str(out)]) == 0
     (out / "val" / "ant" / "mine.txt").write_text("x")
-    assert main(["lmdb-to-folder", str(packed), str(out)]) == 1
+    assert main(["lmdb-to-folder", str(packed), str(out)]) == 2
     assert (out / "val" / "ant" / "mine.txt").exists()
     assert main(["lmdb-to-folder", str(packed), str(out), "--force"]) == 0
     assert files(out) == files(two_classes)
@@ -125,7 +125,7 @@ def test_verify_finds_undecodable_images_and_wrong_labels(tmp_path, encoded, pix
 @pytest.mark.parametrize("command", ["folder-to-lmdb", "lmdb-to-folder", "verify"])
 def test_empty_source(tmp_path, capsys, command):
     arguments = [command, str(tmp_path), *([] if command == "verify" else [str(tmp_path / "out")])]
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert "holds neither of" in capsys.readouterr().err
 
 
@@ -155,7 +155,7 @@ def test_digits(tmp_path, make_config, capsys):
 def test_digits_do_not_mix_with_other_files(tmp_path, capsys):
     write_digits(tmp_path / "digits")
     next((tmp_path / "digits").rglob("*.png")).unlink()
-    assert main(["digits", str(tmp_path / "digits")]) == 1
+    assert main(["digits", str(tmp_path / "digits")]) == 2
     assert "holds other files than the digits" in capsys.readouterr().err
 
 
@@ -180,10 +180,10 @@ def test_a_split_shares_out_every_class_and_copies_every_image(tmp_path, make_fo
 def test_a_split_that_cannot_be_is_refused(tmp_path, make_folders, capsys):
     root = make_folders({"all": {"ant": 3, "bee": 1}})
     for source, message in ((root / "all", "fewer than two images"), (root / "all" / "ant", "no class folders")):
-        assert main(["split", str(source), str(tmp_path / "out")]) == 1
+        assert main(["split", str(source), str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
-    assert main(["split", str(root), str(root)]) == 1
+    assert main(["split", str(root), str(root)]) == 2
     assert "is there already" in capsys.readouterr().err
 
 

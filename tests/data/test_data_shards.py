@@ -315,9 +315,9 @@ def test_writing_resumes_after_an_interruption(folders, tmp_path, monkeypatch, c
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
         path.name: path.read_bytes() for path in whole.iterdir()
     }
-    assert main(["shards", str(folders), str(out), "--images", "4"]) == 1
+    assert main(["shards", str(folders), str(out), "--images", "4"]) == 2
     assert "train-000000.tar holds other images than would be written there; add --force" in capsys.readouterr().err
-    assert main(["shards", str(folders), str(out), "--images", "5", "--seed", "1"]) == 1
+    assert main(["shards", str(folders), str(out), "--images", "5", "--seed", "1"]) == 2
     assert main(["shards", str(folders), str(out), "--images", "5", "--seed", "1", "--force"]) == 0
     assert main(["verify", str(out), "--against", str(folders), "--decode"]) == 0
 

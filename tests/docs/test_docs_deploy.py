@@ -99,7 +99,14 @@ def test_every_block_says_how_it_is_run():
     marks = {(block.language, block.mark) for block in blocks()}
     assert {mark for language, mark in marks if language in ("kotlin", "swift")} == {"not run"}
     assert {language for language, mark in marks if mark != "not run"} == {"python", "bash", "cpp", "html"}
-    assert {mark for _, mark in marks} == {"", "slow", "not run", "file: classify.cpp", "file: index.html"}
+    assert {mark for _, mark in marks} == {
+        "",
+        "slow",
+        "not run",
+        "file: classify.cpp",
+        "file: index.html",
+        "file: prepare.py",
+    }
 
 
 def test_onnx_runtime_in_python(exported, expected):
@@ -116,10 +123,24 @@ def test_openvino_in_python_and_in_cpp(folder, expected):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     write_files(folder)
-    export, python, cpp = [block for block in blocks() if block.mark == "slow" and "npm" not in block.code]
+    export, python, cpp = [block for block in blocks() if block.mark == "slow" and "t2.xml" in block.code]
     assert "agrees with PyTorch" in run(folder, export)
     check_first(run(folder, python).splitlines()[0], expected, is_named=True)
     check_first(run(folder, cpp), expected, is_named=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "package"),
+    [("t2.pt2", "torch"), ("t2.param", "ncnn"), ("t2.tflite", "litert_torch"), ("t2.pte", "executorch")],
+    ids=["torch", "ncnn", "litert", "executorch"],
+)
+def test_with_pictures_that_are_prepared_outside(folder, expected, file, package):
+    pytest.importorskip(package)
+    write_files(folder)
+    export, python = [block for block in blocks() if block.mark == "slow" and file in block.code]
+    assert "agrees with PyTorch" in run(folder, export)
+    check_first(run(folder, python), expected, is_named=True)
 
 
 @pytest.mark.slow

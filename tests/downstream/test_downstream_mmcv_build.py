@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from downstream import mmcv_build
+from model.command import CommandError
 
 BINDINGS = """\
 #include <stdexcept>
@@ -96,7 +97,7 @@ def test_progress_counts_what_was_done_before_a_stop(tmp_path, capsys):
 
 def test_a_step_that_fails_shows_the_end_of_its_log(tmp_path):
     command = [sys.executable, "-c", "print('\\n'.join(map(str, range(100)))); raise SystemExit('no such header')"]
-    with pytest.raises(mmcv_build.BuildError, match=r"(?s)failed; .*log ends:.*\n99.*no such header") as error:
+    with pytest.raises(CommandError, match=r"(?s)failed; .*log ends:.*\n99.*no such header") as error:
         mmcv_build._run(command, tmp_path / "log")
     assert "\n50\n" not in str(error.value)
 

@@ -119,7 +119,7 @@ def test_a_palette_changes_little(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "nowhere"], "--data nowhere: there is no such folder"),
+        (["--data", "nowhere"], "there is no folder nowhere; the folder . is empty"),
         (["--stage", "7", "--images", "1"], "of 4 features"),
         (["timm_mobilenetv3_small_050", "--stage", "99", "--images", "1"], "has no stage 99"),
         (["--images", "0"], "--images 0: at least one"),

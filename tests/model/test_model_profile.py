@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -121,3 +124,16 @@ def test_the_command(tmp_path, capsys):
     assert "error: --plot a.png: expected a file name that ends in .svg" in capsys.readouterr().err
     with pytest.raises(ValueError, match="runs >= 1"):
         profile(nn.ReLU(), torch.zeros(1), runs=0)
+
+
+def test_a_trace_without_a_gpu_reports_no_error(tmp_path):
+    program = (
+        "import sys, torch; from model.profile_trace import new_trace\n"
+        "with new_trace(torch.device('cpu')) as trace: torch.ones(3).exp()\n"
+        "trace.export_chrome_trace(sys.argv[1])"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "trace.json")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert "aten::exp" in {event.get("name") for event in events}

@@ -217,7 +217,7 @@ def test_a_step_never_waits_for_a_gpu(dtype, monkeypatch):
     average = WeightAverage(network, decay=0.9)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr("trainer.step._Report", lambda values: values)
+    monkeypatch.setattr("trainer.step._Readback", lambda values: values)
     device = torch.device("cuda", 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to(device)
@@ -245,4 +245,4 @@ def test_a_step_never_waits_for_a_gpu(dtype, monkeypatch):
             precision.scaler.scale(loss)
         stepper._accumulate = lambda *_, **__: loss
         result = stepper(iter([]))
-    assert result.report.shape == (3 + len(WATCHED) + 1,)
+    assert result.pending.shape == (3 + len(WATCHED) + 1,)

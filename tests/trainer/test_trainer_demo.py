@@ -17,7 +17,7 @@ from trainer_cases import REPOSITORY, free_port
 
 from configs import load_config, save_config
 from model import create_model
-from trainer.demo import Classifier, main
+from trainer.demo import FOLDED, PLAIN, Classifier, main
 
 CLASSES = ["<b>zero</b>", "one", "two", "three", "four", "five"]
 
@@ -45,16 +45,20 @@ def picture(tmp_path):
     return path
 
 
-def expected(checkpoint, picture, *, is_folded):
-    classifier = Classifier(checkpoint, checkpoint.parent / "config.yaml", is_folded=is_folded)
+def expected(checkpoint, picture, *, runtime=FOLDED):
+    classifier = Classifier(checkpoint, checkpoint.parent / "config.yaml", runtime=runtime)
     return classifier(Image.open(picture).convert("RGB"))
 
 
-def test_an_answer_is_the_networks(checkpoints, picture):
+@pytest.mark.parametrize("runtime", [PLAIN, pytest.param("ONNX Runtime", marks=pytest.mark.slow)])
+def test_an_answer_is_the_networks(checkpoints, picture, runtime):
     pytest.importorskip("pytorch_grad_cam")
-    answer = expected(checkpoints[0], picture, is_folded=False)
+    if runtime != PLAIN:
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+    answer = expected(checkpoints[0], picture, runtime=runtime)
     network = create_model("MobileMamba_T2", num_classes=6, checkpoint_path=checkpoints[0]).eval()
-    classifier = Classifier(checkpoints[0], checkpoints[0].parent / "config.yaml", is_folded=False)
+    classifier = Classifier(checkpoints[0], checkpoints[0].parent / "config.yaml", runtime=PLAIN)
     with torch.no_grad():
         shares = network(classifier.explainer.prepare(Image.open(picture).convert("RGB"))).softmax(1)[0]
     by_name = dict(zip(CLASSES, shares.tolist(), strict=True))
@@ -91,10 +95,10 @@ def test_the_page_in_a_browser(browser, checkpoints, picture, tmp_path):
         wait(lambda: browser.count("input[type=file]"), tmp_path / "demo.log", served)
         browser.driver.find_element("css selector", "input[type=file]").send_keys(str(picture))
         wait(lambda: " ms: MobileMamba_T2, 64 px, PyTorch, folded, c" in browser.text(), tmp_path / "demo.log", served)
-        assert_shown(browser, expected(checkpoints[0], picture, is_folded=True))
+        assert_shown(browser, expected(checkpoints[0], picture))
         choose(browser, "Checkpoint", "T4/net.pth")
         wait(lambda: " ms: MobileMamba_T4, 64 px, PyTorch, folded, c" in browser.text(), tmp_path / "demo.log", served)
-        assert_shown(browser, expected(checkpoints[1], picture, is_folded=True))
+        assert_shown(browser, expected(checkpoints[1], picture))
         choose(browser, "Runtime", "PyTorch")
         wait(lambda: " ms: MobileMamba_T4, 64 px, PyTorch, c" in browser.text(), tmp_path / "demo.log", served)
         photograph(browser, tmp_path / "demo.log", served)

@@ -14,10 +14,10 @@ from util.logging import duration
 
 from .charts import charts
 from .files import WEIGHTS, RunFiles, read_run
+from .mistake_tables import mistake_tables
 from .settings import settings
 from .style import STYLE
 from .tables import Cell, table
-from .verdict import verdict
 
 __all__ = ["page_path", "render", "write_page"]
 
@@ -47,7 +47,7 @@ def render(runs: Sequence[RunFiles]) -> str:
     sections = [
         ("Overview", _overview(runs)),
         ("Curves", charts(runs)),
-        *((f"Mistakes of {run.name}" if len(runs) > 1 else "Mistakes", verdict(run)) for run in runs),
+        *((f"Mistakes of {run.name}" if len(runs) > 1 else "Mistakes", mistake_tables(run)) for run in runs),
         ("Configuration", settings(runs)),
     ]
     body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections if content)

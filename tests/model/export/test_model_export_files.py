@@ -195,6 +195,7 @@ def test_missing_runtime_is_named_with_its_extra(tmp_path, monkeypatch, capsys):
         (["mobilemamba_t2", "a.onnx", "--random", "--fp16", "--int8"], "exclude each other"),
         (["mobilemamba_t2", "a.onnx", "--random", "--int8"], "name a folder with --calibrate"),
         (["mobilemamba_t2", "a.onnx", "--random", "--images", "empty"], "no pictures in empty"),
+        (["mobilemamba_t2", "a.onnx", "--random", "--images", "emptyy"], "no folder emptyy; the nearest in .: empty"),
         (["mobilemamba_t2", "a.onnx", "--random", "--mean", ".5", ".5"], "one for each of 3 channels"),
         (["mobilemamba_t2", "a.onnx", "--random", "--std", "0"], "std above 0"),
         (["mobilemamba_t2", "a.onnx", "--random", "--crop", "87.5"], "above 0 and at most 1, not 87.5"),

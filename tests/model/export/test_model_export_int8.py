@@ -33,7 +33,7 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
-def test_int8_is_smaller_and_near(small, tmp_path, pictures, name):
+def test_int8_is_smaller_and_near(small, tmp_path, pictures, caplog, name):
     pytest.importorskip("onnx")
     pytest.importorskip(NEEDS[name])
     network = small(embed_dim=(64, 96, 128))
@@ -55,6 +55,7 @@ def test_int8_is_smaller_and_near(small, tmp_path, pictures, name):
     noise = [float(np.square(expected - each).sum() / np.square(expected).sum()) for each in answers]
     assert noise[0] < 1e-9
     assert 1e-9 < noise[1] < 2e-2  # 17 dB
+    assert not [record for record in caplog.records if record.name == "root"]  # advice of the quantiser
     assert sizes[1] < 0.6 * sizes[0]  # a small network's graph is no small part of it
     layers = json.loads((tmp_path / "report.json").read_text())
     assert {"network.head", "network.stages.0.0"} <= {layer["name"] for layer in layers}

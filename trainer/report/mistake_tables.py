@@ -1,4 +1,4 @@
-"""The best epoch of a run looked at closely: its worst classes, what it takes for what, its most confident mistakes."""
+"""The mistakes of a run's best epoch as HTML: worst classes, confusions, and the most confident ones with pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from .files import WEIGHTS, RunFiles
 from .tables import Cell, table
 
-__all__ = ["verdict"]
+__all__ = ["mistake_tables"]
 
 MAX_MATRIX = 20  # classes of which the whole matrix is shown
 NUM_WORST = 12
@@ -19,8 +19,8 @@ NUM_PAIRS = 20
 PICTURE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+")
 
 
-def verdict(run: RunFiles) -> str:
-    """Return the tables and pictures of the better weights as HTML; empty where none have been tested."""
+def mistake_tables(run: RunFiles) -> str:
+    """Return tables and pictures of the better of plain and averaged weights; empty where none have been tested."""
     known = [name for name in WEIGHTS if name in run.mistakes]
     if not known:
         return ""
@@ -38,7 +38,7 @@ def _name(names: list[str], index: int) -> str:
 
 
 def _worst(counts: Mapping[tuple[int, int], int], names: list[str]) -> str:
-    """Return a table of the classes that are recognised least."""
+    """Return a table of the classes with the lowest recall."""
     totals: dict[int, int] = defaultdict(int)
     taken_for: dict[int, tuple[int, int]] = {}
     for (target, answer), count in counts.items():
