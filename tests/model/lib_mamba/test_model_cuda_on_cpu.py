@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_as_cpp import FEW, H200_SHARED, MANY, SMALL_SHARED
+from cuda_traffic import backward_bytes, states_bytes
 from scan_cases import (
     TOLERANCES,
     arguments,
@@ -208,6 +209,21 @@ def test_gradients_of_the_released_networks_scans(shape, dtype, cuda_as_cpp):
     assert_same_in_any_order(cuda_as_cpp, tensors)
     cuda_as_cpp.set_device(FEW, H200_SHARED)
     assert_accurate(output_and_gradients(gated_scan, tensors), exact(tensors), dtype, "cuda")
+
+
+@pytest.mark.parametrize("shape", GRADIENTS, ids=str)
+def test_what_training_and_its_gradients_move(shape, cuda_as_cpp):
+    """To the byte, what the table of the kernels' traffic says."""
+    channels, length, _ = shape
+    batch = 5 if length <= 16 else 1
+    tensors = inputs_of_a_released_network(*shape, batch=batch, dtype=torch.bfloat16)
+    cuda_as_cpp.take_traffic()
+    y = cuda_as_cpp.gated_scan(*tensors, 1e-5, [0, 1])
+    inference = sum(cuda_as_cpp.take_traffic())
+    _, states = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    assert sum(cuda_as_cpp.take_traffic()) - inference == batch * states_bytes(channels, length)
+    cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], states)
+    assert cuda_as_cpp.take_traffic() == tuple(batch * count for count in backward_bytes(channels, length))
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,23 @@ inline uint32_t load_word(const void* from) {
   cuda_on_cpu::count_load(from);
   return *static_cast<const uint32_t*>(from);
 }
+inline float2 load_two_floats(const float* from) {
+  cuda_on_cpu::count_load(from);
+  cuda_on_cpu::count_load(from + 1);
+  return *reinterpret_cast<const float2*>(from);
+}
+inline float4 load_written(const float4* from) {
+  for (int i = 0; i < 4; ++i)
+    cuda_on_cpu::count_load(reinterpret_cast<const float*>(from) + i);
+  return *from;
+}
+template <typename Value>
+void store_value(Value* to, Value value) {
+  cuda_on_cpu::count_store(sizeof(Value));
+  *to = value;
+}
 inline void store_word(void* to, uint32_t word) {
-  cuda_on_cpu::count_store();
+  cuda_on_cpu::count_store(sizeof word);
   *static_cast<uint32_t*>(to) = word;
 }
 

@@ -102,13 +102,27 @@ __device__ __forceinline__ int warp_index() {
   return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 }
 
-// Global memory, four bytes at a time.
+// Global memory: what a kernel only reads, and what it writes.
 __device__ __forceinline__ uint32_t load_word(const void* from) {
   return __ldg(static_cast<const uint32_t*>(from));
 }
 
+__device__ __forceinline__ float2 load_two_floats(const float* from) {
+  return __ldg(reinterpret_cast<const float2*>(from));
+}
+
+// What other blocks of threads have written: from the cache that all share.
+__device__ __forceinline__ float4 load_written(const float4* from) {
+  return __ldcg(from);
+}
+
 __device__ __forceinline__ void store_word(void* to, uint32_t word) {
   *static_cast<uint32_t*>(to) = word;
+}
+
+template <typename Value>
+__device__ __forceinline__ void store_value(Value* to, Value value) {
+  *to = value;
 }
 
 // 16 bytes from global to shared memory, or zeros where `is_there` is false; they have arrived after wait_for_copies,

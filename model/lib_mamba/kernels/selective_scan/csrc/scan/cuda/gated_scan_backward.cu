@@ -224,7 +224,7 @@ bool grouped_backward(
   arguments.rank = static_cast<int>(given.dt_weight.size(2));
   return with_instance<T>(arguments, [&](auto instance) {
     const ParameterTensors parameters = given.contiguous(), gradients = parameters.gradients();
-    const Tensor own_projection = projection.to(type).contiguous();
+    const Tensor own_projection = as_pair_rows(projection.contiguous(), type);
     const Tensor own_states = states_of<T>(x, projection, parameters, states, type);
     Tensor dx = at::empty(x.sizes(), x.options().dtype(type)), dz = at::empty(z.sizes(), z.options().dtype(type));
     Tensor dprojection = at::empty(projection.sizes(), projection.options().dtype(type));

@@ -235,9 +235,6 @@ struct BackwardWarp {
   __device__ __forceinline__ int64_t row_of(int chunk) const {
     return static_cast<int64_t>(first_row) + chunk * p.step;
   }
-  __device__ __forceinline__ Pair<T>* rows_of(T* first, int chunk) const {
-    return as_pairs(first + row_of(chunk) * channels + readable);
-  }
   __device__ __forceinline__ const float* stage_of(int direction, int chunk) const {
     return stages + (direction * Shared::kStageRows + chunk * p.step) * kRow;
   }
@@ -273,25 +270,26 @@ struct BackwardWarp {
     if (count == kChunk) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        values[i] = *as_pairs(from + i * row);
+        values[i] = load_pair(from + i * row);
     } else {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        values[i] = i < count ? *as_pairs(from + i * row) : pack<T>(make_float2(0.f, 0.f));
+        values[i] = i < count ? load_pair(from + i * row) : pack<T>(make_float2(0.f, 0.f));
     }
   }
 
-  __device__ __forceinline__ void store(Pair<T>* to, int chunk, const Pair<T> (&values)[kChunk]) const {
-    const int count = exists ? valid(chunk) : 0, row = channels / 2;
+  __device__ __forceinline__ void store(T* to, int chunk, const Pair<T> (&values)[kChunk]) const {
+    const int count = exists ? valid(chunk) : 0;
+    to += row_of(chunk) * channels + readable;
     if (count == kChunk) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        to[i * row] = values[i];
+        store_pair(to + i * channels, values[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
         if (i < count)
-          to[i * row] = values[i];
+          store_pair(to + i * channels, values[i]);
     }
   }
 
@@ -319,15 +317,22 @@ struct BackwardWarp {
 
   // The projection of all positions of the block as [2][rows][dt, zeros up to 8 * NR, ln 2 * B, C].
   __device__ __forceinline__ void put_stages() {
-    const int columns = rank + 2, width = 2 * columns;
-    for (int column = lane; column < width; column += kLanes) {
-      const int direction = column >= columns, own = column - direction * columns;
-      const float unit = own == rank ? kLn2 : 1.f;
-      const T* from = p.projection + (first_row + warp) * width + column;
-      float* to = stages + (direction * Shared::kStageRows + warp) * kRow + (own < rank ? own : 8 * NR + own - rank);
+    static_assert(8 * NR + 2 <= kLanes);  // two columns a lane: those left over repeat what others do
+    const int columns = rank + 2, width = 2 * columns, column = min(2 * lane, width - 2);
+    const auto place = [&](int any) {
+      const int direction = any >= columns, own = any - direction * columns;
+      return direction * Shared::kStageRows * kRow + (own < rank ? own : 8 * NR + own - rank);
+    };
+    const auto unit = [&](int any) { return any % columns == rank ? kLn2 : 1.f; };
+    const float2 units = make_float2(unit(column), unit(column + 1));
+    const T* from = p.projection + static_cast<int64_t>(first_row + warp) * width + column;
+    float* const left = stages + warp * kRow + place(column);
+    float* const right = stages + warp * kRow + place(column + 1);
 #pragma unroll 4
-      for (int row = warp; row < rows; row += warps, from += warps * width, to += warps * kRow)
-        *to = unit * static_cast<float>(*from);
+    for (int row = warp, offset = 0; row < rows; row += warps, from += warps * width, offset += warps * kRow) {
+      const float2 values = units * unpack(load_pair(from));
+      left[offset] = values.x;
+      right[offset] = values.y;
     }
   }
 
@@ -392,8 +397,7 @@ struct BackwardWarp {
     if (p.image_states == 0)
       return make_float2(0.f, 0.f);
     const int64_t image = item() / p.blocks, own = item() % p.blocks * kBlockChunks + chunk;
-    return *reinterpret_cast<const float2*>(
-        p.states + ((image * 2 + kDirection) * p.image_states + own) * channels + readable);
+    return load_two_floats(p.states + ((image * 2 + kDirection) * p.image_states + own) * channels + readable);
   }
 
   // Where a chunk's decays since the direction's entry wait for the gradient of the sum: direction 1's where that
@@ -495,7 +499,7 @@ struct BackwardWarp {
       cell(i) = make_float2(scaled[i].x + scaled[i].y, fmaf(scaled[i].x, normed.x, scaled[i].y * normed.y));
     }
     if (p.part != Part::kPassages)
-      store(rows_of(p.dz, chunk), chunk, dz);
+      store(p.dz, chunk, dz);
     __syncwarp();
     float2 own_sums = make_float2(0.f, 0.f);
 #pragma unroll
@@ -563,8 +567,8 @@ struct BackwardWarp {
       add_to_share(layout.norm_bias(), dnorm_bias);
     }
     if (kHasPassages && p.blocks > 1 && p.part != Part::kGradients) {
-      passage_of(1, item() % p.blocks) = rightwards;
-      passage_of(0, item() % p.blocks) = leftwards;
+      store_value(&passage_of(1, item() % p.blocks), rightwards);
+      store_value(&passage_of(0, item() % p.blocks), leftwards);
     }
   }
 
@@ -580,11 +584,9 @@ struct BackwardWarp {
       return gradient;
     const int block = item() % p.blocks;
     for (int step = 0; step < (kDirection ? block : p.blocks - 1 - block); ++step) {
-      // Other blocks of threads have written it: not to be taken from a cache.
-      const volatile float* const other =
-          reinterpret_cast<const volatile float*>(&passage_of(kDirection, kDirection ? step : p.blocks - 1 - step));
-      const float2 own_decay = make_float2(other[0], other[1]), added = make_float2(other[2], other[3]);
-      gradient = multiply_add(own_decay, gradient, added);
+      const PassagePair& other = passage_of(kDirection, kDirection ? step : p.blocks - 1 - step);
+      const float4 own = load_written(reinterpret_cast<const float4*>(&other));
+      gradient = multiply_add(make_float2(own.x, own.y), gradient, make_float2(own.z, own.w));
     }
     return gradient;
   }
@@ -714,14 +716,14 @@ struct BackwardWarp {
       }
       T* const to = p.dprojection + (row_of(chunk) + position) * 2 * columns + kDirection * columns;
       if (first == 8 * NR) {
-        to[rank] = static_cast<T>(total.x);
-        to[rank + 1] = static_cast<T>(total.y);
+        store_value(to + rank, static_cast<T>(total.x));
+        store_value(to + rank + 1, static_cast<T>(total.y));
       } else {
         const float values[4] = {total.x, total.y, total.z, total.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (first + i < rank)
-            to[first + i] = static_cast<T>(values[i]);
+            store_value(to + first + i, static_cast<T>(values[i]));
       }
     }
     __syncthreads();
@@ -787,7 +789,7 @@ struct BackwardWarp {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
         part[i] = pack<T>(dx[i]);
-      store(rows_of(p.dx, chunk), chunk, part);
+      store(p.dx, chunk, part);
     }
     add_sums<1>();
   }
@@ -806,7 +808,7 @@ struct BackwardWarp {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
         part[i] = pack<T>(multiply_add(unpack(part[i]), scale, dx[i]));
-      store(rows_of(p.dx, chunk), chunk, part);
+      store(p.dx, chunk, part);
     }
     add_sums<0>();
     add_to_share(layout.D_skip(), dskip());
