@@ -41,8 +41,8 @@ def backward_bytes(channels, length):
     blocks = ceil(num_chunks(length) / BLOCK_CHUNKS) if length > LONGEST_CHUNK else 1
     # Of every block and direction: how the gradients of its states pass through, for those behind it to read.
     passages = 2 * blocks * ceil(channels / GROUP) * LANES * 4 * FLOAT if blocks > 1 else 0
-    loaded = 6 * values + projection + states_bytes(channels, length) + passages * (blocks - 1) // 2
-    stored = 3 * values + projection + passages
+    loaded = 4 * values + projection + 2 * states_bytes(channels, length) + passages * (blocks - 1) // 2
+    stored = 2 * values + projection + passages
     return loaded, stored
 
 

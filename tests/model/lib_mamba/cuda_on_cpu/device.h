@@ -72,15 +72,15 @@ inline uint32_t load_word(const void* from) {
   cuda_on_cpu::count_load(from);
   return *static_cast<const uint32_t*>(from);
 }
-inline float2 load_two_floats(const float* from) {
-  cuda_on_cpu::count_load(from);
-  cuda_on_cpu::count_load(from + 1);
-  return *reinterpret_cast<const float2*>(from);
+template <typename Value>
+Value load_value(const Value* from) {
+  static_assert(sizeof(Value) % sizeof(uint32_t) == 0);
+  for (size_t i = 0; i < sizeof(Value) / sizeof(uint32_t); ++i)
+    cuda_on_cpu::count_load(reinterpret_cast<const uint32_t*>(from) + i);
+  return *from;
 }
 inline float4 load_written(const float4* from) {
-  for (int i = 0; i < 4; ++i)
-    cuda_on_cpu::count_load(reinterpret_cast<const float*>(from) + i);
-  return *from;
+  return load_value(from);
 }
 template <typename Value>
 void store_value(Value* to, Value value) {

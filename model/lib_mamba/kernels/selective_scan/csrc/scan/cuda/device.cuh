@@ -102,13 +102,15 @@ __device__ __forceinline__ int warp_index() {
   return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 }
 
-// Global memory: what a kernel only reads, and what it writes.
+// Global memory that a kernel only reads, four bytes at a time; loads may move ahead of barriers.
 __device__ __forceinline__ uint32_t load_word(const void* from) {
   return __ldg(static_cast<const uint32_t*>(from));
 }
 
-__device__ __forceinline__ float2 load_two_floats(const float* from) {
-  return __ldg(reinterpret_cast<const float2*>(from));
+// Global memory, where the code says.
+template <typename Value>
+__device__ __forceinline__ Value load_value(const Value* from) {
+  return *from;
 }
 
 // What other blocks of threads have written: from the cache that all share.

@@ -16,6 +16,11 @@ namespace mobilemamba {
 constexpr int kPairedRow = 2 * 64 + 16;
 constexpr int kWideRow = 64 + 8;
 
+template <typename T>
+__device__ __forceinline__ Pair<T> load_pair(const T* from) {
+  return {load_word(from)};
+}
+
 template <int kD>
 struct Width {
   static constexpr int kRank = kD / 32;

@@ -52,15 +52,8 @@ __device__ __forceinline__ const Pair<T>* as_pairs(const T* from) {
   return reinterpret_cast<const Pair<T>*>(from);
 }
 template <typename T>
-__device__ __forceinline__ Pair<T> load_pair(const T* from) {
-  return {load_word(from)};
-}
-__device__ __forceinline__ Pair<float> load_pair(const float* from) {
-  return {load_two_floats(from)};
-}
-template <typename T>
-__device__ __forceinline__ void store_pair(T* to, const Pair<T>& pair) {
-  store_value(reinterpret_cast<Pair<T>*>(to), pair);
+__device__ __forceinline__ Pair<T>* as_pairs(T* to) {
+  return reinterpret_cast<Pair<T>*>(to);
 }
 
 __device__ __forceinline__ float2 operator+(float2 a, float2 b) {
