@@ -194,7 +194,6 @@ void run_instance(
       empty_floats({division.blocks > 1 ? arguments.batch : 0, 2, division.blocks, groups * kLanes, 4}, like);
   const Tensor parked = empty_floats({is_parked_here ? 0 : blocks, groups, Shared::kParkedFloats}, like);
   arguments.prepared = prepared.const_data_ptr<float>();
-  arguments.transposed = arguments.prepared + GroupLayout<Instance::NR>::kTranspose;
   arguments.shares = shares.mutable_data_ptr<float>();
   arguments.passages = static_cast<PassagePair*>(passages.mutable_data_ptr());
   arguments.parked = is_parked_here ? nullptr : parked.mutable_data_ptr<float>();

@@ -41,7 +41,6 @@ struct BackwardArguments {
   int x_row, z_row, grad_row;
   const T* projection;      // (B, L, 2 * (R + 2))
   const float* prepared;    // (groups, GroupLayout::kFloats)
-  const float* transposed;  // prepared, from kTranspose on: an address of its own need not be kept
   const float* states;      // (B, 2, image_states, D)
   T *dx, *dz;               // (B, L, D)
   T* dprojection;           // as projection
@@ -236,6 +235,7 @@ struct BackwardWarp {
   Stored* const parked = reinterpret_cast<Stored*>(scales - lane + kBlockChunks * kLanes) + lane;
   float4* const summed =
       reinterpret_cast<float4*>(scales - lane + Shared::kParkedFloats - Shared::kSummedFloats) + lane;
+  const float* const own_parameters = p.prepared + warp * Layout::kFloats + 4 * lane;
   const ShareLayout layout{NR, kHasOnes};
   float* const share = p.shares + (static_cast<int64_t>(blockIdx.x) * warps + warp) * layout.group();
 
@@ -271,12 +271,12 @@ struct BackwardWarp {
   __device__ __forceinline__ float2& cell(int i) const {
     return *reinterpret_cast<float2*>(tile + i * kPairRow + 2 * lane);
   }
-  // Of the warp's channels; `place` in the layout, `own` of the lane.
-  __device__ __forceinline__ const float* parameters(int place, int own) const {
-    return p.prepared + static_cast<uint32_t>(warp * Layout::kFloats + place + own);
+  // Of the lane, at a place in the layout.
+  __device__ __forceinline__ const float4* parameters(int place) const {
+    return reinterpret_cast<const float4*>(own_parameters + place);
   }
   __device__ __forceinline__ float2 parameter(int place) const {
-    return *reinterpret_cast<const float2*>(parameters(place, 2 * lane));
+    return *reinterpret_cast<const float2*>(own_parameters + place);
   }
   // How the gradient of direction 1's state passes from the block's entry to a chunk's, of all but the first.
   __device__ __forceinline__ float2& added_before(int chunk) const { return passages[(chunk - 1) * kLanes]; }
@@ -370,10 +370,8 @@ struct BackwardWarp {
   // log2(e) * (dt_weight . dt + dt_bias) of a chunk into the tile; complete for the lane's own channels.
   template <int kDirection>
   __device__ __forceinline__ void project(int chunk) const {
-    const float4* const weights =
-        reinterpret_cast<const float4*>(parameters(kDirection * Layout::kDirection + Layout::kProject, 4 * lane));
-    const float4* const biases =
-        reinterpret_cast<const float4*>(parameters(kDirection * Layout::kDirection + Layout::kBias, 4 * lane));
+    const float4* const weights = parameters(kDirection * Layout::kDirection + Layout::kProject);
+    const float4* const biases = parameters(kDirection * Layout::kDirection + Layout::kBias);
     const float* const dt = stage_of(kDirection, chunk);
     float c[8][4] = {};
 #pragma unroll
@@ -732,8 +730,7 @@ struct BackwardWarp {
   // dt's gradient (16, R) = raw's gradient (16, 64) . dt_weight (64, R), over the warp's channels.
   template <int kDirection>
   __device__ __forceinline__ void transpose(float (&c)[NR][4]) {
-    const float4* const weights = reinterpret_cast<const float4*>(
-        p.transposed + static_cast<uint32_t>(warp * Layout::kFloats + kDirection * Layout::kDirection + 4 * lane));
+    const float4* const weights = parameters(kDirection * Layout::kDirection + Layout::kTranspose);
 #pragma unroll
     for (int n = 0; n < NR; ++n)
 #pragma unroll
