@@ -1,8 +1,8 @@
-"""What the CUDA kernels for the released networks' scans move between their blocks and global memory, in 16-bit sequences.
+"""What the CUDA kernels for the released networks' scans move from and to global memory, for 16-bit sequences.
 
-`python tests/model/lib_mamba/cuda_traffic.py` prints the table of csrc/scan/README.md; test_model_cuda_on_cpu.py counts the
-same as the kernels run. Parameters, and the sums for their gradients, are left out: every block reads and writes the same
-few, which stay in the caches.
+`python tests/model/lib_mamba/cuda_traffic.py` prints the table of csrc/scan/README.md; test_model_cuda_on_cpu.py counts
+the same as the kernels run. Parameters, and the sums for their gradients, are left out: every block reads and writes
+the same few, which stay in the caches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCANS = [
 
 
 def num_chunks(length):
-    """Return how many chunks a sequence has: of the lengths that there are, the one that pads it least, or the longer."""
+    """Return how many chunks a sequence has, of the length that pads it least; of two such lengths, the longer."""
     return min((ceil(length / chunk) * chunk, ceil(length / chunk)) for chunk in CHUNKS)[1]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_as_cpp import FEW, H200_SHARED, MANY, SMALL_SHARED
-from cuda_traffic import backward_bytes, states_bytes
+from cuda_traffic import ELEMENT, FLOOR, SCANS, backward_bytes, states_bytes
 from scan_cases import (
     TOLERANCES,
     arguments,
@@ -224,6 +224,11 @@ def test_what_training_and_its_gradients_move(shape, cuda_as_cpp):
     assert sum(cuda_as_cpp.take_traffic()) - inference == batch * states_bytes(channels, length)
     cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], states)
     assert cuda_as_cpp.take_traffic() == tuple(batch * count for count in backward_bytes(channels, length))
+
+
+def test_gradients_move_little_more_than_they_must():
+    shares = {scan: sum(backward_bytes(*scan)) / (FLOOR * ELEMENT * scan[0] * scan[1]) for scan in SCANS}
+    assert {scan: share for scan, share in shares.items() if share > (1.6 if scan[1] > 256 else 1.45)} == {}
 
 
 @pytest.mark.parametrize(

@@ -39,14 +39,14 @@ template <typename T>
 struct BackwardArguments {
   const T *x, *z, *grad;
   int x_row, z_row, grad_row;
-  const T* projection;      // (B, L, 2 * (R + 2))
-  const float* prepared;    // (groups, GroupLayout::kFloats)
-  const float* states;      // (B, 2, image_states, D)
-  T *dx, *dz;               // (B, L, D)
-  T* dprojection;           // as projection
-  float* shares;            // (thread blocks, groups, ShareLayout::group())
-  PassagePair* passages;    // (B, 2, blocks, groups * 32)
-  float* parked;            // (thread blocks, warps, parked floats) or, to use shared memory, null; known channels do
+  const T* projection;    // (B, L, 2 * (R + 2))
+  const float* prepared;  // (groups, GroupLayout::kFloats)
+  const float* states;    // (B, 2, image_states, D)
+  T *dx, *dz;             // (B, L, D)
+  T* dprojection;         // as projection
+  float* shares;          // (thread blocks, groups, ShareLayout::group())
+  PassagePair* passages;  // (B, 2, blocks, groups * 32)
+  float* parked;          // (thread blocks, warps, parked floats) or, to use shared memory, null; known channels do
   float eps;
   int batch, length, channels, rank;
   int step;              // positions of a chunk

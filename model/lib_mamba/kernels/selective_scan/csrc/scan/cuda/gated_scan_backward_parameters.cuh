@@ -96,7 +96,8 @@ __global__ void prepare_kernel(const AnyParameters p, bool has_ones, float* prep
   for (int item = threadIdx.x; item < kGroup; item += blockDim.x) {
     const int channel = first + item;
     const bool exists = channel < p.channels;
-    group[Layout::kSkip + Layout::place(item)] = exists ? p.D_skip.get(channel) + p.D_skip.get(p.channels + channel) : 0.f;
+    group[Layout::kSkip + Layout::place(item)] =
+        exists ? p.D_skip.get(channel) + p.D_skip.get(p.channels + channel) : 0.f;
     group[Layout::kNormWeight + Layout::place(item)] = exists ? p.norm_weight.get(channel) : 0.f;
     group[Layout::kNormBias + Layout::place(item)] = exists ? p.norm_bias.get(channel) : 0.f;
   }
