@@ -615,12 +615,12 @@ struct BackwardWarp {
   template <int kDirection>
   __device__ __forceinline__ float2 first_gradient() const {
     float2 gradient = make_float2(0.f, 0.f);
-    if (!kHasPassages)
-      return gradient;
-    for (int step = 0; step < (kDirection ? block() : p.blocks - 1 - block()); ++step) {
-      const PassagePair& other = passage_of(kDirection, kDirection ? step : p.blocks - 1 - step);
-      const float4 own = load_written(reinterpret_cast<const float4*>(&other));
-      gradient = multiply_add(make_float2(own.x, own.y), gradient, make_float2(own.z, own.w));
+    if constexpr (kHasPassages) {
+      for (int step = 0; step < (kDirection ? block() : p.blocks - 1 - block()); ++step) {
+        const PassagePair& other = passage_of(kDirection, kDirection ? step : p.blocks - 1 - step);
+        const float4 own = load_written(reinterpret_cast<const float4*>(&other));
+        gradient = multiply_add(make_float2(own.x, own.y), gradient, make_float2(own.z, own.w));
+      }
     }
     return gradient;
   }
