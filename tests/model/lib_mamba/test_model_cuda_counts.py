@@ -61,12 +61,9 @@ SPILLED = {(Case(544, 16, False, 4), "BFloat16"): 24}
 # Of the backward pass: width, positions of a chunk, the most bytes that a thread may store and reload, and instructions
 # of a warp for 32 values of a channel and position.
 BACKWARD = [
-    (224, 16, 0, 281),
-    (320, 16, 24, 246),
-    (384, 12, 0, 235),
-    (448, 9, 0, 262),
-    (512, 16, 0, 252),
-    (544, 16, 16, 246),
+    *((224, 16, 0, 236), (288, 16, 600, 249), (320, 14, 320, 222), (320, 16, 532, 215)),
+    *((384, 12, 8, 213), (448, 9, 8, 228), (512, 12, 188, 231), (512, 16, 220, 212)),
+    *((544, 9, 120, 271), (544, 12, 148, 250), (544, 13, 176, 263), (544, 16, 280, 231)),
 ]
 
 COMPLETE = """

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_as_cpp import FEW, H200_SHARED, MANY, SMALL_SHARED
+from cuda_traffic import ELEMENT, FLOOR, SCANS, backward_bytes, states_bytes
 from scan_cases import (
     TOLERANCES,
     arguments,
@@ -191,8 +192,11 @@ def test_short_sequences_and_other_scans_keep_no_states(cuda_as_cpp):
     assert states.shape == (2, 2, 0, 37)
 
 
-# Channels, length, rank: scans of the released networks, two of them in clusters.
-GRADIENTS = [(384, 36, 12), (448, 9, 14), (544, 49, 17), (544, 16, 17), (512, 64, 16), (224, 144, 7), (320, 256, 10)]
+# Channels, length, rank: scans of the released networks, one for each kernel, some of them in clusters.
+GRADIENTS = [
+    *((224, 144, 7), (288, 144, 9), (320, 196, 10), (320, 256, 10), (384, 36, 12), (448, 9, 14), (512, 36, 16)),
+    *((512, 64, 16), (544, 9, 17), (544, 16, 17), (544, 36, 17), (544, 49, 17)),
+]
 # What a profiler sees of PyTorch that starts nothing on a GPU.
 NO_WORK = {"aten::" + name for name in ("_reshape_alias", "contiguous", "empty", "flatten", "reshape", "to", "view")}
 
@@ -208,6 +212,26 @@ def test_gradients_of_the_released_networks_scans(shape, dtype, cuda_as_cpp):
     assert_same_in_any_order(cuda_as_cpp, tensors)
     cuda_as_cpp.set_device(FEW, H200_SHARED)
     assert_accurate(output_and_gradients(gated_scan, tensors), exact(tensors), dtype, "cuda")
+
+
+@pytest.mark.parametrize("shape", GRADIENTS, ids=str)
+def test_what_training_and_its_gradients_move(shape, cuda_as_cpp):
+    """To the byte, what the table of the kernels' traffic says."""
+    channels, length, _ = shape
+    batch = 5 if length <= 16 else 1
+    tensors = inputs_of_a_released_network(*shape, batch=batch, dtype=torch.bfloat16)
+    cuda_as_cpp.take_traffic()
+    y = cuda_as_cpp.gated_scan(*tensors, 1e-5, [0, 1])
+    inference = sum(cuda_as_cpp.take_traffic())
+    _, states = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    assert sum(cuda_as_cpp.take_traffic()) - inference == batch * states_bytes(channels, length)
+    cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], states)
+    assert cuda_as_cpp.take_traffic() == tuple(batch * count for count in backward_bytes(channels, length))
+
+
+def test_gradients_move_little_more_than_they_must():
+    shares = {scan: sum(backward_bytes(*scan)) / (FLOOR * ELEMENT * scan[0] * scan[1]) for scan in SCANS}
+    assert {scan: share for scan, share in shares.items() if share > (1.6 if scan[1] > 256 else 1.45)} == {}
 
 
 @pytest.mark.parametrize(

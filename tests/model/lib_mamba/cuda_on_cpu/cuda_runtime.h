@@ -114,9 +114,9 @@ void cluster_wait();
 void copy_ahead(float4* to, const void* from);
 void wait_for_copies();
 
-// Note a word that load_word or store_word moves: lanes that name the same one in the same load share it.
+// Note what the accessors of global memory move: lanes that name the same word in the same load share it.
 void count_load(const void* word);
-void count_store();
+void count_store(int64_t bytes);
 
 // The tensor cores' product of a warp's fragments.
 void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]);

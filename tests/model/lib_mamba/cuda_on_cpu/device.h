@@ -72,8 +72,23 @@ inline uint32_t load_word(const void* from) {
   cuda_on_cpu::count_load(from);
   return *static_cast<const uint32_t*>(from);
 }
+template <typename Value>
+Value load_value(const Value* from) {
+  static_assert(sizeof(Value) % sizeof(uint32_t) == 0);
+  for (size_t i = 0; i < sizeof(Value) / sizeof(uint32_t); ++i)
+    cuda_on_cpu::count_load(reinterpret_cast<const uint32_t*>(from) + i);
+  return *from;
+}
+inline float4 load_written(const float4* from) {
+  return load_value(from);
+}
+template <typename Value>
+void store_value(Value* to, Value value) {
+  cuda_on_cpu::count_store(sizeof(Value));
+  *to = value;
+}
 inline void store_word(void* to, uint32_t word) {
-  cuda_on_cpu::count_store();
+  cuda_on_cpu::count_store(sizeof word);
   *static_cast<uint32_t*>(to) = word;
 }
 

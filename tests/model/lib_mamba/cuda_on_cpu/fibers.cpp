@@ -306,8 +306,8 @@ void count_load(const void* word) {
   bytes_loaded += loads[own].insert(word).second ? sizeof(uint32_t) : 0;
 }
 
-void count_store() {
-  bytes_stored += sizeof(uint32_t);
+void count_store(int64_t bytes) {
+  bytes_stored += bytes;
 }
 
 void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {

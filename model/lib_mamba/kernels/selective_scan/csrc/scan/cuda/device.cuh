@@ -102,13 +102,29 @@ __device__ __forceinline__ int warp_index() {
   return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 }
 
-// Global memory, four bytes at a time.
+// Global memory that a kernel only reads, four bytes at a time; loads may move ahead of barriers.
 __device__ __forceinline__ uint32_t load_word(const void* from) {
   return __ldg(static_cast<const uint32_t*>(from));
 }
 
+// Global memory, where the code says.
+template <typename Value>
+__device__ __forceinline__ Value load_value(const Value* from) {
+  return *from;
+}
+
+// What other blocks of threads have written: from the cache that all share.
+__device__ __forceinline__ float4 load_written(const float4* from) {
+  return __ldcg(from);
+}
+
 __device__ __forceinline__ void store_word(void* to, uint32_t word) {
   *static_cast<uint32_t*>(to) = word;
+}
+
+template <typename Value>
+__device__ __forceinline__ void store_value(Value* to, Value value) {
+  *to = value;
 }
 
 // 16 bytes from global to shared memory, or zeros where `is_there` is false; they have arrived after wait_for_copies,

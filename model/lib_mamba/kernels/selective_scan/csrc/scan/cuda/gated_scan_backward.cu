@@ -99,7 +99,8 @@ template <typename T, int NR_, int kChunk_, int kChannels_ = 0>
 struct Instance {
   using Element = T;
   static constexpr int NR = NR_, kChunk = kChunk_, kChannels = kChannels_;
-  using Shared = BackwardShared<T, NR, kChunk>;
+  using Warp = BackwardWarp<T, NR, kChunk, kChannels>;
+  using Shared = typename Warp::Shared;
 
   static constexpr auto kernel() { return scan_backward_kernel<T, NR, kChunk, kChannels>; }
 };
@@ -110,11 +111,16 @@ bool with_instance(const BackwardArguments<T>& p, Function&& function) {
   const auto can_run = [&](auto instance) {
     using Own = decltype(instance);
     const Division division(p.length, Own::kChunk);
-    if (p.rank > 8 * Own::NR || !division.is_possible || (is_block_an_image(Own::kChannels) && division.blocks > 1) ||
+    if (p.rank > 8 * Own::NR || !division.is_possible ||
         !fits_shared(Own::Shared::floats(num_groups(p.channels), Own::kChannels > 0)))
       return false;
-    return Own::kChannels == 0 || (p.channels == Own::kChannels && p.x_row == p.channels && p.grad_row == p.channels &&
-                                   p.rank == ceil_div(p.channels, 32));
+    if (Own::kChannels == 0)
+      return true;
+    const bool is_width = p.channels == Own::kChannels && p.x_row == p.channels && p.grad_row == p.channels &&
+                          p.rank == ceil_div(p.channels, 32);
+    const bool is_length = division.step == Own::kChunk && (Own::Warp::kMayEndEarly || p.length % Own::kChunk == 0);
+    return is_width && is_length && (division.blocks == 1 || !is_block_an_image(Own::kChannels)) &&
+           (division.are_independent || !is_chunk_an_image(Own::kChannels, Own::kChunk));
   };
   const int64_t padded_rows = static_cast<int64_t>(p.batch) * p.length + kBlockChunks * kTileRows;
   if (p.channels % 2 != 0 || num_groups(p.channels) > kMaxBackwardWarps || padded_rows > INT_MAX)
@@ -124,8 +130,10 @@ bool with_instance(const BackwardArguments<T>& p, Function&& function) {
     return try_all(Instance<T, 3, 16>());
   else
     return try_all(
-        Instance<T, 1, 16, 224>(), Instance<T, 2, 16, 320>(), Instance<T, 2, 12, 384>(), Instance<T, 2, 9, 448>(),
-        Instance<T, 2, 16, 512>(), Instance<T, 3, 16, 544>(), Instance<T, 2, 16>(), Instance<T, 3, 16>());
+        Instance<T, 1, 16, 224>(), Instance<T, 2, 16, 288>(), Instance<T, 2, 14, 320>(), Instance<T, 2, 16, 320>(),
+        Instance<T, 2, 12, 384>(), Instance<T, 2, 9, 448>(), Instance<T, 2, 12, 512>(), Instance<T, 2, 16, 512>(),
+        Instance<T, 3, 9, 544>(), Instance<T, 3, 12, 544>(), Instance<T, 3, 13, 544>(), Instance<T, 3, 16, 544>(),
+        Instance<T, 2, 16>(), Instance<T, 3, 16>());
 }
 
 // The states that the forward pass has kept; where it has not, they are computed now.
@@ -154,7 +162,7 @@ void run_instance(
     BackwardArguments<typename Instance::Element> arguments, const ParameterTensors& parameters,
     const ParameterTensors& gradients, const Tensor& like) {
   using Shared = typename Instance::Shared;
-  using Warp = BackwardWarp<typename Instance::Element, Instance::NR, Instance::kChunk, Instance::kChannels>;
+  using Warp = typename Instance::Warp;
   const Division division(arguments.length, Instance::kChunk);
   const int groups = num_groups(arguments.channels);
   const bool is_parked_here = fits_shared(Shared::floats(groups, true));
@@ -186,7 +194,6 @@ void run_instance(
       empty_floats({division.blocks > 1 ? arguments.batch : 0, 2, division.blocks, groups * kLanes, 4}, like);
   const Tensor parked = empty_floats({is_parked_here ? 0 : blocks, groups, Shared::kParkedFloats}, like);
   arguments.prepared = prepared.const_data_ptr<float>();
-  arguments.transposed = arguments.prepared + GroupLayout<Instance::NR>::kTranspose;
   arguments.shares = shares.mutable_data_ptr<float>();
   arguments.passages = static_cast<PassagePair*>(passages.mutable_data_ptr());
   arguments.parked = is_parked_here ? nullptr : parked.mutable_data_ptr<float>();
@@ -224,7 +231,7 @@ bool grouped_backward(
   arguments.rank = static_cast<int>(given.dt_weight.size(2));
   return with_instance<T>(arguments, [&](auto instance) {
     const ParameterTensors parameters = given.contiguous(), gradients = parameters.gradients();
-    const Tensor own_projection = projection.to(type).contiguous();
+    const Tensor own_projection = as_pair_rows(projection.contiguous(), type);
     const Tensor own_states = states_of<T>(x, projection, parameters, states, type);
     Tensor dx = at::empty(x.sizes(), x.options().dtype(type)), dz = at::empty(z.sizes(), z.options().dtype(type));
     Tensor dprojection = at::empty(projection.sizes(), projection.options().dtype(type));

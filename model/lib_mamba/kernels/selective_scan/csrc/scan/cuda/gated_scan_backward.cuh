@@ -6,13 +6,16 @@
 //    an image of several blocks also finds how the gradients of the states pass through the chunk, which go against the
 //    directions' travel;
 // 2. there finds, from how they pass through the other blocks, the gradients that enter this one;
-// 3. computes the states of one chunk after the other again, and the gradients of direction 1, then of direction 0.
+// 3. computes the states of one chunk after the other again, from the last one to the first, and the gradients of
+//    direction 1, then of direction 0. Those of direction 1's states go the other way: how they pass from the block's
+//    entry to the chunk's has been found in step 1.
 // Sums over channels are made in the block. Those over positions are made by each block for all images that it takes,
 // and added up by add_kernel: in the same order every time, without atomics.
 #pragma once
 
 #include <type_traits>
 
+#include "scan/cuda/chunks.h"
 #include "scan/cuda/gated_scan_backward_parameters.cuh"
 #include "scan/cuda/pairs.cuh"
 
@@ -36,15 +39,14 @@ template <typename T>
 struct BackwardArguments {
   const T *x, *z, *grad;
   int x_row, z_row, grad_row;
-  const T* projection;      // (B, L, 2 * (R + 2))
-  const float* prepared;    // (groups, GroupLayout::kFloats)
-  const float* transposed;  // prepared, from kTranspose on: an address of its own need not be kept
-  const float* states;      // (B, 2, image_states, D)
-  T *dx, *dz;               // (B, L, D)
-  T* dprojection;           // as projection
-  float* shares;            // (thread blocks, groups, ShareLayout::group())
-  PassagePair* passages;    // (B, 2, blocks, groups * 32)
-  float* parked;            // (thread blocks, warps, parked floats) or, to use shared memory, null; known channels do
+  const T* projection;    // (B, L, 2 * (R + 2))
+  const float* prepared;  // (groups, GroupLayout::kFloats)
+  const float* states;    // (B, 2, image_states, D)
+  T *dx, *dz;             // (B, L, D)
+  T* dprojection;         // as projection
+  float* shares;          // (thread blocks, groups, ShareLayout::group())
+  PassagePair* passages;  // (B, 2, blocks, groups * 32)
+  float* parked;          // (thread blocks, warps, parked floats) or, to use shared memory, null; known channels do
   float eps;
   int batch, length, channels, rank;
   int step;              // positions of a chunk
@@ -91,23 +93,37 @@ struct Parking<c10::Half> {
   }
 };
 
-// Where the parts of a thread block's shared memory begin, in floats.
-template <typename T, int NR, int kChunk>
+// Whether a block of threads has all positions of an image, in all the released networks with these channels.
+__host__ __device__ constexpr bool is_block_an_image(int channels) {
+  return channels == 384 || channels == 448 || channels == 544;
+}
+
+// The same for a chunk of so many positions.
+__host__ __device__ constexpr bool is_chunk_an_image(int channels, int chunk) {
+  return channels > 0 && chunk == 9;
+}
+
+// Where the parts of a thread block's shared memory begin, in floats. kHasPassages: an image may have several blocks.
+template <typename T, int NR, int kChunk, bool kHasPassages>
 struct BackwardShared {
   static constexpr bool kExact = sizeof(T) == sizeof(float);
-  static constexpr int kHeaderFloats = 4;  // the number of the block of positions
+  static constexpr int kHeaderFloats = 4;  // the numbers of the block of positions and its image, its place in it
   static constexpr int kStageRows = (kBlockChunks - 1) * kChunk + kTileRows;
   static constexpr int kStageFloats = 2 * kStageRows * rank_row(NR);
   // Of a warp.
   static constexpr int kTileFloats = kTileRows * kPairRow;
   static constexpr int kNarrowFloats = kTileRows * kTileRow;
-  static constexpr int kStateFloats = 2 * kBlockChunks * kGroup;
+  static constexpr int kPassageFloats = (kHasPassages ? 2 : 1) * (kBlockChunks - 1) * kGroup;
+  static constexpr int kLaneSumFloats = 2 * kGroup;
   static constexpr int kRowFloats = 4 * kTileRows;
   // A chunk's decays in half precision fit where the sums over lanes are made.
   static constexpr int kParkedChunks = kBlockChunks + kExact;
-  static constexpr int kParkedFloats = kParkedChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes;
-  static constexpr int kScaleFloats = Parking<T>::kScales ? kBlockChunks * kLanes : 0;  // of dx
-  static constexpr int kWarpFloats = kTileFloats + kNarrowFloats + kStateFloats + kRowFloats + kScaleFloats;
+  // The sums for dt_weight of direction 1, where registers cannot hold those of both.
+  static constexpr bool kParksSums = NR > 2;
+  static constexpr int kSummedFloats = kParksSums ? 512 * NR : 0;
+  static constexpr int kParkedFloats =
+      kParkedChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes + kSummedFloats;
+  static constexpr int kWarpFloats = kTileFloats + kNarrowFloats + kPassageFloats + kLaneSumFloats + kRowFloats;
   static constexpr int kSumFloats = 2 * 2 * kTileRows;
 
   static constexpr int floats(int warps, bool is_parked_here) {
@@ -166,15 +182,11 @@ __device__ __forceinline__ void multiply_rounded(float (&c)[4], const float (&a)
     multiply_tf32(c, a, b);
 }
 
-// Whether a block of threads has all positions of an image, in all the released networks with these channels.
-__host__ __device__ constexpr bool is_block_an_image(int channels) {
-  return channels == 384 || channels == 448 || channels == 544;
-}
-
 // kChannels: D where it is a constant, and the rows of x and the output's gradient lie D apart; otherwise 0.
 template <typename T, int NR, int kChunk, int kChannels>
 struct BackwardWarp {
-  using Shared = BackwardShared<T, NR, kChunk>;
+  static constexpr bool kHasPassages = !is_block_an_image(kChannels);
+  using Shared = BackwardShared<T, NR, kChunk, kHasPassages>;
   using Layout = GroupLayout<NR>;
   static constexpr bool kExact = Shared::kExact;
   static constexpr int kRow = rank_row(NR);
@@ -184,11 +196,15 @@ struct BackwardWarp {
   static constexpr bool kHasOnes = kRank % 8 != 0;
   static constexpr bool kRough = std::is_same_v<T, c10::BFloat16>;
   static constexpr bool kParksHere = kChannels > 0;  // in shared memory: one known kind of address
-  static constexpr bool kHasPassages = !is_block_an_image(kChannels);
   static constexpr bool kIsWhole = kChannels > 0 && kChannels % kGroup == 0;
   // bfloat16 would not do for sums and their gradients: other sums, in which they cancel, follow.
   using Parked = Parking<std::conditional_t<kExact, float, c10::Half>>;
   using Stored = typename Parked::Stored;
+  // Whether step 1 finds how gradients of a direction's states pass through chunks.
+  template <int kDirection>
+  static constexpr bool kPasses = kDirection ? !is_chunk_an_image(kChannels, kChunk) : kHasPassages;
+  // Known widths have chunks of one length.
+  static constexpr bool kMayEndEarly = kChannels == 0 || kChunk == kPartialChunk;
   static constexpr float kMasked = -200.f;  // a time step of zero: such a position changes nothing
 
   const BackwardArguments<T>& p;
@@ -207,39 +223,47 @@ struct BackwardWarp {
   float* const tiles = stages + Shared::kStageFloats + warps * Shared::kSumFloats;
   float* const tile = tiles + warp * Shared::kWarpFloats;
   float* const narrow = tile + Shared::kTileFloats;
-  float2* const entering = reinterpret_cast<float2*>(narrow + Shared::kNarrowFloats) + lane;
-  float2* const statistics = reinterpret_cast<float2*>(narrow + Shared::kNarrowFloats + Shared::kStateFloats);
+  float2* const passages = reinterpret_cast<float2*>(narrow + Shared::kNarrowFloats) + lane;
+  float2* const lane_sums = reinterpret_cast<float2*>(narrow + Shared::kNarrowFloats + Shared::kPassageFloats) + lane;
+  float2* const statistics =
+      reinterpret_cast<float2*>(narrow + Shared::kNarrowFloats + Shared::kPassageFloats + Shared::kLaneSumFloats);
   float2* const means = statistics + kTileRows;
-  float* const dx_scales = reinterpret_cast<float*>(means + kTileRows) + lane;
   float* const scales =
       (kParksHere || !p.parked ? tiles + warps * Shared::kWarpFloats
                                : p.parked + static_cast<int64_t>(blockIdx.x) * warps * Shared::kParkedFloats) +
       warp * Shared::kParkedFloats + lane;
   Stored* const parked = reinterpret_cast<Stored*>(scales - lane + kBlockChunks * kLanes) + lane;
+  float4* const summed =
+      reinterpret_cast<float4*>(scales - lane + Shared::kParkedFloats - Shared::kSummedFloats) + lane;
+  const float* const own_parameters = p.prepared + warp * Layout::kFloats + 4 * lane;
   const ShareLayout layout{NR, kHasOnes};
   float* const share = p.shares + (static_cast<int64_t>(blockIdx.x) * warps + warp) * layout.group();
 
   // Of the block of positions: its first row of all (B * L), how many it has.
   int first_row, rows;
 
-  float dweight[4][NR][4];
-  float2 dbias, dnorm_weight, dnorm_bias;
+  // By direction, unless those of direction 1 are parked.
+  float dweight[Shared::kParksSums ? 1 : 2][4][NR][4];
+  float2 dbias[2], dnorm_weight, dnorm_bias;
 
-  // The number of the block of positions. What is rarely read is kept in shared memory: registers are few.
-  __device__ __forceinline__ int& item() const { return *reinterpret_cast<int*>(shared_memory()); }
+  // The numbers of the block of positions and of its image, and its place in it. What is rarely read is kept in shared
+  // memory: registers are few.
+  __device__ __forceinline__ int& item() const { return reinterpret_cast<int*>(shared_memory())[0]; }
+  __device__ __forceinline__ int& image() const { return reinterpret_cast<int*>(shared_memory())[1]; }
+  __device__ __forceinline__ int& block() const { return reinterpret_cast<int*>(shared_memory())[2]; }
+  __device__ __forceinline__ int step() const { return kChannels ? kChunk : p.step; }
   // Of at most 4: a sum takes fewer instructions than a division, and no register in between.
   __device__ __forceinline__ int chunks() const {
-    return 1 + (rows > p.step) + (rows > 2 * p.step) + (rows > 3 * p.step);
+    return 1 + (rows > step()) + (rows > 2 * step()) + (rows > 3 * step());
   }
-  __device__ __forceinline__ int valid(int chunk) const { return min(p.step, rows - chunk * p.step); }
+  __device__ __forceinline__ int valid(int chunk) const {
+    return kMayEndEarly ? min(step(), rows - chunk * step()) : kChunk;
+  }
   __device__ __forceinline__ int64_t row_of(int chunk) const {
-    return static_cast<int64_t>(first_row) + chunk * p.step;
-  }
-  __device__ __forceinline__ Pair<T>* rows_of(T* first, int chunk) const {
-    return as_pairs(first + row_of(chunk) * channels + readable);
+    return static_cast<int64_t>(first_row) + chunk * step();
   }
   __device__ __forceinline__ const float* stage_of(int direction, int chunk) const {
-    return stages + (direction * Shared::kStageRows + chunk * p.step) * kRow;
+    return stages + (direction * Shared::kStageRows + chunk * step()) * kRow;
   }
   __device__ __forceinline__ static float2 BC(const float* stage, int i) {
     return *reinterpret_cast<const float2*>(stage + i * kRow + 8 * NR);
@@ -247,20 +271,24 @@ struct BackwardWarp {
   __device__ __forceinline__ float2& cell(int i) const {
     return *reinterpret_cast<float2*>(tile + i * kPairRow + 2 * lane);
   }
-  // Of the warp's channels; `place` in the layout, `own` of the lane.
-  __device__ __forceinline__ const float* parameters(int place, int own) const {
-    return p.prepared + static_cast<uint32_t>(warp * Layout::kFloats + place + own);
+  // Of the lane, at a place in the layout.
+  __device__ __forceinline__ const float4* parameters(int place) const {
+    return reinterpret_cast<const float4*>(own_parameters + place);
   }
   __device__ __forceinline__ float2 parameter(int place) const {
-    return *reinterpret_cast<const float2*>(parameters(place, 2 * lane));
+    return *reinterpret_cast<const float2*>(own_parameters + place);
   }
-  __device__ __forceinline__ float2& entering_state(int direction, int chunk) const {
-    return entering[(direction * kBlockChunks + chunk) * kLanes];
+  // How the gradient of direction 1's state passes from the block's entry to a chunk's, of all but the first.
+  __device__ __forceinline__ float2& added_before(int chunk) const { return passages[(chunk - 1) * kLanes]; }
+  __device__ __forceinline__ float2& decay_before(int chunk) const {
+    return passages[(kBlockChunks + chunk - 2) * kLanes];
   }
-  // When all sums have been normalised.
-  __device__ __forceinline__ float2& dA() const { return statistics[lane]; }
-  // In direction 0, when the states that enter direction 1's chunks are needed no more.
-  __device__ __forceinline__ float2& dskip() const { return entering_state(1, 0); }
+  // Of direction 1, when all sums have been normalised.
+  template <int kDirection>
+  __device__ __forceinline__ float2& dA() const {
+    return kDirection ? statistics[lane] : lane_sums[0];
+  }
+  __device__ __forceinline__ float2& dskip() const { return lane_sums[kLanes]; }
   // The position that comes `step`-th in the direction's travel.
   template <int kDirection>
   __device__ __forceinline__ static int travelled(int step) {
@@ -270,28 +298,29 @@ struct BackwardWarp {
   __device__ __forceinline__ void load(const T* from, int row, int chunk, Pair<T> (&values)[kChunk]) const {
     const int count = valid(chunk);
     from += row_of(chunk) * row + readable;
-    if (count == kChunk) {
+    if (!kMayEndEarly || count == kChunk) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        values[i] = *as_pairs(from + i * row);
+        values[i] = load_value(as_pairs(from + i * row));
     } else {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        values[i] = i < count ? *as_pairs(from + i * row) : pack<T>(make_float2(0.f, 0.f));
+        values[i] = i < count ? load_value(as_pairs(from + i * row)) : pack<T>(make_float2(0.f, 0.f));
     }
   }
 
-  __device__ __forceinline__ void store(Pair<T>* to, int chunk, const Pair<T> (&values)[kChunk]) const {
-    const int count = exists ? valid(chunk) : 0, row = channels / 2;
+  __device__ __forceinline__ void store(T* to, int chunk, const Pair<T> (&values)[kChunk]) const {
+    const int count = exists ? valid(chunk) : 0;
+    to += row_of(chunk) * channels + readable;
     if (count == kChunk) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        to[i * row] = values[i];
-    } else {
+        store_value(as_pairs(to + i * channels), values[i]);
+    } else if (kMayEndEarly) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
         if (i < count)
-          to[i * row] = values[i];
+          store_value(as_pairs(to + i * channels), values[i]);
     }
   }
 
@@ -319,25 +348,30 @@ struct BackwardWarp {
 
   // The projection of all positions of the block as [2][rows][dt, zeros up to 8 * NR, ln 2 * B, C].
   __device__ __forceinline__ void put_stages() {
-    const int columns = rank + 2, width = 2 * columns;
-    for (int column = lane; column < width; column += kLanes) {
-      const int direction = column >= columns, own = column - direction * columns;
-      const float unit = own == rank ? kLn2 : 1.f;
-      const T* from = p.projection + (first_row + warp) * width + column;
-      float* to = stages + (direction * Shared::kStageRows + warp) * kRow + (own < rank ? own : 8 * NR + own - rank);
+    static_assert(8 * NR + 2 <= kLanes);  // two columns a lane: those left over repeat what others do
+    const int columns = rank + 2, width = 2 * columns, column = min(2 * lane, width - 2);
+    const auto place = [&](int any) {
+      const int direction = any >= columns, own = any - direction * columns;
+      return direction * Shared::kStageRows * kRow + (own < rank ? own : 8 * NR + own - rank);
+    };
+    const auto unit = [&](int any) { return any % columns == rank ? kLn2 : 1.f; };
+    const float2 units = make_float2(unit(column), unit(column + 1));
+    const T* from = p.projection + static_cast<int64_t>(first_row + warp) * width + column;
+    float* const left = stages + warp * kRow + place(column);
+    float* const right = stages + warp * kRow + place(column + 1);
 #pragma unroll 4
-      for (int row = warp; row < rows; row += warps, from += warps * width, to += warps * kRow)
-        *to = unit * static_cast<float>(*from);
+    for (int row = warp, offset = 0; row < rows; row += warps, from += warps * width, offset += warps * kRow) {
+      const float2 values = units * unpack(load_value(as_pairs(from)));
+      left[offset] = values.x;
+      right[offset] = values.y;
     }
   }
 
   // log2(e) * (dt_weight . dt + dt_bias) of a chunk into the tile; complete for the lane's own channels.
   template <int kDirection>
   __device__ __forceinline__ void project(int chunk) const {
-    const float4* const weights =
-        reinterpret_cast<const float4*>(parameters(kDirection * Layout::kDirection + Layout::kProject, 4 * lane));
-    const float4* const biases =
-        reinterpret_cast<const float4*>(parameters(kDirection * Layout::kDirection + Layout::kBias, 4 * lane));
+    const float4* const weights = parameters(kDirection * Layout::kDirection + Layout::kProject);
+    const float4* const biases = parameters(kDirection * Layout::kDirection + Layout::kBias);
     const float* const dt = stage_of(kDirection, chunk);
     float c[8][4] = {};
 #pragma unroll
@@ -383,7 +417,7 @@ struct BackwardWarp {
 
   // Of a block of the same image, in (B, 2, blocks).
   __device__ __forceinline__ int64_t place_in_image(int direction, int block) const {
-    return (static_cast<int64_t>(item() / p.blocks) * 2 + direction) * p.blocks + block;
+    return (static_cast<int64_t>(image()) * 2 + direction) * p.blocks + block;
   }
 
   // The state that enters a chunk in its travel.
@@ -391,9 +425,8 @@ struct BackwardWarp {
   __device__ __forceinline__ float2 first_state(int chunk) const {
     if (p.image_states == 0)
       return make_float2(0.f, 0.f);
-    const int64_t image = item() / p.blocks, own = item() % p.blocks * kBlockChunks + chunk;
-    return *reinterpret_cast<const float2*>(
-        p.states + ((image * 2 + kDirection) * p.image_states + own) * channels + readable);
+    const int own = (2 * image() + kDirection) * p.image_states + block() * kBlockChunks + chunk;
+    return load_value(reinterpret_cast<const float2*>(p.states + static_cast<int64_t>(own) * channels + readable));
   }
 
   // Where a chunk's decays since the direction's entry wait for the gradient of the sum: direction 1's where that
@@ -409,7 +442,6 @@ struct BackwardWarp {
   template <int kDirection>
   __device__ __forceinline__ float2 scan(int chunk, const Pair<T> (&x)[kChunk], float2 (&y)[kChunk]) const {
     float2 state = first_state<kDirection>(chunk), through = make_float2(1.f, 1.f);
-    entering_state(kDirection, chunk) = state;
     project<kDirection>(chunk);
     const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA);
     const float* const stage = stage_of(kDirection, chunk);
@@ -419,7 +451,7 @@ struct BackwardWarp {
       const float2 own_BC = BC(stage, i), s = time_step(i);
       state = advance(state, s, A, own_BC.x, unpack(x[i]));
       y[i] = multiply_add(state, own_BC.y, y[i]);
-      if (kHasPassages) {
+      if (kPasses<kDirection>) {
         through = decay(through, s, A);
         decay_since_entry<kDirection>(chunk, i) = pack<typename Parked::Type>(through);
       }
@@ -495,7 +527,7 @@ struct BackwardWarp {
       cell(i) = make_float2(scaled[i].x + scaled[i].y, fmaf(scaled[i].x, normed.x, scaled[i].y * normed.y));
     }
     if (p.part != Part::kPassages)
-      store(rows_of(p.dz, chunk), chunk, dz);
+      store(p.dz, chunk, dz);
     __syncwarp();
     float2 own_sums = make_float2(0.f, 0.f);
 #pragma unroll
@@ -539,7 +571,7 @@ struct BackwardWarp {
   __device__ __forceinline__ void scan_and_normalise() {
     PassagePair rightwards{make_float2(1.f, 1.f), make_float2(0.f, 0.f)}, leftwards = rightwards;
     dnorm_weight = dnorm_bias = make_float2(0.f, 0.f);
-    for (int chunk = 0; chunk * p.step < rows; ++chunk) {
+    for (int chunk = 0; chunk * step() < rows; ++chunk) {
       Pair<T> x[kChunk];
       float2 y[kChunk];
       load(p.x, x_row, chunk, x);
@@ -549,10 +581,17 @@ struct BackwardWarp {
         y[i] = skip * unpack(x[i]);
       const float2 decay1 = scan<1>(chunk, x, y), decay0 = scan<0>(chunk, x, y);
       normalise_back(chunk, y);
-      if (kHasPassages) {
-        // The chunk comes last for gradients that go right, and first for those that go left.
+      // The chunk comes last for gradients that go right, and first for those that go left.
+      if (kPasses<1>) {
+        if (chunk > 0) {
+          added_before(chunk) = rightwards.added;
+          if (kHasPassages)
+            decay_before(chunk) = rightwards.decay;
+        }
         rightwards.added = multiply_add(decay1, rightwards.added, added_in<1>(chunk, y));
         rightwards.decay = decay1 * rightwards.decay;
+      }
+      if (kPasses<0>) {
         leftwards.added = multiply_add(leftwards.decay, added_in<0>(chunk, y), leftwards.added);
         leftwards.decay = leftwards.decay * decay0;
       }
@@ -563,8 +602,8 @@ struct BackwardWarp {
       add_to_share(layout.norm_bias(), dnorm_bias);
     }
     if (kHasPassages && p.blocks > 1 && p.part != Part::kGradients) {
-      passage_of(1, item() % p.blocks) = rightwards;
-      passage_of(0, item() % p.blocks) = leftwards;
+      store_value(&passage_of(1, block()), rightwards);
+      store_value(&passage_of(0, block()), leftwards);
     }
   }
 
@@ -576,28 +615,25 @@ struct BackwardWarp {
   template <int kDirection>
   __device__ __forceinline__ float2 first_gradient() const {
     float2 gradient = make_float2(0.f, 0.f);
-    if (!kHasPassages)
-      return gradient;
-    const int block = item() % p.blocks;
-    for (int step = 0; step < (kDirection ? block : p.blocks - 1 - block); ++step) {
-      // Other blocks of threads have written it: not to be taken from a cache.
-      const volatile float* const other =
-          reinterpret_cast<const volatile float*>(&passage_of(kDirection, kDirection ? step : p.blocks - 1 - step));
-      const float2 own_decay = make_float2(other[0], other[1]), added = make_float2(other[2], other[3]);
-      gradient = multiply_add(own_decay, gradient, added);
+    if constexpr (kHasPassages) {
+      for (int step = 0; step < (kDirection ? block() : p.blocks - 1 - block()); ++step) {
+        const PassagePair& other = passage_of(kDirection, kDirection ? step : p.blocks - 1 - step);
+        const float4 own = load_written(reinterpret_cast<const float4*>(&other));
+        gradient = multiply_add(make_float2(own.x, own.y), gradient, make_float2(own.z, own.w));
+      }
     }
     return gradient;
   }
 
-  // A direction's gradients in a chunk, given that of the state that leaves it; direction 0 has the skip's too. Leaves
-  // those of the raw time steps, times ln 2, in the tile.
+  // A direction's gradients in a chunk, given that of the state that leaves it. Direction 0
+  // has the skip's too. Leaves those of the raw time steps, times ln 2, in the tile.
   template <int kDirection>
   __device__ __forceinline__ void differentiate(
       int chunk, const Pair<T> (&x)[kChunk], float2& dstate, float2 (&dx)[kChunk], float& dB, float& dC) {
     const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA), slope_A = A * kLn2;
     const float* const stage = stage_of(kDirection, chunk);
     const float scale = scale_of<Parked>(scales, chunk);
-    float2 state = entering_state(kDirection, chunk), before[kChunk];
+    float2 state = first_state<kDirection>(chunk), before[kChunk];
     project<kDirection>(chunk);
 #pragma unroll
     for (int step = 0; step < kChunk; ++step) {
@@ -630,10 +666,10 @@ struct BackwardWarp {
       const float2 draw = multiply_add(ddecay, slope_A, own * own_x * own_BC.x) * slope;
       own_dA = multiply_add(ddecay, s, own_dA);
       if (!kHasOnes)
-        dbias = dbias + draw;
+        dbias[kDirection] = dbias[kDirection] + draw;
       cell(i) = draw;
     }
-    dA() = dA() + own_dA;
+    dA<kDirection>() = dA<kDirection>() + own_dA;
     if (kDirection == 0)
       dskip() = multiply_add(own_dskip, scale, dskip());
 #pragma unroll
@@ -643,9 +679,39 @@ struct BackwardWarp {
     dB = row_sum(narrow);
   }
 
-  // dt_weight's gradient (64, R) += (raw's gradient)^T (64, 16) . dt (16, R).
+  // Whether a direction's sums for dt_weight wait where values are parked.
+  template <int kDirection>
+  static constexpr bool kAreParked = kDirection == 1 && Shared::kParksSums;
+
+  __device__ __forceinline__ static float4 as_vector(const float (&own)[4]) {
+    return make_float4(own[0], own[1], own[2], own[3]);
+  }
+
   template <int kDirection>
   __device__ __forceinline__ void add_dweight(int chunk) {
+    if constexpr (kAreParked<kDirection>) {
+      float own[4][NR][4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int n = 0; n < NR; ++n) {
+          const float4 total = summed[(m * NR + n) * kLanes];
+          own[m][n][0] = total.x, own[m][n][1] = total.y, own[m][n][2] = total.z, own[m][n][3] = total.w;
+        }
+      add_dweight<kDirection>(chunk, own);
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int n = 0; n < NR; ++n)
+          summed[(m * NR + n) * kLanes] = as_vector(own[m][n]);
+    } else {
+      add_dweight<kDirection>(chunk, dweight[kDirection]);
+    }
+  }
+
+  // dt_weight's gradient (64, R) += (raw's gradient)^T (64, 16) . dt (16, R).
+  template <int kDirection>
+  __device__ __forceinline__ void add_dweight(int chunk, float (&total)[4][NR][4]) const {
     const float* const stage = stage_of(kDirection, chunk);
 #pragma unroll
     for (int k = 0; k < 2; ++k)
@@ -656,7 +722,7 @@ struct BackwardWarp {
 #pragma unroll
         for (int n = 0; n < NR; ++n) {
           const float* dt = stage + (8 * k + q) * kRow + 8 * n + g;
-          multiply_rounded<kExact>(dweight[m][n], a, dt[0], dt[4 * kRow]);
+          multiply_rounded<kExact>(total[m][n], a, dt[0], dt[4 * kRow]);
         }
       }
   }
@@ -664,8 +730,7 @@ struct BackwardWarp {
   // dt's gradient (16, R) = raw's gradient (16, 64) . dt_weight (64, R), over the warp's channels.
   template <int kDirection>
   __device__ __forceinline__ void transpose(float (&c)[NR][4]) {
-    const float4* const weights = reinterpret_cast<const float4*>(
-        p.transposed + static_cast<uint32_t>(warp * Layout::kFloats + kDirection * Layout::kDirection + 4 * lane));
+    const float4* const weights = parameters(kDirection * Layout::kDirection + Layout::kTranspose);
 #pragma unroll
     for (int n = 0; n < NR; ++n)
 #pragma unroll
@@ -714,28 +779,33 @@ struct BackwardWarp {
       }
       T* const to = p.dprojection + (row_of(chunk) + position) * 2 * columns + kDirection * columns;
       if (first == 8 * NR) {
-        to[rank] = static_cast<T>(total.x);
-        to[rank + 1] = static_cast<T>(total.y);
+        store_value(to + rank, static_cast<T>(total.x));
+        store_value(to + rank + 1, static_cast<T>(total.y));
       } else {
         const float values[4] = {total.x, total.y, total.z, total.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (first + i < rank)
-            to[first + i] = static_cast<T>(values[i]);
+            store_value(to + first + i, static_cast<T>(values[i]));
       }
     }
     __syncthreads();
   }
 
+  template <int kDirection>
   __device__ __forceinline__ void begin_sums() {
-    dA() = dbias = make_float2(0.f, 0.f);
+    dA<kDirection>() = dbias[kDirection] = make_float2(0.f, 0.f);
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
       for (int n = 0; n < NR; ++n)
+        if constexpr (kAreParked<kDirection>) {
+          summed[(m * NR + n) * kLanes] = make_float4(0.f, 0.f, 0.f, 0.f);
+        } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          dweight[m][n][i] = 0.f;
+          for (int i = 0; i < 4; ++i)
+            dweight[kDirection][m][n][i] = 0.f;
+        }
   }
 
   template <int kDirection>
@@ -746,69 +816,70 @@ struct BackwardWarp {
 #pragma unroll
       for (int n = 0; n < NR; ++n) {
         float4& total = weights[(m * NR + n) * kLanes];
-        const float (&own)[4] = dweight[m][n];
+        float4 own;
+        if constexpr (kAreParked<kDirection>)
+          own = summed[(m * NR + n) * kLanes];
+        else
+          own = as_vector(dweight[kDirection][m][n]);
         total = make_float4(
-            fmaf(kLog2e, own[0], total.x), fmaf(kLog2e, own[1], total.y), fmaf(kLog2e, own[2], total.z),
-            fmaf(kLog2e, own[3], total.w));
+            fmaf(kLog2e, own.x, total.x), fmaf(kLog2e, own.y, total.y), fmaf(kLog2e, own.z, total.z),
+            fmaf(kLog2e, own.w, total.w));
       }
     const float2 A = parameter(kDirection * Layout::kDirection + Layout::kA);
     if (!kHasOnes)
-      add_to_share(layout.dt_bias(kDirection), dbias * kLog2e);
-    add_to_share(layout.A_log(kDirection), dA() * A * kLn2);
+      add_to_share(layout.dt_bias(kDirection), dbias[kDirection] * kLog2e);
+    add_to_share(layout.A_log(kDirection), dA<kDirection>() * A * kLn2);
   }
 
-  // One direction's gradients; leaves those of the raw time steps in the tile, dx in the array.
+  // What follows from a direction's gradients of the raw time steps. Loads are not moved across a __syncwarp, which
+  // keeps the registers that wait for them few.
   template <int kDirection>
-  __device__ __forceinline__ void differentiate_chunk(
-      int chunk, const Pair<T> (&x)[kChunk], float2& dstate, float2 (&dx)[kChunk]) {
-    float dB, dC, c[NR][4];
-    if (p.are_independent)
-      dstate = make_float2(0.f, 0.f);
-    differentiate<kDirection>(chunk, x, dstate, dx, dB, dC);
+  __device__ __forceinline__ void add_up(int chunk, float dB, float dC) {
+    float c[NR][4];
+    __syncwarp();
     add_dweight<kDirection>(chunk);
+    __syncwarp();
     transpose<kDirection>(c);
     put_partial(c, dB, dC);
     store_dprojection<kDirection>(chunk);
   }
 
-  // Direction 1 leaves its part of dx where the whole will be.
-  __device__ __forceinline__ void differentiate_rightwards() {
-    begin_sums();
-    float2 dstate = first_gradient<1>();
-    for (int chunk = 0; chunk * p.step < rows; ++chunk) {
-      Pair<T> x[kChunk];
-      Pair<T> part[kChunk];
-      float2 dx[kChunk];
-      load(p.x, x_row, chunk, x);
-      differentiate_chunk<1>(chunk, x, dstate, dx);
-      const float scale = Parking<T>::scale_up(dx);
-      if (Parking<T>::kScales)
-        dx_scales[chunk * kLanes] = scale;
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        part[i] = pack<T>(dx[i]);
-      store(rows_of(p.dx, chunk), chunk, part);
-    }
-    add_sums<1>();
+  // The gradient that enters a chunk of direction 1, given the one that enters the block.
+  __device__ __forceinline__ float2 entering_gradient(int chunk, float2 first) const {
+    if (!kPasses<1> || p.are_independent || chunk == 0)
+      return first;
+    return kHasPassages ? multiply_add(decay_before(chunk), first, added_before(chunk)) : added_before(chunk);
   }
 
-  __device__ __forceinline__ void differentiate_leftwards() {
-    begin_sums();
-    float2 dstate = first_gradient<0>();
+  // Both directions' gradients, from the last chunk to the first.
+  __device__ __forceinline__ void differentiate_all() {
+    begin_sums<0>();
+    begin_sums<1>();
     dskip() = make_float2(0.f, 0.f);
+    const float2 first1 = first_gradient<1>();
+    float2 dstate0 = first_gradient<0>();
     for (int chunk = chunks() - 1; chunk >= 0; --chunk) {
-      Pair<T> x[kChunk], part[kChunk];
-      float2 dx[kChunk];
+      Pair<T> x[kChunk], own[kChunk];
+      float dB, dC;
+      float2 dx[kChunk], dstate1 = entering_gradient(chunk, first1);
       load(p.x, x_row, chunk, x);
-      differentiate_chunk<0>(chunk, x, dstate, dx);
-      load(p.dx, channels, chunk, part);
-      const float scale = scale_of<Parking<T>>(dx_scales, chunk);
+      differentiate<1>(chunk, x, dstate1, dx, dB, dC);
+      const float scale = Parking<T>::scale_up(dx);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        part[i] = pack<T>(multiply_add(unpack(part[i]), scale, dx[i]));
-      store(rows_of(p.dx, chunk), chunk, part);
+        own[i] = pack<T>(dx[i]);
+      add_up<1>(chunk, dB, dC);
+      if (!kPasses<1> || p.are_independent)
+        dstate0 = make_float2(0.f, 0.f);
+      differentiate<0>(chunk, x, dstate0, dx, dB, dC);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        own[i] = pack<T>(multiply_add(unpack(own[i]), scale, dx[i]));
+      add_up<0>(chunk, dB, dC);
+      store(p.dx, chunk, own);
     }
     add_sums<0>();
+    add_sums<1>();
     add_to_share(layout.D_skip(), dskip());
   }
 
@@ -834,17 +905,19 @@ struct BackwardWarp {
     }
     if (kHasPassages && p.part == Part::kPassages)
       return;
-    differentiate_rightwards();
-    differentiate_leftwards();
+    differentiate_all();
   }
 
   __device__ __forceinline__ void run() {
     begin();
-    const int most = kBlockChunks * p.step;
+    const int most = kBlockChunks * step();
     for (int next = blockIdx.x; next < p.items; next = item() + gridDim.x) {
       __syncthreads();
-      if (threadIdx.x == 0)
+      if (threadIdx.x == 0) {
         item() = next;
+        image() = next / p.blocks;
+        block() = next % p.blocks;
+      }
       if (p.are_independent) {
         first_row = next * most;
         rows = min(most, p.batch * p.length - first_row);

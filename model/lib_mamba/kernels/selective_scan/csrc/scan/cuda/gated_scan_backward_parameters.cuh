@@ -51,12 +51,15 @@ struct GroupLayout {
   static constexpr int kProject = 0;                      // for dt . dt_weight^T: [NR][4][32][4]
   static constexpr int kTranspose = kProject + 512 * NR;  // for d(dt) = draw . dt_weight: [NR][4][32][4]
   static constexpr int kBias = kTranspose + 512 * NR;     // [4][32][4]
-  static constexpr int kA = kBias + 512;                  // -exp(A_log), [64]
-  static constexpr int kDirection = kA + kGroup;
-  static constexpr int kSkip = 2 * kDirection;  // D_skip, both directions added, [64]
-  static constexpr int kNormWeight = kSkip + kGroup;
-  static constexpr int kNormBias = kNormWeight + kGroup;
-  static constexpr int kFloats = kNormBias + kGroup;
+  static constexpr int kA = kBias + 512;                  // -exp(A_log), [32][4], of which the first two
+  static constexpr int kDirection = kA + 4 * kLanes;
+  static constexpr int kSkip = 2 * kDirection;  // D_skip, both directions added, likewise
+  static constexpr int kNormWeight = kSkip + 4 * kLanes;
+  static constexpr int kNormBias = kNormWeight + 4 * kLanes;
+  static constexpr int kFloats = kNormBias + 4 * kLanes;
+
+  // Where a vector has the value of a channel. All that a lane reads lies at one distance from its own address.
+  __device__ __forceinline__ static int place(int channel) { return channel / 2 * 4 + channel % 2; }
 };
 
 // Grid (groups), into (groups, kFloats).
@@ -87,15 +90,16 @@ __global__ void prepare_kernel(const AnyParameters p, bool has_ones, float* prep
     }
     for (int item = threadIdx.x; item < kGroup; item += blockDim.x) {
       const bool exists = first + item < p.channels;
-      own[Layout::kA + item] = exists ? -expf(p.A_log.get(direction * p.channels + first + item)) : -1.f;
+      own[Layout::kA + Layout::place(item)] = exists ? -expf(p.A_log.get(direction * p.channels + first + item)) : -1.f;
     }
   }
   for (int item = threadIdx.x; item < kGroup; item += blockDim.x) {
     const int channel = first + item;
     const bool exists = channel < p.channels;
-    group[Layout::kSkip + item] = exists ? p.D_skip.get(channel) + p.D_skip.get(p.channels + channel) : 0.f;
-    group[Layout::kNormWeight + item] = exists ? p.norm_weight.get(channel) : 0.f;
-    group[Layout::kNormBias + item] = exists ? p.norm_bias.get(channel) : 0.f;
+    group[Layout::kSkip + Layout::place(item)] =
+        exists ? p.D_skip.get(channel) + p.D_skip.get(p.channels + channel) : 0.f;
+    group[Layout::kNormWeight + Layout::place(item)] = exists ? p.norm_weight.get(channel) : 0.f;
+    group[Layout::kNormBias + Layout::place(item)] = exists ? p.norm_bias.get(channel) : 0.f;
   }
 }
 

@@ -349,7 +349,7 @@ struct ClusterWarp {
   __device__ __forceinline__ void keep_state(int image, int direction, int chunk, const float2& state) const {
     const int64_t place = (static_cast<int64_t>(image) * 2 + direction) * plan.states + chunk;
     if (is_own_channel())
-      *reinterpret_cast<float2*>(states + place * kD + channel) = state * kLn2;
+      store_value(reinterpret_cast<float2*>(states + place * kD + channel), state * kLn2);
   }
 
   // Add what the entering states contribute.
