@@ -153,6 +153,40 @@ def test_every_instruction_set(compiled_kernels, run_with_capability, capability
     assert float(run_with_capability(capability, WHOLE_NETWORK)) < 1e-3
 
 
+# Pixels, channels before and after: less than a block of each, and more with something left over; a panel of one vector.
+PRODUCTS = """
+import torch
+import torch.nn.functional as F
+from model.lib_mamba.library import load
+load()
+ops = torch.ops.mobilemamba_kernels
+worst = 0.0
+for pixels, before, after in ((2, 1, 3), (67, 31, 130), (300, 403, 141), (517, 57, 9)):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, before, pixels, 1), torch.randn(after, before, 1, 1)
+    grad, scale, shift = torch.randn(1, after, pixels, 1), torch.rand(after) + 0.5, torch.randn(after)
+    leaves = [value.double().requires_grad_() for value in (x, weight, scale, shift)]
+    y = F.batch_norm(F.conv2d(leaves[0], leaves[1]), None, None, leaves[2], leaves[3], training=True)
+    expected = torch.autograd.grad(y, leaves, grad.double())
+    results = []
+    for threads in (1, 3, 8):
+        torch.set_num_threads(threads)
+        running = [torch.zeros(after), torch.ones(after), torch.tensor(0)]
+        _, saved = ops.pointwise_step(x, [weight, scale, shift], running, [0.1], [1e-5])
+        results.append(ops.pointwise_step_backward(grad, x, saved, [weight, scale, shift]))
+    assert all(torch.equal(*pair) for other in results[1:] for pair in zip(results[0], other))
+    for actual, value in zip(results[0], expected):
+        worst = max(worst, ((actual - value).abs().max() / value.abs().max().clamp(min=1)).item())
+print(worst)
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_gradients_of_products_of_any_size(compiled_kernels, run_with_capability, capability):
+    """As in float64, and the same bits for any number of threads."""
+    assert float(run_with_capability(capability, PRODUCTS)) < 2e-5
+
+
 def test_gradients_are_identical_from_run_to_run(compiled_kernels):
     module, x = block(), feature_map(4, 6, 6, 38)
     first, second = run(copy.deepcopy(module), x), run(copy.deepcopy(module), x)
