@@ -153,7 +153,7 @@ def test_every_instruction_set(compiled_kernels, run_with_capability, capability
     assert float(run_with_capability(capability, WHOLE_NETWORK)) < 1e-3
 
 
-# Pixels, channels before and after: less than a block of each, and more with something left over; a panel of one vector.
+# Pixels, channels before and after: less than a block of each, and more with something left over.
 PRODUCTS = """
 import torch
 import torch.nn.functional as F

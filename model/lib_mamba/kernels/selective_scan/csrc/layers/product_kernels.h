@@ -180,6 +180,18 @@ struct GradientPixels {
           depth, [&](int64_t c, auto is_part) { store(to + c, load<is_part.value>(x[i] + c, depth - c)); });
   }
 
+  // Pixels [begin, end) of vectors of columns; the last one may have only `left` of them, and zeros.
+  template <int NV>
+  void copy_vectors(int64_t begin, int64_t end, int64_t column, int64_t left, float* to) const {
+    for (int64_t i = begin; i < end; ++i, to += NV * LANES) {
+      const float* from = grad[i] + column;
+      for (int v = 0; v + 1 < NV; ++v)
+        store(to + v * LANES, load(from + v * LANES));
+      const float* last = from + (NV - 1) * LANES;
+      store(to + (NV - 1) * LANES, left >= LANES ? load(last) : load_part(last, left));
+    }
+  }
+
   // Panels [first, last), one behind the other, columns padded with zeros to whole vectors.
   void copy_grad(const Panels& panels, int64_t first, int64_t last, int64_t columns, float* to) const {
     constexpr int64_t few = 8;  // pixels at a time: the processor prefetches that many sequences
@@ -188,11 +200,14 @@ struct GradientPixels {
       for (int64_t panel = first; panel < last; ++panel) {
         const Columns vectors = panels[panel];
         const int64_t column = vectors.start * LANES, width = vectors.count * LANES;
-        const int64_t end = begin + few < count ? begin + few : count;
+        const int64_t end = begin + few < count ? begin + few : count, left = columns - column - width + LANES;
         float* row = to + (column - start) * count + begin * width;
-        for (int64_t i = begin; i < end; ++i)
-          for (int64_t c = column; c < column + width; c += LANES, row += LANES)
-            store(row, c + LANES <= columns ? load(grad[i] + c) : load_part(grad[i] + c, columns - c));
+        if (vectors.count == 3)
+          copy_vectors<3>(begin, end, column, left, row);
+        else if (vectors.count == 2)
+          copy_vectors<2>(begin, end, column, left, row);
+        else
+          copy_vectors<1>(begin, end, column, left, row);
       }
   }
 };

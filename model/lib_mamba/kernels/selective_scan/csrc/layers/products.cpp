@@ -17,9 +17,9 @@ using at::Tensor;
 
 // Rows of a weight's gradient that are made at a time, a multiple of those of a tile: the more, the less often x is
 // copied.
-constexpr int64_t kGradientRows = 128, kTileRows = 8;
+constexpr int64_t kGradientRows = 256, kTileRows = 8;
 
-// A weight's gradient in blocks of rows and panels.
+// A weight's gradient in blocks of rows and panels, a few for each thread.
 struct GradientBlocks {
   int64_t rows, columns;
   Panels panels;
@@ -30,10 +30,11 @@ struct GradientBlocks {
         columns(columns_),
         panels{num_vectors(columns)},
         of_rows{ceil_div(rows, kTileRows), ceil_div(rows, kGradientRows)},
-        of_panels{panels.count(), std::min(panels.count(), ceil_div(wanted(of_rows.count), of_rows.count))} {}
-
-  // A few for each thread.
-  static int64_t wanted(int64_t count) { return count < 4 * num_threads() ? round_up(count, num_threads()) : count; }
+        of_panels{panels.count(), 1} {
+    const int64_t threads = num_threads(), wanted = threads > 1 ? 2 * threads : 1;
+    of_panels.count = std::min(panels.count(), ceil_div(wanted, of_rows.count));
+    of_rows.count = std::min(of_rows.total, std::max(of_rows.count, ceil_div(wanted, of_panels.count)));
+  }
 
   int64_t count() const { return of_rows.count * of_panels.count; }
   int64_t row(int64_t piece) const { return std::min(rows, of_rows.begin(piece) * kTileRows); }
