@@ -124,26 +124,36 @@ INLINE Vec through_activation(Vec grad, Vec distance, Vec scale, Vec shift) {
   return grad * share * (1.f + value * (1.f - share));
 }
 
+// Calls `body(row, g, distance)` for a vector of channels of COUNT rows: the gradient before the activation, and how
+// far x is from its mean.
+template <Activation ACTIVATION, int COUNT, bool IS_PART, class Body>
+INLINE void for_each_gradient(
+    const Normalization& n, const Matrix& grad, const Matrix& x, int64_t first, int64_t c, Body body) {
+  const int64_t count = n.channels - c;
+  const Vec mean = load<IS_PART>(n.mean + c, count), scale = load<IS_PART>(n.scale + c, count);
+  const Vec shift = load<IS_PART>(n.shift + c, count);
+#pragma GCC unroll 4
+  for (int64_t row = first; row < first + COUNT; ++row) {
+    prefetch(x.at(row) + c);
+    prefetch(grad.at(row) + c);
+    const Vec distance = load<IS_PART>(x.at(row) + c, count) - mean;
+    body(row, through_activation<ACTIVATION>(load<IS_PART>(grad.at(row) + c, count), distance, scale, shift), distance);
+  }
+}
+
 template <Activation ACTIVATION>
 static void normalize_sums_of(Normalization n, Matrix grad, Matrix x, int64_t rows, float* sums, float* products) {
   clear(sums, n.channels);
   clear(products, n.channels);
-  for_each_group(rows, [&](int64_t row, auto group) {
+  for_each_group(rows, [&](int64_t first, auto group) {
     for_each_channel(n.channels, [&](int64_t c, auto is_part) {
       const int64_t count = n.channels - c;
-      const Vec mean = load<is_part.value>(n.mean + c, count), scale = load<is_part.value>(n.scale + c, count);
-      const Vec shift = load<is_part.value>(n.shift + c, count);
       Vec sum = load<is_part.value>(sums + c, count), product = load<is_part.value>(products + c, count);
-#pragma GCC unroll 4
-      for (int i = 0; i < group.value; ++i) {
-        prefetch(x.at(row + i) + c);
-        prefetch(grad.at(row + i) + c);
-        const Vec distance = load<is_part.value>(x.at(row + i) + c, count) - mean;
-        const Vec g =
-            through_activation<ACTIVATION>(load<is_part.value>(grad.at(row + i) + c, count), distance, scale, shift);
-        sum += g;
-        product += g * distance;
-      }
+      for_each_gradient<ACTIVATION, group.value, is_part.value>(
+          n, grad, x, first, c, [&](int64_t, Vec g, Vec distance) {
+            sum += g;
+            product += g * distance;
+          });
       store<is_part.value>(sums + c, sum, count);
       store<is_part.value>(products + c, product, count);
     });
@@ -160,21 +170,15 @@ static void normalize_sums(
 template <Activation ACTIVATION>
 static void normalize_backward_of(
     Normalization n, const float* offset, const float* slope, Matrix grad, Matrix x, Matrix dx, int64_t rows) {
-  for_each_group(rows, [&](int64_t row, auto group) {
+  for_each_group(rows, [&](int64_t first, auto group) {
     for_each_channel(n.channels, [&](int64_t c, auto is_part) {
       const int64_t count = n.channels - c;
-      const Vec mean = load<is_part.value>(n.mean + c, count), scale = load<is_part.value>(n.scale + c, count);
-      const Vec shift = load<is_part.value>(n.shift + c, count), gain = load<is_part.value>(slope + c, count);
+      const Vec scale = load<is_part.value>(n.scale + c, count), gain = load<is_part.value>(slope + c, count);
       const Vec added = load<is_part.value>(offset + c, count);
-#pragma GCC unroll 4
-      for (int i = 0; i < group.value; ++i) {
-        prefetch(x.at(row + i) + c);
-        prefetch(grad.at(row + i) + c);
-        const Vec distance = load<is_part.value>(x.at(row + i) + c, count) - mean;
-        const Vec g =
-            through_activation<ACTIVATION>(load<is_part.value>(grad.at(row + i) + c, count), distance, scale, shift);
-        store<is_part.value>(dx.at(row + i) + c, scale * g + added + gain * distance, count);
-      }
+      for_each_gradient<ACTIVATION, group.value, is_part.value>(
+          n, grad, x, first, c, [&](int64_t row, Vec g, Vec distance) {
+            store<is_part.value>(dx.at(row) + c, scale * g + added + gain * distance, count);
+          });
     });
   });
 }
