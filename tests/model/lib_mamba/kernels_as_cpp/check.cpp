@@ -82,6 +82,28 @@ void check_dense(const Kernels& kernels, int64_t rows, int64_t depth, int64_t co
       2e-6);
 }
 
+// Of lines of pixels with something between them, added to what is there.
+void check_dense_gradient(const Kernels& kernels, int64_t lines, int64_t count, int64_t depth, int64_t columns) {
+  const int64_t x_line = count * depth + 5, grad_line = count * columns + 3;
+  Floats x = numbers(lines * x_line), grad = numbers(lines * grad_line), out = numbers(depth * columns);
+  const Floats before = out;
+  Floats work = unknown(kernels.dense_weight_gradient_work_size(depth, columns));
+  const Matrix x_rows{x.data(), depth}, grad_rows{grad.data(), columns};
+  const DenseGradient d{x_rows, grad_rows, count, lines, x_line, grad_line, depth, columns};
+  kernels.dense_weight_gradient(d, {out.data(), columns}, work.data());
+  compare(
+      "dense_weight_gradient", out,
+      [&](int64_t i) {
+        double sum = before[i];
+        for (int64_t line = 0; line < lines; ++line)
+          for (int64_t k = 0; k < count; ++k)
+            sum += static_cast<double>(x[line * x_line + k * depth + i / columns]) *
+                   grad[line * grad_line + k * columns + i % columns];
+        return sum;
+      },
+      2e-6);
+}
+
 Map map_of(Floats& values, int64_t height, int64_t width, int64_t channels) {
   return {height, width, channels, height * width * channels, width * channels, channels, values.data()};
 }
@@ -175,6 +197,11 @@ int main() {
   for (const int64_t rows : {1, 3, 9, 25})
     for (const int64_t columns : {1, 7, 24, 29, 66})
       check_dense(kernels, rows, 37, columns, rows % 2 ? kRelu : kSilu);
+  for (const int64_t depth : {1, 7, 26})
+    for (const int64_t columns : {1, 23, 50, 220}) {
+      check_dense_gradient(kernels, 1, 37, depth, columns);
+      check_dense_gradient(kernels, 3, 100, depth, columns);
+    }
   for (const int64_t side : {3, 5, 7})
     for (const int64_t channels : {3, 8, 29})
       for (const int64_t stride : {1, 2})

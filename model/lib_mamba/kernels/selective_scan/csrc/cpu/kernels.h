@@ -174,7 +174,10 @@ struct WaveletGradient {
   KERNEL(int64_t, num_blocks, int64_t channels)                                                                        \
   /* layers/product_kernels.h */                                                                                       \
   KERNEL(void, dense, const Dense&, const float* x, int64_t stride, int64_t rows, int64_t first, int64_t last)         \
-  KERNEL(void, dense_weight_gradient, const DenseGradient&, const Matrix& out)                                         \
+  KERNEL(void, dense_weight_gradient, const DenseGradient&, const Matrix& out, float* work)                            \
+  KERNEL(int64_t, dense_weight_gradient_work_size, int64_t depth, int64_t columns)                                     \
+  KERNEL(void, pack_panel, const Matrix& from, int64_t rows, int64_t columns, int64_t width, float* to)                \
+  KERNEL(void, pack_transposed_panel, const Matrix& from, int64_t rows, int64_t columns, int64_t width, float* to)     \
   /* layers/depthwise_kernels.h */                                                                                     \
   KERNEL(void, depthwise, const Depthwise&, int64_t image, int64_t row, int64_t block)                                 \
   KERNEL(void, depthwise_input_gradient, const DepthwiseGradient&, int64_t image, int64_t row, int64_t block)          \

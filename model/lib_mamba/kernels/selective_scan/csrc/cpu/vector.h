@@ -214,8 +214,29 @@ INLINE Vec activate(Vec value, Activation activation) {
 }
 
 // (rows, LANES) to (LANES, rows) for `rows` a multiple of LANES; strides in floats.
+#if LANES >= 8
+INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int rows) {
+  for (int i = 0; i < rows; i += 8)
+    for (int j = 0; j < LANES; j += 4) {
+      // Rows r and r + 4 in the halves of a register, four columns of each.
+      __m256 pair[4];
+      for (int r = 0; r < 4; ++r) {
+        const float* row = from + (i + r) * from_stride + j;
+        pair[r] = _mm256_set_m128(_mm_loadu_ps(row + 4 * from_stride), _mm_loadu_ps(row));
+      }
+      const __m256 low01 = _mm256_unpacklo_ps(pair[0], pair[1]), high01 = _mm256_unpackhi_ps(pair[0], pair[1]);
+      const __m256 low23 = _mm256_unpacklo_ps(pair[2], pair[3]), high23 = _mm256_unpackhi_ps(pair[2], pair[3]);
+      float* out = to + j * to_stride + i;
+      _mm256_storeu_ps(out, _mm256_shuffle_ps(low01, low23, 0x44));
+      _mm256_storeu_ps(out + to_stride, _mm256_shuffle_ps(low01, low23, 0xee));
+      _mm256_storeu_ps(out + 2 * to_stride, _mm256_shuffle_ps(high01, high23, 0x44));
+      _mm256_storeu_ps(out + 3 * to_stride, _mm256_shuffle_ps(high01, high23, 0xee));
+    }
+}
+#else
 INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int rows) {
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < LANES; ++j)
       to[j * to_stride + i] = from[i * from_stride + j];
 }
+#endif

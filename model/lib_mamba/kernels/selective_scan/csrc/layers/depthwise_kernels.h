@@ -126,7 +126,8 @@ INLINE void depthwise_input_gradient_pixels(
 
 // The transpose of a depthwise convolution. STRIDE 0: any.
 template <int STRIDE, int NV, bool IS_PART>
-static void depthwise_input_gradient_row(const DepthwiseGradient& d, int64_t image, int64_t row, const Block& block) {
+static void depthwise_input_gradient_row(const DepthwiseGradient& given, int64_t image, int64_t row, Block block) {
+  const DepthwiseGradient d = given;  // as above
   const int64_t stride = STRIDE ? STRIDE : d.stride;
   const Places rows(row, d.padding, stride, d.side, d.grad.height);
   for (int64_t column = 0; column < d.dx.width;) {

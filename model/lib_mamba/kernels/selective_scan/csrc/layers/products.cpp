@@ -3,7 +3,6 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/share.h"
@@ -16,8 +15,34 @@ namespace {
 
 using at::Tensor;
 
-// Pixels whose part of a weight's gradient is added at a time, for so many of its rows: both maps' stay in the cache.
-constexpr int64_t kPixels = 64, kGradientRows = 48;
+// Rows of a weight's gradient that are made at a time, a multiple of those of a tile: the more, the less often x is
+// copied.
+constexpr int64_t kGradientRows = 256, kTileRows = 8;
+
+// A weight's gradient in blocks of rows and panels, a few for each thread.
+struct GradientBlocks {
+  int64_t rows, columns;
+  Panels panels;
+  Pieces of_rows, of_panels;
+
+  GradientBlocks(int64_t rows_, int64_t columns_)
+      : rows(rows_),
+        columns(columns_),
+        panels{num_vectors(columns)},
+        of_rows{ceil_div(rows, kTileRows), ceil_div(rows, kGradientRows)},
+        of_panels{panels.count(), 1} {
+    const int64_t threads = num_threads(), wanted = threads > 1 ? 2 * threads : 1;
+    of_panels.count = std::min(panels.count(), ceil_div(wanted, of_rows.count));
+    of_rows.count = std::min(of_rows.total, std::max(of_rows.count, ceil_div(wanted, of_panels.count)));
+  }
+
+  int64_t count() const { return of_rows.count * of_panels.count; }
+  int64_t row(int64_t piece) const { return std::min(rows, of_rows.begin(piece) * kTileRows); }
+  int64_t column(int64_t piece) const {
+    const int64_t panel = of_panels.begin(piece);
+    return panel < panels.count() ? panels[panel].start * kernels().lanes : columns;
+  }
+};
 
 // A weight as a matrix (C', C).
 struct WeightMatrix {
@@ -32,41 +57,36 @@ struct WeightMatrix {
         "weight must be (C', ", channels, ", 1, 1) in float32, got ", weight.sizes());
   }
 
-  Tensor packed() const { return pack_panels(data(), offsets(rows, columns), columns, 1); }
-  Tensor packed_transpose() const { return pack_panels(data(), offsets(columns, 1), rows, columns); }
+  Tensor packed() const { return pack_panels(view(), rows, columns, false); }
+  Tensor packed_transpose() const { return pack_panels(view(), columns, rows, true); }
 
  private:
-  const float* data() const { return matrix.const_data_ptr<float>(); }
-
-  static std::vector<int64_t> offsets(int64_t count, int64_t stride) {
-    std::vector<int64_t> rows(count);
-    for (int64_t i = 0; i < count; ++i)
-      rows[i] = i * stride;
-    return rows;
-  }
+  Matrix view() const { return {const_cast<float*>(matrix.const_data_ptr<float>()), columns}; }
 };
 
-// Sums over the pixels of grad times x, (C', C). Threads take rows of the result, whose sums do not depend on that.
+// Sums over the pixels of grad times x, (C', C). Threads take blocks of the result, whose sums do not depend on that.
 Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
-  const int64_t rows = grad.size(1), columns = x.size(1), pixels = num_rows(x);
+  const int64_t rows = grad.size(1), columns = x.size(1);
   const Tensor out = floats(rows * columns);
   float* to = out.mutable_data_ptr<float>();
   const Matrix g = matrix_of(grad), from = matrix_of(x);
-  const Pieces pieces{rows, std::min(rows, round_up(ceil_div(rows, kGradientRows), num_threads()))};
-  share(pieces.count, kForwards, [&](int64_t i) {
-    const int64_t first = pieces.begin(i);
-    const Matrix sums{to + first * columns, columns};
-    std::fill_n(sums.data, pieces.size(i) * columns, 0.f);
+  const Kernels& kernel = kernels();
+  const GradientBlocks blocks(rows, columns);
+  const int64_t size = kernel.dense_weight_gradient_work_size(kGradientRows, columns);
+  share_with_scratch(blocks.count(), size, [&](int64_t i, float* work) {
+    const int64_t strip = i / blocks.of_panels.count, piece = i % blocks.of_panels.count;
+    const int64_t row = blocks.row(strip), column = blocks.column(piece);
     DenseGradient d{};
+    d.x = {g.data + row, g.stride};
+    d.grad = {from.data + column, from.stride};
+    d.count = num_rows(x);
     d.lines = 1;
-    d.depth = pieces.size(i);
-    d.columns = columns;
-    for (int64_t pixel = 0; pixel < pixels; pixel += kPixels) {
-      d.x = {g.at(pixel) + first, g.stride};
-      d.grad = from.from(pixel);
-      d.count = std::min(kPixels, pixels - pixel);
-      kernels().dense_weight_gradient(d, sums);
-    }
+    d.depth = blocks.row(strip + 1) - row;
+    d.columns = blocks.column(piece + 1) - column;
+    const Matrix sums{to + row * columns + column, columns};
+    for (int64_t r = 0; r < d.depth; ++r)
+      std::fill_n(sums.at(r), d.columns, 0.f);
+    kernel.dense_weight_gradient(d, sums, work);
   });
   return out;
 }

@@ -162,13 +162,12 @@ struct Transpose {
   }
 };
 
-// (3, C', 3 * C padded): for every row of the kernel, rows of the gradient times those of x under it.
+// (3, C', 3, C): for every row of the kernel, rows of the gradient times those of x under it.
 Tensor weight_gradient(const Map& grad, const Input& input, int64_t images) {
-  const int64_t C = input.x.channels, depth = num_vectors(kSide * C) * kernels().lanes, block = grad.channels * depth;
-  const Tensor dweight = at::empty({kSide, grad.channels, depth}, at::TensorOptions(at::kFloat));
+  const int64_t C = input.x.channels, columns = kSide * C, block = grad.channels * columns;
+  const Tensor dweight = at::empty({kSide, grad.channels, kSide, C}, at::TensorOptions(at::kFloat));
   const Strips strips{grad.height, kStrip};
-  // Whole vectors are read behind the last pixel.
-  const int64_t size = input.strip_rows(kStrip) * input.row + depth;
+  const int64_t size = input.strip_rows(kStrip) * input.row;
   const auto add_strip = [&](int64_t image, int64_t strip, float* sums, float* x) {
     const int64_t top = strips.begin(strip), lines = strips.end(strip) - top;
     input.read_strip(image, top, lines, x);
@@ -179,19 +178,19 @@ Tensor weight_gradient(const Map& grad, const Input& input, int64_t images) {
     d.x_line = grad.row;
     d.grad_line = kStride * input.row;
     d.depth = grad.channels;
-    d.columns = depth;
+    d.columns = columns;
     for (int64_t i = 0; i < kSide; ++i) {
       d.grad = {x + i * input.row, kStride * C};
-      kernels().dense_weight_gradient(d, {sums + i * block, depth});
+      kernels().dense_weight_gradient(d, {sums + i * block, columns}, x + size);
     }
   };
   const auto add_images = [&](int64_t first, int64_t last, int64_t, float* sums, float* x) {
-    std::fill_n(x + size - depth, depth, 0.f);
     for (int64_t image = first; image < last; ++image)
       for (int64_t strip = 0; strip < strips.count(); ++strip)
         add_strip(image, strip, sums, x);
   };
-  sum_images(images, 1, dweight.numel(), dweight.mutable_data_ptr<float>(), size, add_images);
+  const int64_t work = kernels().dense_weight_gradient_work_size(grad.channels, columns);
+  sum_images(images, 1, dweight.numel(), dweight.mutable_data_ptr<float>(), size + work, add_images);
   return dweight;
 }
 
@@ -215,9 +214,7 @@ Gradients strided_conv_backward(const Tensor& grad, const Tensor& x, const Norm&
     const int64_t strip = i % strips.count();
     transpose.strip(i / strips.count(), strips.begin(strip), strips.end(strip), rows);
   });
-  const Tensor dweight =
-      weight_gradient(g, input, images).narrow(2, 0, kSide * C).view({kSide, weight.size(0), kSide, C});
-  return {dx, dweight.permute({1, 3, 0, 2})};
+  return {dx, weight_gradient(g, input, images).permute({1, 3, 0, 2})};
 }
 
 }  // namespace mobilemamba

@@ -42,24 +42,18 @@ Tensor pack_columns(const Tensor& matrix) {
   return at::cat(parts);
 }
 
-Tensor pack_panels(const float* data, const std::vector<int64_t>& rows, int64_t columns, int64_t column_stride) {
-  constexpr int64_t kStrip = 16;  // rows: as many floats as a line of the cache holds, where rows lie side by side
-  const int64_t count = rows.size(), lanes = kernels().lanes;
+Tensor pack_panels(const Matrix& weight, int64_t rows, int64_t columns, bool is_transposed) {
+  const Kernels& kernel = kernels();
   const Panels panels{num_vectors(columns)};
-  const Tensor packed = floats(count * panels.vectors * lanes);
+  const Tensor packed = floats(rows * panels.vectors * kernel.lanes);
+  float* to = packed.mutable_data_ptr<float>();
   share(panels.count(), kForwards, [&](int64_t panel) {
-    const int64_t first = panels[panel].start * lanes, width = panels[panel].count * lanes;
+    const int64_t first = panels[panel].start * kernel.lanes, width = panels[panel].count * kernel.lanes;
     const int64_t used = std::min(width, columns - first);
-    float* to = packed.mutable_data_ptr<float>() + first * count;
-    const float* from = data + first * column_stride;
-    for (int64_t begin = 0; begin < count; begin += kStrip) {
-      const int64_t end = std::min(begin + kStrip, count);
-      for (int64_t column = 0; column < used; ++column)
-        for (int64_t row = begin; row < end; ++row)
-          to[row * width + column] = from[rows[row] + column * column_stride];
-      for (int64_t row = begin; row < end; ++row)
-        std::fill(to + row * width + used, to + (row + 1) * width, 0.f);
-    }
+    if (is_transposed)
+      kernel.pack_transposed_panel(weight.from(first), rows, used, width, to + first * rows);
+    else
+      kernel.pack_panel({weight.data + first, weight.stride}, rows, used, width, to + first * rows);
   });
   return packed;
 }

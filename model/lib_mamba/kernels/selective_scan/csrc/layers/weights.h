@@ -3,8 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <vector>
-
 #include "cpu/kernels.h"
 
 namespace mobilemamba {
@@ -12,9 +10,8 @@ namespace mobilemamba {
 // A matrix (K, N) to (K * N'): its columns, padded with zeros to whole vectors of this processor, in panels (`Weight`).
 at::Tensor pack_columns(const at::Tensor& matrix);
 
-// The same for a matrix of floats in training, which is packed for every product: its columns lie `column_stride`
-// floats apart, and row i begins at `data + rows[i]`.
-at::Tensor pack_panels(const float* data, const std::vector<int64_t>& rows, int64_t columns, int64_t column_stride);
+// The same for a matrix in training, or for the transpose of one, which is packed for every product.
+at::Tensor pack_panels(const Matrix& weight, int64_t rows, int64_t columns, bool is_transposed);
 
 // That result, of `rows` by `columns`, for the kernels.
 Weight weight_of(const at::Tensor& packed, int64_t rows, int64_t columns);
