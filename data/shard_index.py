@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from model.messages import listed, printable
+from model.messages import listed, neighbours, printable
 from model.pictures import is_image_name
 
 from .cache import load_arrays, save_arrays
@@ -153,7 +153,13 @@ def index_name(split: str) -> str:
 
 
 def find_shards(folder: Path, split: str) -> list[str]:
-    """Return the names of a split's shards, sorted, such as ``train-000000.tar`` or ``imagenet-train-0000.tar``."""
+    """Return the names of a split's shards, sorted, such as ``train-000000.tar`` or ``imagenet-train-0000.tar``.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; {neighbours(folder)}")
     pattern = re.compile(rf"(?:.+[-_.])?(?:{SPLIT_NAMES[split]})(?:[-_.]\d+)?\.tar")
     return sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name))
 

@@ -129,6 +129,12 @@ def test_empty_source(tmp_path, capsys, command):
     assert "holds neither of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["index", "verify"])
+def test_a_missing_folder_is_said_to_be(packed, capsys, command):
+    assert main([command, f"{packed}s"]) == 2
+    assert f"there is no folder {packed}s; the nearest in {packed.parent}: {packed.name}" in capsys.readouterr().err
+
+
 def test_digits(tmp_path, make_config, capsys):
     out = tmp_path / "with space" / "digits"
     assert main(["digits", str(out)]) == 0
