@@ -337,11 +337,11 @@ def hang(*_):
 
 def noted(watch, number, frame):
     (folder / "noted").touch()
-    mark(watch, number, frame)
+    note(watch, number, frame)
 
 faulthandler.dump_traceback_later(120, exit=True)
 data.samples.SampleReader.__getitems__ = hang
-mark, SignalWatch._mark = SignalWatch._mark, noted
+note, SignalWatch._note = SignalWatch._note, noted
 import run
 from util.cli import interruptible
 sys.exit(interruptible(run.main))
