@@ -144,7 +144,7 @@ static void dense(const Dense& d, const float* x, int64_t stride, int64_t rows, 
 }
 
 // The gradient of a weight: both maps are copied a block of pixels at a time, so that the numbers of a tile lie side by
-// side. Where they are, every pixel has a page of its own, and with many channels falls into the same lines of the
+// side. In the maps, pixels lie so far apart that each takes a page of its own, and many of them share lines of the
 // cache.
 
 // Pixels of a block, so that a panel of grad takes 12 KB of the first-level cache; and panels of a block, so that they
