@@ -59,6 +59,18 @@ struct Ahead {
   int64_t step;
 };
 
+// Adds the products of NV vectors with the numbers of ROWS rows, `stride` apart.
+template <int ROWS, int NV>
+INLINE void add_products(Vec (&sums)[NV][ROWS], const float* vectors, const float* x, int64_t stride) {
+  Vec own[NV];
+  for (int v = 0; v < NV; ++v)
+    own[v] = load(vectors + v * LANES);
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < NV; ++v)
+      sums[v][r] += own[v] * x[r * stride];
+}
+
 // `weight` is the first row's, in its panel.
 template <int ROWS, int NV>
 NOINLINE void dense_tile(
@@ -81,13 +93,7 @@ NOINLINE void dense_tile(
     const float* from = weight;
     for (int64_t k = 0; k < d.depth; ++k, from += width, ahead.from += ahead.step) {
       __builtin_prefetch(ahead.from);
-      Vec w[NV];
-      for (int v = 0; v < NV; ++v)
-        w[v] = load(from + v * LANES);
-#pragma GCC unroll 12
-      for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < NV; ++v)
-          sums[v][r] += w[v] * x[r * stride + k];
+      add_products(sums, from, x + k, stride);
     }
   }
   if (left >= LANES)
@@ -232,15 +238,8 @@ NOINLINE void dense_weight_gradient_tile(
   for_each_sum<ROWS, NV>([&](int v, int r) { __builtin_prefetch(out + r * stride + v * LANES, 1); });
   Vec sums[NV][ROWS];
   for_each_sum<ROWS, NV>([&](int v, int r) { sums[v][r] = Vec{}; });
-  for (int64_t k = 0; k < pixels; ++k, x += x_stride, grad += NV * LANES) {
-    Vec g[NV];
-    for (int v = 0; v < NV; ++v)
-      g[v] = load(grad + v * LANES);
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < NV; ++v)
-        sums[v][r] += g[v] * x[r];
-  }
+  for (int64_t k = 0; k < pixels; ++k, x += x_stride, grad += NV * LANES)
+    add_products(sums, grad, x, 1);
   if (count >= LANES)
     add_tile<ROWS, NV, false>(sums, out, stride, LANES);
   else
