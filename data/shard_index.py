@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from model.messages import listed, neighbours, printable
+from model.messages import check_folder, listed, printable
 from model.pictures import is_image_name
 
 from .cache import load_arrays, save_arrays
@@ -158,8 +158,7 @@ def find_shards(folder: Path, split: str) -> list[str]:
     Raises:
         FileNotFoundError: If there is no such folder.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; {neighbours(folder)}")
+    check_folder(folder)
     pattern = re.compile(rf"(?:.+[-_.])?(?:{SPLIT_NAMES[split]})(?:[-_.]\d+)?\.tar")
     return sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name))
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["listed", "neighbours", "printable"]
+__all__ = ["check_folder", "listed", "neighbours", "printable"]
 
 
 def printable(text: object) -> str:
@@ -33,3 +33,9 @@ def neighbours(path: Path) -> str:
     names = [entry.name for entry in path.parent.iterdir()]
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.0)
     return f"the nearest in {path.parent}: {listed(near)}" if near else f"the folder {path.parent} is empty"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a FileNotFoundError, with the nearest names, if there is no such folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; {neighbours(folder)}")

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
-from .messages import neighbours
+from .messages import check_folder
 
 __all__ = [
     "find_pictures",
@@ -59,8 +59,7 @@ def find_pictures(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: If there are none, or no such folder.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; {neighbours(folder)}")
+    check_folder(folder)
     files = sorted(
         file
         for file in folder.rglob("*")

@@ -6,7 +6,6 @@ what else is between them stays in float, and so does a layer that loses too muc
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import logging
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from ..pictures import find_pictures
 from .check import read_images
+from .quiet import only_errors
 from .request import ExportRequest
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def quantise_static(
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.batches, None)
 
-    with _only_errors(logging.getLogger()):  # its warnings advise those who call it
+    with only_errors(logging.getLogger()):  # its warnings advise those who call it
         quantize_static(
             model,
             path,
@@ -238,7 +238,7 @@ def quantise_openvino(model: Any, graph: onnx.GraphProto, network: nn.Module, re
         subgraphs=[nncf.Subgraph(inputs=first, outputs=last) for first, last in _scans(graph)],
         validate=False,
     )
-    with _only_errors(logging.getLogger("nncf")):
+    with only_errors(logging.getLogger("nncf")):
         quantised = nncf.quantize(
             model,
             nncf.Dataset([_batched(image, request) for image in images]),
@@ -255,17 +255,6 @@ def quantise_openvino(model: Any, graph: onnx.GraphProto, network: nn.Module, re
             mode=nncf.CompressWeightsMode.INT8_SYM,
             ignored_scope=nncf.IgnoredScope(names=in_float, types=["MatMul"], validate=False),
         )
-
-
-@contextlib.contextmanager
-def _only_errors(log: logging.Logger) -> Iterator[None]:
-    """Silence a logger, but not its handlers, which others may share; NNCF's `set_log_level` silences those too."""
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _scans(graph: onnx.GraphProto) -> list[tuple[list[str], list[str]]]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from .portable import Form
+from .quiet import log_as_it_was
 from .request import ExportRequest, Runner
 
 __all__ = ["EXTRA", "FORM", "PACKAGES", "SUFFIX", "load", "write"]
@@ -33,7 +32,7 @@ def write(network: nn.Module, request: ExportRequest, path: Path) -> None:
 
     whole = replace(request, fp16=False)  # OpenVINO itself keeps weights in 16 bits
     onnx_model = build_model(network, whole, has_fast_softplus=True)
-    with _log_as_it_was():
+    with log_as_it_was(logging.getLogger()):  # which the converter silences, and leaves so where it fails
         model = openvino.convert_model(io.BytesIO(onnx_model.SerializeToString()))
     _keep_antialias(model, request)
     if request.int8:
@@ -41,18 +40,6 @@ def write(network: nn.Module, request: ExportRequest, path: Path) -> None:
     for name, text in request.metadata().items():
         model.set_rt_info(text, ["model_info", name])
     openvino.save_model(model, path, compress_to_fp16=request.fp16)
-
-
-@contextlib.contextmanager
-def _log_as_it_was() -> Iterator[None]:
-    """Undo what OpenVINO's converter does to the root logger: one that fails leaves it without warnings."""
-    root = logging.getLogger()
-    level, filters = root.level, list(root.filters)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.filters[:] = filters
 
 
 def _keep_antialias(model: Any, request: ExportRequest) -> None:
