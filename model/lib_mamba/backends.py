@@ -4,7 +4,7 @@ A backend is an object (a module will do) that offers::
 
     is_available() -> tuple[bool, str]      # with the version, or with what is missing and how to get it
     gated_scan, gated_scan_backward         # arguments and results of the operators `mobilemamba::...`, positional
-    gated_scan_with_states                  # the same; where absent, gated_scan_backward is called without states
+    gated_scan_with_states                  # the same; where absent, gated_scan_backward gets nothing that was kept
     selective_scan, selective_scan_backward # the same; may be absent
 
 and may answer any call with ``NotImplemented`` for inputs that it does not cover (a type, a number of states): then the
@@ -20,7 +20,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -280,23 +280,23 @@ def gated_scan(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def keeps_states(device_type: str) -> bool:
-    """Return whether states are kept on a type of device for the backward pass, by a backend that can."""
+    """Return whether a backend that can keeps states and statistics on a type of device for the backward pass."""
     return device_type == "cuda"
 
 
-def gated_scan_with_states(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """Run `gated_scan`; return its result and the states that the backend has kept, or None."""
+def gated_scan_with_states(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Run `gated_scan`; return its result and the states and statistics that the backend has kept, or None."""
     result = _attempt(choose(x.device.type), "gated_scan_with_states", x, *arguments)
-    return (gated_scan(x, *arguments), None) if result is NotImplemented else result
+    return (gated_scan(x, *arguments), None, None) if result is NotImplemented else result
 
 
-def gated_scan_backward(grad: Tensor, x: Tensor, *arguments: Any, states: Tensor | None = None) -> Any:
+def gated_scan_backward(grad: Tensor, x: Tensor, *arguments: Any, kept: Sequence[Tensor | None] = ()) -> Any:
     """Run `mobilemamba::gated_scan_backward` on the backend of the device of ``x``, in parts as for `gated_scan`.
 
-    ``states`` are those that `gated_scan_with_states` has returned.
+    ``kept`` are the states and statistics that `gated_scan_with_states` has returned.
     """
     choice = choose(x.device.type)
-    own = () if getattr(choice.backend, "gated_scan_with_states", None) is None else (states,)
+    own = () if getattr(choice.backend, "gated_scan_with_states", None) is None else kept
     result = _attempt(choice, "gated_scan_backward", grad, x, *arguments, *own)
     if result is NotImplemented:
         result = reference.gated_scan_backward(

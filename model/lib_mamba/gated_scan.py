@@ -1,7 +1,8 @@
 """The selective scan with the normalisation and gate after it, as one operator of `torch.library` (paper, section 3.2).
 
 One operator, so that a backend can keep the sum of the directions out of memory. For the backward pass it saves
-its inputs and, on a GPU, a state of each direction every few positions; the rest is computed again.
+its inputs and, on a GPU, a state of each direction every few positions and the norm's statistics; the rest is computed
+again.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ def _(x: Tensor, *_: Any) -> Tensor:
 @torch.library.custom_op(
     "mobilemamba::gated_scan_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_ARGUMENTS}, Tensor? states=None) -> ({_GRADIENTS})",
+    schema=f"(Tensor grad, {_ARGUMENTS}, Tensor? states=None, Tensor? statistics=None) -> ({_GRADIENTS})",
 )
 def _gated_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *others, states = arguments if len(arguments) > _NUM_TENSORS + 1 else (*arguments, None)
+    others, kept = arguments[: _NUM_TENSORS + 1], arguments[_NUM_TENSORS + 1 :]
     with backends.without_autocast(x.device.type):
-        return backends.gated_scan_backward(grad, x, *others, states=states)
+        return backends.gated_scan_backward(grad, x, *others, kept=kept)
 
 
 @_gated_backward.register_fake
@@ -70,42 +71,52 @@ _gated.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op(
-    "mobilemamba::gated_scan_with_states", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
+    "mobilemamba::gated_scan_with_states", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
-def _gated_with_states(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _gated_with_states(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     with backends.without_autocast(x.device.type):
-        y, states = backends.gated_scan_with_states(x, *arguments)
-    shape = _states_shape(x)
-    if states is None or states.shape != shape:
-        # A tracer has been told this shape. No backend without states reads them; whoever did would see infinity.
-        states = x.new_full(shape, torch.inf, dtype=torch.float32)
-    return y, states
+        y, *kept = backends.gated_scan_with_states(x, *arguments)
+
+    def as_promised(own: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        # A tracer has been told this shape. No backend that keeps nothing reads it; whoever did would see infinity.
+        is_kept = own is not None and own.shape == shape
+        return own if is_kept else x.new_full(shape, torch.inf, dtype=torch.float32)
+
+    states, statistics = map(as_promised, kept, _kept_shapes(x))
+    return y, states, statistics
 
 
-def _states_shape(x: Tensor) -> tuple[int, ...]:
-    """Return the shape (B, 2, count, D) of the states kept for ``x``, by the rule of csrc/scan/cuda/chunks.h."""
+def _kept_shapes(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of what is kept for ``x``.
+
+    Of the states (B, 2, count, D), by the rule of csrc/scan/cuda/chunks.h; of the statistics (B, L, 2). Where nothing
+    is kept, count and L are 0.
+    """
     batch, length, channels = x.shape
+    if not backends.keeps_states(x.device.type):
+        return (batch, 2, 0, channels), (batch, 0, 2)
     count = 0
-    if backends.keeps_states(x.device.type) and length > max(_CHUNK_LENGTHS):
+    if length > max(_CHUNK_LENGTHS):
         chunk = min(_CHUNK_LENGTHS, key=lambda positions: -(-length // positions) * positions)
         count = -(-length // chunk)
-    return batch, 2, count, channels
+    return (batch, 2, count, channels), (batch, length, 2)
 
 
 @_gated_with_states.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(_states_shape(x), dtype=torch.float32)
+def _(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), *(x.new_empty(shape, dtype=torch.float32) for shape in _kept_shapes(x))
 
 
-def _setup_context_with_states(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context_with_states(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.eps, ctx.reverse = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+    kept = output[1:]
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.mark_non_differentiable(*kept)
 
 
-def _backward_with_states(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, states = ctx.saved_tensors
-    return (*_gated_backward(grad, *tensors, ctx.eps, ctx.reverse, states), None, None)
+def _backward_with_states(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors, kept = ctx.saved_tensors[:_NUM_TENSORS], ctx.saved_tensors[_NUM_TENSORS:]
+    return (*_gated_backward(grad, *tensors, ctx.eps, ctx.reverse, *kept), None, None)
 
 
 _gated_with_states.register_autograd(_backward_with_states, setup_context=_setup_context_with_states)

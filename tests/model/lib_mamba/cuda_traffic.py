@@ -30,8 +30,18 @@ def num_chunks(length):
 
 
 def states_bytes(channels, length):
-    """Return the bytes of the states of an image that the forward pass keeps for the gradients."""
+    """Return the bytes of an image's states that the forward pass keeps for the gradients."""
     return 2 * num_chunks(length) * channels * FLOAT if length > LONGEST_CHUNK else 0
+
+
+def statistics_bytes(length):
+    """Return the bytes of an image's means and deviations, kept as well."""
+    return 2 * length * FLOAT
+
+
+def kept_bytes(channels, length):
+    """Return the bytes of all that the forward pass keeps of an image."""
+    return states_bytes(channels, length) + statistics_bytes(length)
 
 
 def backward_bytes(channels, length):
@@ -40,19 +50,21 @@ def backward_bytes(channels, length):
     projection = 2 * (ceil(channels / 32) + 2) * length * ELEMENT
     blocks = ceil(num_chunks(length) / BLOCK_CHUNKS) if length > LONGEST_CHUNK else 1
     # Of every block and direction: how the gradients of its states pass through, for those behind it to read.
-    passages = 2 * blocks * ceil(channels / GROUP) * LANES * 4 * FLOAT if blocks > 1 else 0
-    loaded = 4 * values + projection + 2 * states_bytes(channels, length) + passages * (blocks - 1) // 2
+    warps = ceil(channels / GROUP)
+    passages = 2 * blocks * warps * LANES * 4 * FLOAT if blocks > 1 else 0
+    kept = 2 * states_bytes(channels, length) + warps * statistics_bytes(length)
+    loaded = 4 * values + projection + kept + passages * (blocks - 1) // 2
     stored = 2 * values + projection + passages
     return loaded, stored
 
 
 def main():
     """Print the bytes of every scan as shares of the floor."""
-    print("| D | L | kept states | gradients |")
+    print("| D | L | kept | gradients |")
     print("|---|---|---|---|")
     for channels, length in SCANS:
         floor = FLOOR * channels * length * ELEMENT
-        kept, moved = states_bytes(channels, length), sum(backward_bytes(channels, length))
+        kept, moved = kept_bytes(channels, length), sum(backward_bytes(channels, length))
         print(f"| {channels} | {length} | {kept / floor:.2f} | {moved / floor:.2f} |")
 
 

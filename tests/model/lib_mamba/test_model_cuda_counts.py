@@ -40,7 +40,7 @@ CASES = [
     Case(544, 16, True, 1),
 ]
 
-# One chunk a slot, no states to keep, and the sizes known: what remains is the loop over the images.
+# One chunk a slot, nothing to keep, and the sizes known: what remains is the loop over the images.
 COUNTED = """
 #include "scan/cuda/gated_scan_cluster.cuh"
 namespace mobilemamba {{
@@ -48,7 +48,8 @@ template <typename T, int kD, int kC, bool kIsWhole, int kBlocks>
 __global__ void __launch_bounds__(ClusterShape<kD>::kThreads, 1)
     counted(ScanInputs<T> p, NormInputs<T> norm, T* y) {{
   const ClusterPlan plan{{kBlocks, 1, 0}};
-  ClusterWarp<T, kD, kC, kD, kIsWhole> warp{{p, norm, plan, y, nullptr}};
+  const Kept kept{{}};
+  ClusterWarp<T, kD, kC, kD, kIsWhole> warp{{p, norm, plan, y, kept}};
   warp.run();
 }}
 using T = c10::{type};
@@ -71,7 +72,7 @@ COMPLETE = """
 namespace mobilemamba {{
 using T = c10::{type};
 template __global__ void cluster_kernel<T, {channels}, {chunk}, 2 * {channels}, {is_whole}>(
-    const ScanInputs<T>, const NormInputs<T>, const ClusterPlan, T*, float*);
+    const ScanInputs<T>, const NormInputs<T>, const ClusterPlan, T*, const Kept);
 }}  // namespace mobilemamba
 """
 BACKWARD_COMPLETE = """

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_as_cpp import FEW, H200_SHARED, MANY, SMALL_SHARED
-from cuda_traffic import ELEMENT, FLOOR, SCANS, backward_bytes, states_bytes
+from cuda_traffic import ELEMENT, FLOOR, SCANS, backward_bytes, kept_bytes
 from scan_cases import (
     TOLERANCES,
     arguments,
@@ -101,17 +101,32 @@ def exact_states(tensors, chunk):
     return torch.stack(kept, 1)
 
 
+def exact_statistics(tensors):
+    """Mean over the channels and 1 / deviation of every position's sum, by the loop in float64: (B, L, 2)."""
+    x, _, *scan = (tensor.double() for tensor in tensors[:7])
+    y = scan_loop(x, *scan)
+    return torch.stack([y.mean(-1), (y.var(-1, correction=0) + 1e-5).rsqrt()], -1)
+
+
+def statistics_errors(statistics, exact_ones):
+    """Largest errors: of the mean in deviations, and of 1 / deviation relative to itself."""
+    assert statistics.shape == exact_ones.shape
+    return ((statistics - exact_ones).abs() * torch.stack([exact_ones[..., 1], 1 / exact_ones[..., 1]], -1)).max()
+
+
 @pytest.mark.parametrize(
     ("length", "chunk"), [(20, 12), (49, 13), (65, 13), (100, 13), (144, 16), (196, 14), (299, 13), (400, 16)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_states_that_the_forward_pass_keeps(length, chunk, dtype, cuda_as_cpp, multiprocessors):
+def test_what_the_forward_pass_keeps(length, chunk, dtype, cuda_as_cpp, multiprocessors):
     tensors = arguments(length, channels=70, dtype=dtype)
-    y, states = torch.ops.mobilemamba.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    y, states, statistics = torch.ops.mobilemamba.gated_scan_with_states(*tensors, 1e-5, [0, 1])
     assert torch.equal(y, torch.ops.mobilemamba.gated_scan(*tensors, 1e-5, [0, 1]))
     exact_ones = exact_states(tensors, chunk)
     assert states.shape == exact_ones.shape
-    assert (states - exact_ones).abs().max() < (1e-5 if dtype == torch.float32 else 1e-3) * exact_ones.abs().max()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-3
+    assert (states - exact_ones).abs().max() < tolerance * exact_ones.abs().max()
+    assert statistics_errors(statistics, exact_statistics(tensors)) < tolerance
 
 
 # Every scan of the released networks: channels, length, rank.
@@ -144,10 +159,11 @@ def test_every_scan_of_the_released_networks(shape, dtype, cuda_as_cpp):
         cuda_as_cpp.set_device(FEW if order == 0 else MANY, H200_SHARED)
         found.append(torch.ops.mobilemamba.gated_scan_with_states(*tensors, 1e-5, [0, 1]))
         assert all(torch.equal(one, other) for one, other in zip(found[0], found[-1], strict=True))
-    y, states = found[0]
+    y, states, statistics = found[0]
     assert (y[-1:] - exact_y).abs().max() < 1.2 * TOLERANCES[dtype][0] * exact_y.abs().max()
     if exact_ones is not None:
         assert (states[-1:] - exact_ones).abs().max() < 2e-3 * exact_ones.abs().max()
+    assert statistics_errors(statistics[-1:], exact_statistics(last)) < 2e-3
 
 
 @pytest.mark.parametrize("shape", RELEASED, ids=str)
@@ -177,7 +193,7 @@ def test_decays_near_one_do_not_drift(cuda_as_cpp):
     """Every step's error to the same side, as a GPU's approximations may err."""
     tensors = [torch.ones_like(tensor) for tensor in arguments(4000, batch=1, channels=32)]
     tensors[5] = torch.linspace(-10, -8, 64)[:, None]
-    _, states = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    _, states, _ = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
     exact_ones = exact_states(tensors, 16)
     torch.testing.assert_close(states.double(), exact_ones, rtol=1e-5, atol=0)
     y, _, *scan = tensors[:7]
@@ -185,11 +201,13 @@ def test_decays_near_one_do_not_drift(cuda_as_cpp):
     torch.testing.assert_close(cuda_as_cpp.selective_scan(y, *scan, [0, 1]).double(), exact_y, rtol=1e-5, atol=0)
 
 
-def test_short_sequences_and_other_scans_keep_no_states(cuda_as_cpp):
-    _, states = cuda_as_cpp.gated_scan_with_states(*arguments(16), 1e-5, [0, 1])
+def test_short_sequences_keep_no_states_and_other_scans_nothing(cuda_as_cpp):
+    _, states, statistics = cuda_as_cpp.gated_scan_with_states(*arguments(16), 1e-5, [0, 1])
     assert states.shape == (2, 2, 0, 37)
-    _, states = cuda_as_cpp.gated_scan_with_states(*arguments(100, num_states=2), 1e-5, [0, 1])
+    assert statistics.shape == (2, 16, 2)
+    _, states, statistics = cuda_as_cpp.gated_scan_with_states(*arguments(100, num_states=2), 1e-5, [0, 1])
     assert states.shape == (2, 2, 0, 37)
+    assert statistics.shape == (2, 0, 2)
 
 
 # Channels, length, rank: scans of the released networks, one for each kernel, some of them in clusters.
@@ -223,9 +241,9 @@ def test_what_training_and_its_gradients_move(shape, cuda_as_cpp):
     cuda_as_cpp.take_traffic()
     y = cuda_as_cpp.gated_scan(*tensors, 1e-5, [0, 1])
     inference = sum(cuda_as_cpp.take_traffic())
-    _, states = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
-    assert sum(cuda_as_cpp.take_traffic()) - inference == batch * states_bytes(channels, length)
-    cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], states)
+    _, *kept = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    assert sum(cuda_as_cpp.take_traffic()) - inference == batch * kept_bytes(channels, length)
+    cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], *kept)
     assert cuda_as_cpp.take_traffic() == tuple(batch * count for count in backward_bytes(channels, length))
 
 
@@ -261,23 +279,37 @@ def test_all_gradients_take_at_most_four_launches(length, most_blocks, launches,
     cuda_as_cpp.set_device(MANY, H200_SHARED, most_blocks)
     tensors = arguments(length, batch=2, channels=320, rank=10, dtype=torch.bfloat16)
     tensors[3:] = [tensor.to(parameters) for tensor in tensors[3:]]
-    y, states = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    y, *kept = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        gradients = cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], states)
+        gradients = cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], *kept)
     work = [event.name for event in profile.events() if event.name not in NO_WORK]
     assert [name for name in work if name.startswith("aten::")] == []
     assert work.count("launch") == launches
     assert [one.dtype for one in gradients] == [tensor.dtype for tensor in tensors]
 
 
-def test_gradients_find_the_states_that_are_not_given(cuda_as_cpp):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(70, 100, 5), (544, 49, 17), (544, 9, 17)], ids=str)
+def test_gradients_find_what_is_not_given(shape, dtype, cuda_as_cpp, multiprocessors):
+    channels, length, rank = shape
+    tensors = arguments(length, channels=channels, rank=rank, dtype=dtype)
+    y, states, statistics = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    inputs = [tensor.double().requires_grad_() for tensor in tensors]
+    expected = torch.autograd.grad(gated_scan_loop(*inputs), inputs, y.double())
+    given = cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], states, statistics)
+    assert_accurate((y, *given), (y.double(), *expected), dtype, "cuda")
+    for kept in [(), (states,), (None, statistics), (states[:0], statistics[:0])]:
+        found = cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], *kept)
+        assert all(torch.equal(one, other) for one, other in zip(given, found, strict=True))
+
+
+def test_gradients_refuse_what_was_kept_for_another_scan(cuda_as_cpp):
     tensors = arguments(100, channels=70, rank=5)
-    y, states = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
-    given, found = (cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], own) for own in (states, None))
-    for one, other in zip(given, found, strict=True):
-        torch.testing.assert_close(one, other)
+    y, states, statistics = cuda_as_cpp.gated_scan_with_states(*tensors, 1e-5, [0, 1])
     with pytest.raises(RuntimeError, match="states must be"):
-        cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], states[:, :, :1])
+        cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], states[:, :, :1], statistics)
+    with pytest.raises(RuntimeError, match="statistics must be"):
+        cuda_as_cpp.gated_scan_backward(y, *tensors, 1e-5, [0, 1], states, statistics[:, :9])
 
 
 @pytest.mark.parametrize("channels", [320, 70])

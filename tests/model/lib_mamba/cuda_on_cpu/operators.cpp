@@ -74,7 +74,8 @@ TORCH_LIBRARY(mobilemamba_cuda_on_cpu, m) {
   m.def(
       "gated_scan_backward(Tensor grad, Tensor x, Tensor z, Tensor projection, Tensor dt_weight, Tensor dt_bias, "
       "Tensor A_log, Tensor D_skip, Tensor norm_weight, Tensor norm_bias, float eps, int[] reverse, "
-      "Tensor? states=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "Tensor? states=None, Tensor? statistics=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)",
       &mobilemamba::gated_scan_backward_cuda);
   m.def("selective_scan", &mobilemamba::selective_scan_cuda);
   m.def("selective_scan_backward", &mobilemamba::selective_scan_backward_cuda);

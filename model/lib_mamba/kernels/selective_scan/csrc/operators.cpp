@@ -13,14 +13,17 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
   m.def(
       "gated_scan(Tensor x, Tensor z, Tensor projection, Tensor dt_weight, Tensor dt_bias, Tensor A_log, "
       "Tensor D_skip, Tensor norm_weight, Tensor norm_bias, float eps, int[] reverse) -> Tensor");
-  // Also some states, float32 (B, 2, count, D), from which the backward pass starts; a backend may keep none.
+  // Also what the backward pass starts from, float32: some states (B, 2, count, D), and mean and 1 / deviation over the
+  // channels of every position's sum (B, L, 2). A backend may keep neither.
   m.def(
       "gated_scan_with_states(Tensor x, Tensor z, Tensor projection, Tensor dt_weight, Tensor dt_bias, Tensor A_log, "
-      "Tensor D_skip, Tensor norm_weight, Tensor norm_bias, float eps, int[] reverse) -> (Tensor, Tensor)");
+      "Tensor D_skip, Tensor norm_weight, Tensor norm_bias, float eps, int[] reverse) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "gated_scan_backward(Tensor grad, Tensor x, Tensor z, Tensor projection, Tensor dt_weight, Tensor dt_bias, "
       "Tensor A_log, Tensor D_skip, Tensor norm_weight, Tensor norm_bias, float eps, int[] reverse, "
-      "Tensor? states=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? states=None, Tensor? statistics=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
   // The layers of a folded network. Activations: 0 none, 1 ReLU, 2 SiLU.
   m.def("pointwise(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int activation) -> Tensor");
   m.def(

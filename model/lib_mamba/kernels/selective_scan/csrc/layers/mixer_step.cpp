@@ -198,7 +198,7 @@ Tensors mixer_backward(
   const auto [dx_scan, dz, dprojection, ddt_weight, ddt_bias, dA_log, dD_skip, dnorm_weight, dnorm_bias] =
       gated_scan_backward(
           sequence_of(dout.x), sequence_of(x_scan), sequence_of(z), sequence_of(projection), p[kDtWeight], p[kDtBias],
-          p[kALog], p[kDSkip], p[kNormWeight], p[kNormBias], norm_eps, reverse, std::nullopt);
+          p[kALog], p[kDSkip], p[kNormWeight], p[kNormBias], norm_eps, reverse, std::nullopt, std::nullopt);
   const auto dx_projected =
       product_backward(map_like(dprojection, x), x_scan, p[kXWeight].flatten(0, 1), map_like(dx_scan, x));
   const Tensor& dconv = dx_projected.x;

@@ -322,19 +322,21 @@ void gated_scan_into(
   forward(call.p);
 }
 
-std::tuple<Tensor, Tensor> gated_scan_with_states(
+ScanWithStates gated_scan_with_states(
     const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
     const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
     at::IntArrayRef reverse) {
   const Tensor y =
       gated_scan(x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, reverse);
-  return {y, at::empty({x.size(0), 2, 0, x.size(2)}, x.options().dtype(at::kFloat))};
+  const auto floats = x.options().dtype(at::kFloat);
+  return {y, at::empty({x.size(0), 2, 0, x.size(2)}, floats), at::empty({x.size(0), 0, 2}, floats)};
 }
 
 GatedGradients gated_scan_backward(
     const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight,
     const Tensor& dt_bias, const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight,
-    const Tensor& norm_bias, double eps, at::IntArrayRef reverse, const std::optional<Tensor>&) {
+    const Tensor& norm_bias, double eps, at::IntArrayRef reverse, const std::optional<Tensor>&,
+    const std::optional<Tensor>&) {
   Call call(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse, element_type(x, z));
   call.gate(z, norm_weight, norm_bias, eps);
   call.differentiate(grad);

@@ -30,18 +30,21 @@ at::Tensor gated_scan(
     const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip, const at::Tensor& norm_weight,
     const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
 
-// Also the states that the backward pass starts from, (B, 2, count, D): none where the kernels keep none.
-std::tuple<at::Tensor, at::Tensor> gated_scan_with_states(
+// The result, and what the backward pass starts from: states (B, 2, count, D), and statistics of the sums (B, L, 2),
+// mean and 1 / deviation over the channels. The CPU's kernels keep neither: count and L are then 0.
+using ScanWithStates = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+ScanWithStates gated_scan_with_states(
     const at::Tensor& x, const at::Tensor& z, const at::Tensor& projection, const at::Tensor& dt_weight,
     const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip, const at::Tensor& norm_weight,
     const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
 
-// Without states, or with none, they are computed again.
+// Without states and statistics, or with none, they are computed again.
 GatedGradients gated_scan_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& z, const at::Tensor& projection,
     const at::Tensor& dt_weight, const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip,
     const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse,
-    const std::optional<at::Tensor>& states);
+    const std::optional<at::Tensor>& states, const std::optional<at::Tensor>& statistics);
 
 // As `gated_scan`, of float32 sequences by address: `p` holds batch, length, channels, x, z, the projection, whose rows
 // have `width` numbers, and y.
@@ -65,8 +68,8 @@ at::Tensor gated_scan_cuda(
 
 // The states of two directions with one component: see scan/cuda/chunks.h for their number and distance. [b, 0, j] is
 // direction 0's before it takes position j * interval; [b, 1, j] direction 1's before it takes position
-// min((j + 1) * interval, L) - 1.
-std::tuple<at::Tensor, at::Tensor> gated_scan_with_states_cuda(
+// min((j + 1) * interval, L) - 1. Other scans keep neither states nor statistics.
+ScanWithStates gated_scan_with_states_cuda(
     const at::Tensor& x, const at::Tensor& z, const at::Tensor& projection, const at::Tensor& dt_weight,
     const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip, const at::Tensor& norm_weight,
     const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse);
@@ -75,6 +78,6 @@ GatedGradients gated_scan_backward_cuda(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& z, const at::Tensor& projection,
     const at::Tensor& dt_weight, const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D_skip,
     const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps, at::IntArrayRef reverse,
-    const std::optional<at::Tensor>& states);
+    const std::optional<at::Tensor>& states, const std::optional<at::Tensor>& statistics);
 
 }  // namespace mobilemamba

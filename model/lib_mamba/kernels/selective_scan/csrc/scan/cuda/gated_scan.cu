@@ -4,7 +4,6 @@
 // 16-bit sequences of the widths and lengths of the released networks, and one for all others. Any other scan runs on
 // general_scan.cu, with normalisation and gate after it.
 #include <cstdint>
-#include <optional>
 
 #include "scan/cuda/gated_scan_cluster.cuh"
 #include "scan/cuda/norm.cuh"
@@ -18,12 +17,12 @@ constexpr int kNormThreads = 256;
 constexpr int kMostClusters = 65535;  // of a grid
 
 template <typename T>
-void run_norm(const Tensor& sum, const NormTensors& norm, Tensor& y) {
+void run_norm(const Tensor& sum, const NormTensors& norm, Tensor& y, float2* statistics) {
   const int64_t rows = norm.z.size(0);
   constexpr int kRows = kNormThreads / kLanes;
   launch(
       norm_gate_kernel<T>, dim3(ceil_div<int64_t>(rows, kRows)), kNormThreads, 0, sum.const_data_ptr<float>(),
-      norm.inputs<T>(), rows, static_cast<int>(norm.z.size(1)), y.mutable_data_ptr<T>());
+      norm.inputs<T>(), rows, static_cast<int>(norm.z.size(1)), y.mutable_data_ptr<T>(), statistics);
 }
 
 // Widths and chunks for which there is a cluster kernel: those of the released networks' scans, (D, C, whether a chunk
@@ -58,7 +57,7 @@ bool with_cluster_case(int64_t channels, int64_t length, Function&& function) {
 
 // Run the cluster kernel if there is one for the case, and the device has room for it. Returns whether it did.
 template <typename T>
-bool run_cluster(const ScanTensors& scan, const NormTensors& norm, Tensor& y, float* states) {
+bool run_cluster(const ScanTensors& scan, const NormTensors& norm, Tensor& y, const Kept& kept) {
   const int64_t D = scan.channels, z_row = row_step(norm.z);
   const auto is_aligned = [](const Tensor& tensor) {
     return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % sizeof(float4) == 0;
@@ -87,40 +86,40 @@ bool run_cluster(const ScanTensors& scan, const NormTensors& norm, Tensor& y, fl
         if (clusters == 0)
           break;
         how.grid.y = std::min({clusters, static_cast<int>(scan.batch), kMostClusters});
-        launch(kernel, how, scan.inputs<T>(), norm.inputs<T>(), plan, y.mutable_data_ptr<T>(), states);
+        launch(kernel, how, scan.inputs<T>(), norm.inputs<T>(), plan, y.mutable_data_ptr<T>(), kept);
         return true;
       }
     return false;
   });
 }
 
-// y, and the states that a backward pass starts from if there is a place for them.
+// y, and what a backward pass starts from if there is a place for it.
 template <typename T>
-void run(const ScanTensors& scan, const NormTensors& norm, Tensor& y, float* states) {
+void run(const ScanTensors& scan, const NormTensors& norm, Tensor& y, const Kept& kept) {
   if constexpr (sizeof(T) < sizeof(float)) {
-    if (run_cluster<T>(scan, norm, y, states))
+    if (run_cluster<T>(scan, norm, y, kept))
       return;
   }
   with_rank(scan.rank, [&](auto blocks) {
     constexpr int NR = decltype(blocks)::value;
     if constexpr (sizeof(T) == sizeof(float) && 8 * NR <= kMaxFusedRank) {
       if (is_fused<NR>(scan)) {
-        launch_fused<T, NR>(scan, norm, y);
+        launch_fused<T, NR>(scan, norm, y, kept.statistics);
         return;
       }
     }
     Tensor sum = empty_floats({scan.batch, scan.length, scan.channels}, scan.x);
     run_split<T, NR>(scan, sum);
-    run_norm<T>(sum, norm, y);
+    run_norm<T>(sum, norm, y, kept.statistics);
   });
-  if (states)
-    launch(states_kernel<T>, dim3(scan.batch, scan.groups(), 2), kLanes, 0, scan.inputs<T>(), states);
+  if (kept.states)
+    launch(states_kernel<T>, dim3(scan.batch, scan.groups(), 2), kLanes, 0, scan.inputs<T>(), kept.states);
 }
 
 Tensor run_any(
     const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
     const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
-    at::IntArrayRef reverse, const std::optional<Tensor>& states) {
+    at::IntArrayRef reverse, const Kept& kept) {
   check_scan(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse);
   check_gate(x, z, norm_weight, norm_bias);
   const c10::cuda::CUDAGuard guard(x.device());
@@ -132,11 +131,12 @@ Tensor run_any(
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
     if (!is_special(dt_weight, A_log, reverse)) {
-      run_norm<T>(selective_scan_cuda(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse), norm, y);
+      const Tensor sum = selective_scan_cuda(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse);
+      run_norm<T>(sum, norm, y, kept.statistics);
       return;
     }
     const ScanTensors scan(x, type, projection, dt_weight, dt_bias, A_log, D_skip);
-    run<T>(scan, norm, y, states && states->numel() ? states->mutable_data_ptr<float>() : nullptr);
+    run<T>(scan, norm, y, kept);
   });
   return y.to(x.scalar_type());
 }
@@ -147,20 +147,24 @@ Tensor gated_scan_cuda(
     const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
     const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
     at::IntArrayRef reverse) {
-  return run_any(
-      x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, reverse, std::nullopt);
+  return run_any(x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, reverse, Kept{});
 }
 
-std::tuple<Tensor, Tensor> gated_scan_with_states_cuda(
+ScanWithStates gated_scan_with_states_cuda(
     const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight, const Tensor& dt_bias,
     const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
     at::IntArrayRef reverse) {
   check_scan(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse);
-  const int count = is_special(dt_weight, A_log, reverse) ? num_states(static_cast<int>(x.size(1))) : 0;
+  const int64_t length = is_special(dt_weight, A_log, reverse) ? x.size(1) : 0;
+  const int count = num_states(static_cast<int>(length));
   const Tensor states = empty_floats({x.size(0), 2, count, x.size(2)}, x);
+  const Tensor statistics = empty_floats({x.size(0), length, 2}, x);
+  const Kept kept{
+      count > 0 ? states.mutable_data_ptr<float>() : nullptr,
+      length > 0 ? static_cast<float2*>(statistics.mutable_data_ptr()) : nullptr};
   return {
-      run_any(x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, reverse, states),
-      states};
+      run_any(x, z, projection, dt_weight, dt_bias, A_log, D_skip, norm_weight, norm_bias, eps, reverse, kept), states,
+      statistics};
 }
 
 }  // namespace mobilemamba

@@ -10,7 +10,6 @@
 
 #include "scan/cuda/chunks.h"
 #include "scan/cuda/norm.cuh"
-#include "scan/cuda/states.cuh"
 #include "scan/cuda/tensors.h"
 
 namespace mobilemamba {
@@ -136,25 +135,30 @@ bool with_instance(const BackwardArguments<T>& p, Function&& function) {
         Instance<T, 2, 16>(), Instance<T, 3, 16>());
 }
 
-// The states that the forward pass has kept; where it has not, they are computed now.
-template <typename T>
-Tensor states_of(
-    const Tensor& x, const Tensor& projection, const ParameterTensors& parameters, const std::optional<Tensor>& states,
-    at::ScalarType type) {
-  const int count = num_states(static_cast<int>(x.size(1)));
-  const std::vector<int64_t> shape{x.size(0), 2, count, x.size(2)};
-  if (states && states->numel() > 0) {
-    TORCH_CHECK(states->sizes() == shape, "states must be (B, 2, count, D) = ", shape, ", got ", states->sizes());
-    return as_floats(*states);
+// What the forward pass keeps.
+struct KeptTensors {
+  Tensor states, statistics;
+};
+
+// As given; where anything is missing, the forward pass runs again.
+KeptTensors kept_of(
+    const Tensor& x, const Tensor& z, const Tensor& projection, const ParameterTensors& p, double eps,
+    at::IntArrayRef reverse, const std::optional<Tensor>& states, const std::optional<Tensor>& statistics) {
+  const int64_t count = num_states(static_cast<int>(x.size(1)));
+  const std::vector<int64_t> states_shape{x.size(0), 2, count, x.size(2)}, statistics_shape{x.size(0), x.size(1), 2};
+  const auto is_given = [](const std::optional<Tensor>& tensor) { return tensor && tensor->numel() > 0; };
+  if (!is_given(statistics) || (count > 0 && !is_given(states))) {
+    auto [y, own_states, own_statistics] = gated_scan_with_states_cuda(
+        x, z, projection, p.dt_weight, p.dt_bias, p.A_log, p.D_skip, p.norm_weight, p.norm_bias, eps, reverse);
+    return {own_states, own_statistics};
   }
-  Tensor own = empty_floats(shape, x);
-  if (count == 0)
-    return own;
-  const auto& p = parameters;
-  const ScanTensors scan(x, type, projection, p.dt_weight, p.dt_bias, p.A_log, p.D_skip);
-  launch(
-      states_kernel<T>, dim3(scan.batch, scan.groups(), 2), kLanes, 0, scan.inputs<T>(), own.mutable_data_ptr<float>());
-  return own;
+  TORCH_CHECK(
+      count == 0 || states->sizes() == states_shape, "states must be (B, 2, count, D) = ", states_shape, ", got ",
+      states->sizes());
+  TORCH_CHECK(
+      statistics->sizes() == statistics_shape, "statistics must be (B, L, 2) = ", statistics_shape, ", got ",
+      statistics->sizes());
+  return {count > 0 ? as_floats(*states) : empty_floats(states_shape, x), as_floats(*statistics)};
 }
 
 template <typename Instance>
@@ -218,13 +222,13 @@ void run_instance(
 template <typename T>
 bool grouped_backward(
     const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const ParameterTensors& given,
-    double eps, const std::optional<Tensor>& states, at::ScalarType type, GatedGradients& results) {
+    double eps, at::IntArrayRef reverse, const std::optional<Tensor>& states, const std::optional<Tensor>& statistics,
+    at::ScalarType type, GatedGradients& results) {
   const Tensor x_rows = as_pair_rows(x, type), z_rows = as_pair_rows(z, type), grad_rows = as_pair_rows(grad, type);
   BackwardArguments<T> arguments{};
   arguments.x = x_rows.const_data_ptr<T>(), arguments.x_row = row_step(x_rows);
   arguments.z = z_rows.const_data_ptr<T>(), arguments.z_row = row_step(z_rows);
   arguments.grad = grad_rows.const_data_ptr<T>(), arguments.grad_row = row_step(grad_rows);
-  arguments.eps = static_cast<float>(eps);
   arguments.batch = static_cast<int>(x.size(0));
   arguments.length = static_cast<int>(x.size(1));
   arguments.channels = static_cast<int>(x.size(2));
@@ -232,11 +236,12 @@ bool grouped_backward(
   return with_instance<T>(arguments, [&](auto instance) {
     const ParameterTensors parameters = given.contiguous(), gradients = parameters.gradients();
     const Tensor own_projection = as_pair_rows(projection.contiguous(), type);
-    const Tensor own_states = states_of<T>(x, projection, parameters, states, type);
+    const KeptTensors kept = kept_of(x, z, projection, parameters, eps, reverse, states, statistics);
     Tensor dx = at::empty(x.sizes(), x.options().dtype(type)), dz = at::empty(z.sizes(), z.options().dtype(type));
     Tensor dprojection = at::empty(projection.sizes(), projection.options().dtype(type));
     arguments.projection = own_projection.const_data_ptr<T>();
-    arguments.states = own_states.const_data_ptr<float>();
+    arguments.states = kept.states.const_data_ptr<float>();
+    arguments.statistics = static_cast<const float2*>(kept.statistics.const_data_ptr());
     arguments.dx = dx.mutable_data_ptr<T>();
     arguments.dz = dz.mutable_data_ptr<T>();
     arguments.dprojection = dprojection.mutable_data_ptr<T>();
@@ -275,7 +280,8 @@ GatedGradients general_backward(
 GatedGradients gated_scan_backward_cuda(
     const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& projection, const Tensor& dt_weight,
     const Tensor& dt_bias, const Tensor& A_log, const Tensor& D_skip, const Tensor& norm_weight,
-    const Tensor& norm_bias, double eps, at::IntArrayRef reverse, const std::optional<Tensor>& states) {
+    const Tensor& norm_bias, double eps, at::IntArrayRef reverse, const std::optional<Tensor>& states,
+    const std::optional<Tensor>& statistics) {
   check_scan(x, projection, dt_weight, dt_bias, A_log, D_skip, reverse);
   check_gate(x, z, norm_weight, norm_bias);
   TORCH_CHECK(grad.sizes() == x.sizes(), "grad must have the shape of x, ", x.sizes(), ", got ", grad.sizes());
@@ -297,7 +303,7 @@ GatedGradients gated_scan_backward_cuda(
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
     if (!is_special(dt_weight, A_log, reverse) ||
-        !grouped_backward<T>(grad, x, z, projection, parameters, eps, states, type, gradients))
+        !grouped_backward<T>(grad, x, z, projection, parameters, eps, reverse, states, statistics, type, gradients))
       gradients = general_backward<T>(grad, x, z, projection, parameters, eps, reverse, type);
   });
   return gradients;

@@ -1,7 +1,8 @@
 // Gradients of the gated scan in one pass over its inputs.
 //
 // A block of threads has a block of positions, up to 4 chunks of an image (or 4 images of one chunk), with all its
-// channels; a warp has 64 of them, two a lane. From the states that enter the chunks, kept by the forward pass, it
+// channels; a warp has 64 of them, two a lane. From the states that enter the chunks and the sums' statistics, kept by
+// the forward pass, it
 // 1. runs both directions through each chunk, normalises and gates: dz, and the gradient of the sum, which it parks; in
 //    an image of several blocks also finds how the gradients of the states pass through the chunk, which go against the
 //    directions' travel;
@@ -39,15 +40,15 @@ template <typename T>
 struct BackwardArguments {
   const T *x, *z, *grad;
   int x_row, z_row, grad_row;
-  const T* projection;    // (B, L, 2 * (R + 2))
-  const float* prepared;  // (groups, GroupLayout::kFloats)
-  const float* states;    // (B, 2, image_states, D)
-  T *dx, *dz;             // (B, L, D)
-  T* dprojection;         // as projection
-  float* shares;          // (thread blocks, groups, ShareLayout::group())
-  PassagePair* passages;  // (B, 2, blocks, groups * 32)
-  float* parked;          // (thread blocks, warps, parked floats) or, to use shared memory, null; known channels do
-  float eps;
+  const T* projection;       // (B, L, 2 * (R + 2))
+  const float* prepared;     // (groups, GroupLayout::kFloats)
+  const float* states;       // (B, 2, image_states, D)
+  const float2* statistics;  // (B, L): mean over the channels and 1 / deviation of the sums
+  T *dx, *dz;                // (B, L, D)
+  T* dprojection;            // as projection
+  float* shares;             // (thread blocks, groups, ShareLayout::group())
+  PassagePair* passages;     // (B, 2, blocks, groups * 32)
+  float* parked;             // (thread blocks, warps, parked floats) or, to use shared memory, null; known channels do
   int batch, length, channels, rank;
   int step;              // positions of a chunk
   int blocks;            // of an image
@@ -124,40 +125,12 @@ struct BackwardShared {
   static constexpr int kParkedFloats =
       kParkedChunks * kChunk * kGroup / (kExact ? 1 : 2) + kBlockChunks * kLanes + kSummedFloats;
   static constexpr int kWarpFloats = kTileFloats + kNarrowFloats + kPassageFloats + kLaneSumFloats + kRowFloats;
-  static constexpr int kSumFloats = 2 * 2 * kTileRows;
+  static constexpr int kSumFloats = 2 * 2 * kTileRows;  // pairs, of two chunks
 
   static constexpr int floats(int warps, bool is_parked_here) {
     return kHeaderFloats + kStageFloats + warps * (kWarpFloats + kSumFloats + (is_parked_here ? kParkedFloats : 0));
   }
 };
-
-// Mean over all channels and 1 / deviation of position p, in lanes p and p + 16; each warp has 64 channels, the last
-// one what remains.
-__device__ __forceinline__ float2 combine_group_moments(const float2* moments, int warps, int channels, float eps) {
-  const int p = lane_index() % kTileRows, half = lane_index() / kTileRows;
-  const float last = channels - kGroup * (warps - 1);
-  float sum = 0.f;
-#pragma unroll
-  for (int first = 0; first < warps; first += 2) {
-    const int w = first + half;
-    if (w < warps)
-      sum = fmaf(w == warps - 1 ? last : kGroup, moments[w * kTileRows + p].x, sum);
-  }
-  sum += __shfl_xor_sync(kWarp, sum, kTileRows);
-  const float mean = sum / channels;
-  float squares = 0.f;
-#pragma unroll
-  for (int first = 0; first < warps; first += 2) {
-    const int w = first + half;
-    if (w < warps) {
-      const float2 own = moments[w * kTileRows + p];
-      const float deviation = own.x - mean;
-      squares += fmaf(deviation * (w == warps - 1 ? last : kGroup), deviation, own.y);
-    }
-  }
-  squares += __shfl_xor_sync(kWarp, squares, kTileRows);
-  return make_float2(mean, rsqrtf(squares / channels + eps));
-}
 
 // Sum of pairs over the warps for position p, in lanes p and p + 16.
 __device__ __forceinline__ float2 combine_group_sums(const float2* sums, int warps) {
@@ -218,8 +191,7 @@ struct BackwardWarp {
       kIsWhole ? channel : min(channel, channels - 2);  // lanes beyond the channels read another's, and write nothing
 
   float* const stages = shared_memory() + Shared::kHeaderFloats;
-  float2* const moments = reinterpret_cast<float2*>(stages + Shared::kStageFloats);
-  float2* const sums = moments + warps * kTileRows;
+  float2* const all_sums = reinterpret_cast<float2*>(stages + Shared::kStageFloats);
   float* const tiles = stages + Shared::kStageFloats + warps * Shared::kSumFloats;
   float* const tile = tiles + warp * Shared::kWarpFloats;
   float* const narrow = tile + Shared::kTileFloats;
@@ -460,52 +432,17 @@ struct BackwardWarp {
     return through;
   }
 
-  // Mean and sum of squared deviations over the warp's channels, of position l / 2 in lane l.
-  __device__ __forceinline__ float2 group_moments() const {
-    const int columns = kIsWhole ? kGroup : min(kGroup, channels - warp * kGroup);
-    const float* const row = tile + lane / 2 * kPairRow;
-    const float shift = row[0];
-    float sum = 0.f, squares = 0.f;
-    const auto add = [&](float value) {
-      const float deviation = value - shift;
-      sum += deviation;
-      squares = fmaf(deviation, deviation, squares);
-    };
-    if (columns == kGroup) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float4 part = *reinterpret_cast<const float4*>(row + 8 * i + 4 * (lane % 2));
-        add(part.x), add(part.y), add(part.z), add(part.w);
-      }
-    } else {
-      for (int i = lane % 2; i < columns; i += 2)
-        add(row[i]);
-    }
-    sum += __shfl_xor_sync(kWarp, sum, 1);
-    squares += __shfl_xor_sync(kWarp, squares, 1);
-    const float mean = sum / columns;
-    return make_float2(shift + mean, fmaf(-sum, mean, squares));
-  }
-
   // The sums of the chunk, in y, to their gradients; and dz.
   __device__ __forceinline__ void normalise_back(int chunk, float2 (&y)[kChunk]) {
     Pair<T> z[kChunk], grad[kChunk];
     load(p.z, p.z_row, chunk, z);
     load(p.grad, grad_row, chunk, grad);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      cell(i) = y[i];
-    __syncwarp();
-    const float2 own_moments = group_moments();
-    if (lane % 2 == 0)
-      moments[warp * kTileRows + lane / 2] = own_moments;
-    __syncthreads();
-    const float2 mean_rstd = combine_group_moments(moments, warps, channels, p.eps);
-    // Rows that are not there count for nothing, whatever their variance.
+    // Rows that are not there count for nothing.
+    float2 mean_rstd = make_float2(0.f, 0.f);
+    if (lane < valid(chunk))
+      mean_rstd = load_value(p.statistics + row_of(chunk) + lane);
     if (lane < kTileRows)
-      statistics[lane] = lane < valid(chunk)
-                             ? make_float2(kExact ? mean_rstd.x : -mean_rstd.x * mean_rstd.y, mean_rstd.y)
-                             : make_float2(0.f, 0.f);
+      statistics[lane] = make_float2(kExact ? mean_rstd.x : -mean_rstd.x * mean_rstd.y, mean_rstd.y);
     __syncwarp();
     const float2 weight = parameter(Layout::kNormWeight), bias = parameter(Layout::kNormBias);
     float2 scaled[kChunk];  // gradient of the normalised value
@@ -537,6 +474,8 @@ struct BackwardWarp {
     }
     own_sums.x += __shfl_xor_sync(kWarp, own_sums.x, 1);
     own_sums.y += __shfl_xor_sync(kWarp, own_sums.y, 1);
+    // Two places in turns: some warps may still read the sums of the chunk before.
+    float2* const sums = all_sums + chunk % 2 * warps * kTileRows;
     if (lane % 2 == 0)
       sums[warp * kTileRows + lane / 2] = own_sums;
     __syncthreads();

@@ -70,7 +70,7 @@ struct ClusterWarp {
   const NormInputs<T>& norm;
   const ClusterPlan& plan;
   T* const y;
-  float* const states;
+  const Kept& kept;
 
   const int lane = lane_index(), warp = warp_index();
   const int slot = warp / W::kGroups, group = warp % W::kGroups, slot_thread = group * kLanes + lane;
@@ -349,13 +349,13 @@ struct ClusterWarp {
   __device__ __forceinline__ void keep_state(int image, int direction, int chunk, const float2& state) const {
     const int64_t place = (static_cast<int64_t>(image) * 2 + direction) * plan.states + chunk;
     if (is_own_channel())
-      store_value(reinterpret_cast<float2*>(states + place * kD + channel), state * kLn2);
+      store_value(reinterpret_cast<float2*>(kept.states + place * kD + channel), state * kLn2);
   }
 
   // Add what the entering states contribute.
   __device__ __forceinline__ void correct(int image, int n) {
     const float2 first = state_before(0, n), second = state_before(1, n);
-    if (states && !is_empty(n)) {
+    if (kept.states && !is_empty(n)) {
       keep_state(image, 0, chunk_of(n), first);
       keep_state(image, 1, chunk_of(n), second);
     }
@@ -373,7 +373,7 @@ struct ClusterWarp {
   }
 
   // 1 / deviation and -mean / deviation over all channels, for each position, to norms().
-  __device__ __forceinline__ void find_norm(int n) {
+  __device__ __forceinline__ void find_norm(int image, int n) {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kC; ++i)
@@ -399,6 +399,8 @@ struct ClusterWarp {
     const float rstd = rsqrtf(fmaf(squares, 1.f / kD, kLog2e * kLog2e * norm.eps));
     if (lane < kMaxChunk)
       norms()[lane] = make_float2(rstd, -mean * rstd);
+    if (kept.statistics && group == 0 && lane < valid(n))
+      store_value(kept.statistics + row_of(image, n) + lane, make_float2(mean * kLn2, rstd * kLog2e));
     __syncwarp();
   }
   // A group's part of the channels.
@@ -476,7 +478,7 @@ struct ClusterWarp {
       while (true) {
         if (!kIsWhole)
           correct(image, n);
-        find_norm(n);
+        find_norm(image, n);
         store(image, n, z);
         if (n == 0)
           break;
@@ -492,8 +494,8 @@ struct ClusterWarp {
 // Grid (plan.blocks, clusters): a row is a cluster; as many as there is room for, or as there are images.
 template <typename T, int kD, int kC, int kZRow, bool kIsWhole>
 __global__ void __launch_bounds__(ClusterShape<kD>::kThreads, 1)
-    cluster_kernel(const ScanInputs<T> p, const NormInputs<T> norm, const ClusterPlan plan, T* y, float* states) {
-  ClusterWarp<T, kD, kC, kZRow, kIsWhole> warp{p, norm, plan, y, states};
+    cluster_kernel(const ScanInputs<T> p, const NormInputs<T> norm, const ClusterPlan plan, T* y, const Kept kept) {
+  ClusterWarp<T, kD, kC, kZRow, kIsWhole> warp{p, norm, plan, y, kept};
   warp.run();
 }
 

@@ -49,7 +49,8 @@ struct FusedWarp {
 
   const ScanInputs<T>& p;
   const NormInputs<T>& norm;
-  T* const result;  // (B, L, D)
+  T* const result;           // (B, L, D)
+  float2* const statistics;  // as Kept has them
   const int64_t image = blockIdx.x;
   const int channel = threadIdx.x;
   const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes, lane = lane_index();
@@ -124,7 +125,7 @@ struct FusedWarp {
   }
 
   // Mean over the channels and 1 / deviation of every position of the tile, to own_norm.
-  __device__ __forceinline__ void normalize() {
+  __device__ __forceinline__ void normalize(int chunk) {
     const float2 own_moments = row_moments(tile, min(kLanes, p.channels - warp * kLanes));
     if (lane % 2 == 0)
       moments[warp * kChunk + lane / 2] = own_moments;
@@ -132,6 +133,8 @@ struct FusedWarp {
     const float2 mean_rstd = combine_moments(moments, warps, p.channels, norm.eps);
     if (lane < kChunk)
       own_norm[lane] = mean_rstd;
+    if (statistics && warp == 0 && lane < p.valid(chunk))
+      store_value(statistics + image * p.length + chunk * kChunk + lane, mean_rstd);
     __syncwarp();
   }
 
@@ -173,7 +176,7 @@ struct FusedWarp {
       });
       T gate[kChunk];
       load_rows(norm.z + at(chunk, norm.z_row), norm.z_row, valid(chunk), gate);
-      normalize();
+      normalize(chunk);
       open_gate(chunk, gate);
       __syncwarp();
     }
@@ -183,8 +186,8 @@ struct FusedWarp {
 // Grid (B), a warp for every 32 channels.
 template <typename T, int NR, int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreads == kSharingThreads ? 2 : 1)
-    fused_kernel(const ScanInputs<T> p, const NormInputs<T> norm, T* result) {
-  FusedWarp<T, NR> warp{p, norm, result};
+    fused_kernel(const ScanInputs<T> p, const NormInputs<T> norm, T* result, float2* statistics) {
+  FusedWarp<T, NR> warp{p, norm, result, statistics};
   warp.run();
 }
 

@@ -62,4 +62,10 @@ struct NormInputs {
   float eps;
 };
 
+// What the forward pass keeps for the backward pass, in training; null otherwise.
+struct Kept {
+  float* states;       // (B, 2, count, D): see chunks.h
+  float2* statistics;  // (B, L): mean over the channels and 1 / deviation of the sums
+};
+
 }  // namespace mobilemamba

@@ -21,14 +21,18 @@ __device__ __forceinline__ float2 row_statistics(const float* row, int channels,
   return make_float2(mean, rsqrtf(squares / channels + eps));
 }
 
-// y = normalised sum * silu(z), each (rows, D); grid (blocks of rows).
+// y = normalised sum * silu(z), each (rows, D); keeps the statistics if there is a place for them. Grid (blocks of
+// rows).
 template <typename T>
-__global__ void norm_gate_kernel(const float* sum, const NormInputs<T> norm, int64_t rows, int channels, T* y) {
+__global__ void norm_gate_kernel(
+    const float* sum, const NormInputs<T> norm, int64_t rows, int channels, T* y, float2* statistics) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
   if (row >= rows)
     return;
   const float* own = sum + row * channels;
   const float2 mean_rstd = row_statistics(own, channels, norm.eps);
+  if (statistics && lane_index() == 0)
+    store_value(statistics + row, mean_rstd);
   for (int d = lane_index(); d < channels; d += kLanes) {
     const float z = static_cast<float>(norm.z[row * norm.z_row + d]);
     const float normed = fmaf((own[d] - mean_rstd.x) * mean_rstd.y, norm.weight[d], norm.bias[d]);

@@ -54,7 +54,7 @@ void run_split(const ScanTensors& scan, Tensor& sum) {
 }
 
 template <typename T, int NR>
-void launch_fused(const ScanTensors& scan, const NormTensors& norm, Tensor& y) {
+void launch_fused(const ScanTensors& scan, const NormTensors& norm, Tensor& y, float2* statistics) {
   const int threads = scan.groups() * kLanes;
   auto kernel = fused_kernel<T, NR, kFusedThreads>;
   if constexpr (sizeof(T) < sizeof(float)) {
@@ -63,7 +63,7 @@ void launch_fused(const ScanTensors& scan, const NormTensors& norm, Tensor& y) {
   }
   launch(
       kernel, dim3(scan.batch), threads, fused_shared_floats<NR>(scan.groups()), scan.inputs<T>(), norm.inputs<T>(),
-      y.mutable_data_ptr<T>());
+      y.mutable_data_ptr<T>(), statistics);
 }
 
 }  // namespace mobilemamba
