@@ -437,12 +437,12 @@ struct BackwardWarp {
     Pair<T> z[kChunk], grad[kChunk];
     load(p.z, p.z_row, chunk, z);
     load(p.grad, grad_row, chunk, grad);
+    const float2 mean_rstd = load_value(p.statistics + row_of(chunk) + min(lane % kTileRows, valid(chunk) - 1));
     // Rows that are not there count for nothing.
-    float2 mean_rstd = make_float2(0.f, 0.f);
-    if (lane < valid(chunk))
-      mean_rstd = load_value(p.statistics + row_of(chunk) + lane);
     if (lane < kTileRows)
-      statistics[lane] = make_float2(kExact ? mean_rstd.x : -mean_rstd.x * mean_rstd.y, mean_rstd.y);
+      statistics[lane] = lane < valid(chunk)
+                             ? make_float2(kExact ? mean_rstd.x : -mean_rstd.x * mean_rstd.y, mean_rstd.y)
+                             : make_float2(0.f, 0.f);
     __syncwarp();
     const float2 weight = parameter(Layout::kNormWeight), bias = parameter(Layout::kNormBias);
     float2 scaled[kChunk];  // gradient of the normalised value
@@ -480,9 +480,8 @@ struct BackwardWarp {
       sums[warp * kTileRows + lane / 2] = own_sums;
     __syncthreads();
     const float2 total = combine_group_sums(sums, warps);
-    const float part = -mean_rstd.y / channels;
     if (lane < kTileRows)
-      means[lane] = lane < valid(chunk) ? total * part : make_float2(0.f, 0.f);
+      means[lane] = total * (-statistics[lane].y / channels);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {

@@ -399,8 +399,8 @@ struct ClusterWarp {
     const float rstd = rsqrtf(fmaf(squares, 1.f / kD, kLog2e * kLog2e * norm.eps));
     if (lane < kMaxChunk)
       norms()[lane] = make_float2(rstd, -mean * rstd);
-    if (kept.statistics && group == 0 && lane < valid(n))
-      store_value(kept.statistics + row_of(image, n) + lane, make_float2(mean * kLn2, rstd * kLog2e));
+    if (kept.statistics && slot_thread < valid(n))
+      store_value(kept.statistics + row_of(image, n) + slot_thread, make_float2(mean * kLn2, rstd * kLog2e));
     __syncwarp();
   }
   // A group's part of the channels.
