@@ -115,8 +115,8 @@ def _setup_context_with_states(ctx: Any, inputs: tuple, output: tuple[Tensor, ..
 
 
 def _backward_with_states(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    tensors, kept = ctx.saved_tensors[:_NUM_TENSORS], ctx.saved_tensors[_NUM_TENSORS:]
-    return (*_gated_backward(grad, *tensors, ctx.eps, ctx.reverse, *kept), None, None)
+    *tensors, states, statistics = ctx.saved_tensors
+    return (*_gated_backward(grad, *tensors, ctx.eps, ctx.reverse, states, statistics), None, None)
 
 
 _gated_with_states.register_autograd(_backward_with_states, setup_context=_setup_context_with_states)

@@ -73,7 +73,9 @@ struct ClusterWarp {
   const Kept& kept;
 
   const int lane = lane_index(), warp = warp_index();
-  const int slot = warp / W::kGroups, group = warp % W::kGroups, slot_thread = group * kLanes + lane;
+  const int slot = warp / W::kGroups, group = warp % W::kGroups;
+  // Where there is one slot, from a number that can be read again: registers are few.
+  const int slot_thread = kSlots == 1 ? threadIdx.x - slot * Shape::kSlotThreads : group * kLanes + lane;
   const bool is_half = W::kHasHalf && group == W::kGroups - 1;
   const int column = 2 * (is_half ? lane % 16 : lane), channel = 64 * group + column;
   const int rank = blockIdx.x;
@@ -347,9 +349,9 @@ struct ClusterWarp {
   __device__ __forceinline__ bool is_own_channel() const { return !W::kHasHalf || !is_half || lane < 16; }
 
   __device__ __forceinline__ void keep_state(int image, int direction, int chunk, const float2& state) const {
-    const int64_t place = (static_cast<int64_t>(image) * 2 + direction) * plan.states + chunk;
+    float* const to = at<kD>(kept.states, (2 * image + direction) * plan.states + chunk, channel);
     if (is_own_channel())
-      store_value(reinterpret_cast<float2*>(kept.states + place * kD + channel), state * kLn2);
+      store_value(reinterpret_cast<float2*>(to), state * kLn2);
   }
 
   // Add what the entering states contribute.
