@@ -78,9 +78,10 @@ def _gated_with_states(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
         y, *kept = backends.gated_scan_with_states(x, *arguments)
 
     def as_promised(own: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        if own is not None and own.shape == shape:
+            return own
         # A tracer has been told this shape. No backend that keeps nothing reads it; whoever did would see infinity.
-        is_kept = own is not None and own.shape == shape
-        return own if is_kept else x.new_full(shape, torch.inf, dtype=torch.float32)
+        return x.new_full(shape, torch.inf, dtype=torch.float32)
 
     states, statistics = map(as_promised, kept, _kept_shapes(x))
     return y, states, statistics
