@@ -16,10 +16,12 @@ from scan_cases import (
     assert_accurate,
     exact,
     exact_of_case,
+    exact_statistics,
     gated_scan_loop,
     output_and_gradients,
     relative_errors,
     scan_loop,
+    statistics_error,
 )
 
 from model.lib_mamba import gated_scan
@@ -101,19 +103,6 @@ def exact_states(tensors, chunk):
     return torch.stack(kept, 1)
 
 
-def exact_statistics(tensors):
-    """Mean over the channels and 1 / deviation of every position's sum, by the loop in float64: (B, L, 2)."""
-    x, _, *scan = (tensor.double() for tensor in tensors[:7])
-    y = scan_loop(x, *scan)
-    return torch.stack([y.mean(-1), (y.var(-1, correction=0) + 1e-5).rsqrt()], -1)
-
-
-def statistics_errors(statistics, exact_ones):
-    """Largest errors: of the mean in deviations, and of 1 / deviation relative to itself."""
-    assert statistics.shape == exact_ones.shape
-    return ((statistics - exact_ones).abs() * torch.stack([exact_ones[..., 1], 1 / exact_ones[..., 1]], -1)).max()
-
-
 @pytest.mark.parametrize(
     ("length", "chunk"), [(20, 12), (49, 13), (65, 13), (100, 13), (144, 16), (196, 14), (299, 13), (400, 16)]
 )
@@ -126,7 +115,7 @@ def test_what_the_forward_pass_keeps(length, chunk, dtype, cuda_as_cpp, multipro
     assert states.shape == exact_ones.shape
     tolerance = 1e-5 if dtype == torch.float32 else 1e-3
     assert (states - exact_ones).abs().max() < tolerance * exact_ones.abs().max()
-    assert statistics_errors(statistics, exact_statistics(tensors)) < tolerance
+    assert statistics_error(statistics, exact_statistics(tensors)) < tolerance
 
 
 # Every scan of the released networks: channels, length, rank.
@@ -163,7 +152,7 @@ def test_every_scan_of_the_released_networks(shape, dtype, cuda_as_cpp):
     assert (y[-1:] - exact_y).abs().max() < 1.2 * TOLERANCES[dtype][0] * exact_y.abs().max()
     if exact_ones is not None:
         assert (states[-1:] - exact_ones).abs().max() < 2e-3 * exact_ones.abs().max()
-    assert statistics_errors(statistics[-1:], exact_statistics(last)) < 2e-3
+    assert statistics_error(statistics[-1:], exact_statistics(last)) < 2e-3
 
 
 @pytest.mark.parametrize("shape", RELEASED, ids=str)

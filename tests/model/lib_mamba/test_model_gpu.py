@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from scan_cases import NAMES, TOLERANCES, arguments, gated_scan_loop
+from scan_cases import NAMES, TOLERANCES, arguments, exact_statistics, gated_scan_loop, statistics_error
 
 from benchmarks.common import capture
 from benchmarks.gpu.checks import production_calls
@@ -89,6 +89,21 @@ def differentiate(function, tensors, weights):
 
 def error(actual, exact):
     return ((actual.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-12)).item()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize(
+    ("device", "shape"), [("cpu", ON_CPU[0]), *(on_gpu("cuda", shape) for shape in CALLS)], indirect=["device"]
+)
+def test_what_the_forward_pass_keeps_changes_no_gradient(device, shape, dtype):
+    channels, length, rank = shape
+    tensors = arguments(length, batch=3, channels=channels, rank=rank, dtype=dtype, device=device)
+    tensors[3] = tensors[3] / rank**0.5
+    y, *kept = torch.ops.mobilemamba.gated_scan_with_states(*tensors, 1e-5, [0, 1])
+    given, found = (torch.ops.mobilemamba.gated_scan_backward(y, *tensors, 1e-5, [0, 1], *own) for own in (kept, ()))
+    assert all(torch.equal(one, other) for one, other in zip(given, found, strict=True))
+    if backends.choose(device).name == "cuda":
+        assert statistics_error(kept[1], exact_statistics(tensors)) < (1e-5 if dtype == torch.float32 else 2e-3)
 
 
 def network_and_images(device, *, name=T2, batch=4, is_folded=False):

@@ -21,8 +21,7 @@ __device__ __forceinline__ float2 row_statistics(const float* row, int channels,
   return make_float2(mean, rsqrtf(squares / channels + eps));
 }
 
-// y = normalised sum * silu(z), each (rows, D); keeps the statistics if there is a place for them. Grid (blocks of
-// rows).
+// y = normalised sum * silu(z), each (rows, D), and the statistics if they are kept; grid (blocks of rows).
 template <typename T>
 __global__ void norm_gate_kernel(
     const float* sum, const NormInputs<T> norm, int64_t rows, int channels, T* y, float2* statistics) {
