@@ -17,8 +17,8 @@ TORCH_LIBRARY(mobilemamba_kernels, m) {
   // channels of every position's sum (B, L, 2). A backend may keep neither.
   m.def(
       "gated_scan_with_states(Tensor x, Tensor z, Tensor projection, Tensor dt_weight, Tensor dt_bias, Tensor A_log, "
-      "Tensor D_skip, Tensor norm_weight, Tensor norm_bias, float eps, int[] reverse) -> (Tensor, Tensor, "
-      "Tensor)");
+      "Tensor D_skip, Tensor norm_weight, Tensor norm_bias, float eps, int[] reverse) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "gated_scan_backward(Tensor grad, Tensor x, Tensor z, Tensor projection, Tensor dt_weight, Tensor dt_bias, "
       "Tensor A_log, Tensor D_skip, Tensor norm_weight, Tensor norm_bias, float eps, int[] reverse, "
