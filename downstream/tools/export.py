@@ -20,6 +20,7 @@ from downstream.export.graph import as_graph
 from downstream.export.writing import load, write
 from model.export.formats import require
 from model.pictures import find_pictures, read_picture
+from util.cores import count_cores, limit_threads
 
 from .arguments import add_options
 from .errors import InputError, exit_code_of
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> list[Agreement]:
+    limit_threads(count_cores())
     try:
         require("onnx")
     except ImportError as error:

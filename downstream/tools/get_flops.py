@@ -9,6 +9,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from model.profile import count_macs
+from util.cores import count_cores, limit_threads
 
 from .arguments import add_options
 from .errors import InputError, exit_code_of
@@ -54,6 +55,7 @@ class OnOneImage(nn.Module):
 
 
 def _count(parsed: argparse.Namespace) -> None:
+    limit_threads(count_cores())
     if len(parsed.shape) > 2 or min(parsed.shape) < 32:
         raise InputError(
             f"--shape {' '.join(map(str, parsed.shape))}: give a side, or height and width, from 32 pixels"

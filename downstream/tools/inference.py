@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_network(config: Config, *, checkpoint: str | None = None, device: str | None = None) -> nn.Module:
-    """Return a configuration's model in evaluation mode, with no more threads of PyTorch than cores.
+    """Return a configuration's model in evaluation mode.
 
     Args:
         config: Detector's, segmentor's or classifier's.
@@ -56,7 +56,6 @@ def build_network(config: Config, *, checkpoint: str | None = None, device: str 
     Raises:
         InputError: The checkpoint cannot be read, or is another model's.
     """
-    limit_threads(count_cores())
     init_default_scope(config.get("default_scope", "mmengine"))
     network = revert_sync_batchnorm(MODELS.build(config.model))
     if checkpoint is not None:
@@ -68,6 +67,7 @@ def build_network(config: Config, *, checkpoint: str | None = None, device: str 
 
 
 def _draw(parsed: argparse.Namespace) -> None:
+    limit_threads(count_cores())
     image = mmcv.imread(parsed.image, channel_order="rgb") if Path(parsed.image).is_file() else None
     if image is None:
         raise InputError(f"no image at {parsed.image}, or none that can be read")

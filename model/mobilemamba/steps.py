@@ -33,8 +33,9 @@ ops = torch.ops.mobilemamba_kernels
 class StepGroup(nn.Module):
     """A group of layers that can run as steps.
 
-    It decides once whether it does, and again after `train`, `eval`, a conversion, a new hook or a replaced layer. (Of
-    settings of its layers that are changed in place, such as a dilation, it learns at the next `train`.)
+    A group that does has checked its layers once, and checks them again after `train`, `eval`, a conversion, a new hook
+    or a replaced layer; one that cannot checks them at each forward. (Of settings of its layers that are changed in
+    place, such as a dilation, it learns at the next `train`.)
     """
 
     _decision: _Decision | None = None
@@ -134,15 +135,16 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, name: str, norms: Sequence[nn.BatchNorm2d], more: Sequence, *parameters: Tensor
+        ctx: Any, x: Tensor, name: str, norms: Sequence[nn.BatchNorm2d], settings: Sequence, *parameters: Tensor
     ) -> Tensor:
         buffers = [norm._buffers for norm in norms]
         running = [kept[key] for kept in buffers for key in ("running_mean", "running_var", "num_batches_tracked")]
+        # Without a momentum, statistics are means over all batches: the operators take a negative one for that.
         momenta = [-1.0 if norm.momentum is None else norm.momentum for norm in norms]
         operator = getattr(ops, f"{name}_step")
         with without_autocast("cpu"):
-            y, saved = operator(x, parameters, running, momenta, [norm.eps for norm in norms], *more)
-        ctx.step, ctx.more, ctx.num_parameters = name, more, len(parameters)
+            y, saved = operator(x, parameters, running, momenta, [norm.eps for norm in norms], *settings)
+        ctx.step, ctx.settings, ctx.num_parameters = name, settings, len(parameters)
         ctx.save_for_backward(x, *parameters, *saved)
         return y
 
@@ -153,12 +155,12 @@ class _Step(torch.autograd.Function):
         parameters, saved = tensors[: ctx.num_parameters], tensors[ctx.num_parameters :]
         operator = getattr(ops, f"{ctx.step}_step_backward")
         with without_autocast("cpu"):
-            dx, *gradients = operator(grad, x, saved, parameters, *ctx.more)
+            dx, *gradients = operator(grad, x, saved, parameters, *ctx.settings)
         return dx, None, None, None, *gradients
 
 
 class _Conv(NamedTuple):
-    """What the kernels expect of a convolution: ``side`` 0 is any odd one."""
+    """A convolution that the kernels can run; ``side`` is its kernel's in pixels, 0 for any odd one."""
 
     side: int = 1
     stride: int = 1
@@ -166,7 +168,7 @@ class _Conv(NamedTuple):
     has_bias: bool = False
 
 
-# The layers of the groups, in the order of `nn.Module.modules`, without the group itself.
+# The layers that the kernels run, by group, in the order of `nn.Module.modules` and without the group itself.
 _CONV_BN = (ConvBN, _Conv(), BatchNorm2d)
 _STEM_CONV_BN = (ConvBN, _Conv(side=3, stride=2), BatchNorm2d)
 _STEM = (*_STEM_CONV_BN, *3 * (nn.ReLU, *_STEM_CONV_BN))
@@ -195,8 +197,8 @@ class _Decision:
         modules: All modules of the group.
     """
 
-    def __init__(self, modules: Sequence[nn.Module] = ()) -> None:
-        self.last_hook = RemovableHandle.next_id
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.next_hook = RemovableHandle.next_id  # every hook that is added counts it up
         self.norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
         self.children = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
         wavelets = [module for module in modules if isinstance(module, WTEMamba)]
@@ -206,7 +208,7 @@ class _Decision:
     def holds(self) -> bool:
         """Return whether the group is as it was."""
         return (
-            self.last_hook == RemovableHandle.next_id
+            self.next_hook == RemovableHandle.next_id
             and all(norm.training for norm in self.norms)
             and all(tuple(modules.values()) == children for modules, children in self.children)
             and self.versions == [weight._version for weight in self.filters]
@@ -217,7 +219,7 @@ class _Decision:
 def _runs_as_steps(group: StepGroup, x: Tensor, kinds: Sequence[type[nn.Module] | _Conv]) -> bool:
     """Return whether a group in training runs as steps on ``x`` (B, C, H, W).
 
-    It does where `serve_training` allows it, every layer is made as expected and in float32, and no hook watches what
+    It does where `serve_training` allows it, every layer is of its kind and in float32, and no hook watches what
     happens inside.
     """
     if not group.training or not cpu_layers.serve_training(x) or torch_modules._has_any_global_hook():
@@ -231,28 +233,31 @@ def _decide(group: StepGroup, kinds: Sequence[type[nn.Module] | _Conv]) -> _Deci
     modules: list[nn.Module] = []
     _collect(group, modules)
     layers = modules[1:]
-    if len(layers) != len(kinds) or not all(map(_is_trainable, layers, kinds)):
+    if len(layers) != len(kinds) or not all(map(_is_supported, layers, kinds)):
         return None
     return _Decision(modules)
 
 
 def _collect(module: nn.Module, modules: list[nn.Module]) -> None:
-    """Append the modules of `nn.Module.modules`; but a module in two places twice."""
+    """Append a module and all within it as `nn.Module.modules` lists them, but one in two places twice."""
     modules.append(module)
     for child in module._modules.values():
         if child is not None:
             _collect(child, modules)
 
 
-def _is_trainable(module: nn.Module, kind: type[nn.Module] | _Conv) -> bool:
-    """Return whether the kernels do what a module does. Exact types: a subclass may do something else."""
+def _is_supported(module: nn.Module, kind: type[nn.Module] | _Conv) -> bool:
+    """Return whether the kernels for a layer of this kind do what a module does, and no hook watches it.
+
+    Types are compared exactly: a subclass may do something else.
+    """
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     for parameter in module._parameters.values():
         if parameter is not None and (parameter.dtype != torch.float32 or not parameter.is_cpu):
             return False
     if isinstance(kind, _Conv):
-        return type(module) is nn.Conv2d and _does(module, kind)
+        return type(module) is nn.Conv2d and _is_supported_conv(module, kind)
     if type(module) is not kind:
         return False
     if isinstance(module, nn.BatchNorm2d):
@@ -265,7 +270,7 @@ def _is_trainable(module: nn.Module, kind: type[nn.Module] | _Conv) -> bool:
     return not isinstance(module, SS2D) or len(SCANS[module.scan]) == 1
 
 
-def _does(conv: nn.Conv2d, kind: _Conv) -> bool:
+def _is_supported_conv(conv: nn.Conv2d, kind: _Conv) -> bool:
     side = conv.kernel_size[0]
     if side % 2 == 0 or conv.kernel_size != (side, side) or conv.padding not in ("same", (side // 2, side // 2)):
         return False

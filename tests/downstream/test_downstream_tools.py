@@ -30,6 +30,8 @@ from mmengine.hooks import IterTimerHook, LoggerHook
 from mmengine.runner import Runner
 from mmseg.visualization import SegLocalVisualizer
 
+from downstream.tools import export as exporting
+from downstream.tools import get_flops, inference
 from downstream.tools import test as testing
 from downstream.tools import train as training
 from downstream.tools.arguments import parse_run, run_parser
@@ -331,6 +333,18 @@ class TestCheckpoints:
         assert "is not on this machine: download it" in error
 
 
+@pytest.fixture
+def two_threads(monkeypatch):
+    """PyTorch has two threads, and this process one core."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    for name in CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 def gloo_threads():
     names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     return [name for name in names if "gloo" in name]
@@ -363,6 +377,14 @@ class TestProcesses:
         assert done.stdout.splitlines()[-1] == "1"
         (log,) = tmp_path.rglob("*.log")
         assert "INFO - 1 thread (1 core by affinity)\n" in log.read_text(encoding="utf-8")
+
+    def test_the_other_tools_have_as_many_threads_as_cores_and_building_a_network_changes_none(self, two_threads):
+        inference.build_network(Config({"model": {"type": "BaseDataPreprocessor"}}), device="cpu")
+        assert torch.get_num_threads() == 2
+        for tool, num_paths in ((get_flops, 1), (inference, 3), (exporting, 3)):
+            torch.set_num_threads(2)
+            assert tool.main(num_paths * ["missing"]) == 2
+            assert torch.get_num_threads() == 1, tool.__name__
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="through gloo there is no GPU")
     @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for the threads")

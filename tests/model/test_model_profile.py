@@ -19,10 +19,10 @@ from model.profile_hooks import Clock, find_parts, new_bytes
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_macs_are_within_two_percent_of_the_published(name, parity_json):
+def test_macs_are_within_a_fifth_of_a_percent_of_the_published(name, parity_json):
     published = parity_json("published.json")["imagenet"][name.lower()]
     expected = float(published["flops"].removesuffix("M")) * 1e6  # MACs, called FLOPs there
-    assert count_macs(create_model(name), published["size"]) == pytest.approx(expected, rel=0.02)
+    assert count_macs(create_model(name), published["size"]) == pytest.approx(expected, rel=0.002)
 
 
 class Wait(nn.Module):
