@@ -58,12 +58,60 @@ inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2
   cuda_on_cpu::multiply_tf32(c, a, b);
 }
 
-inline void load_fragment(float (&a)[4], const float* matrix, int row) {
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  for (int i = 0; i < 4; ++i)
-    a[i] = matrix[(g + i % 2 * 8) * row + q + i / 2 * 4];
+inline void multiply_first_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  std::fill_n(c, 4, 0.f);
+  multiply_tf32(c, a, b);
 }
 
+// Of pairs, the first ones and the second ones are a product of their own each.
+template <typename T>
+void add_products_of_pairs(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  for (int place = 0; place < 2; ++place) {
+    const auto value = [&](uint32_t pair) -> float {
+      return T(static_cast<uint16_t>(pair >> 16 * place), T::from_bits());
+    };
+    multiply_tf32(c, {value(a[0]), value(a[1]), value(a[2]), value(a[3])}, {value(b0), value(b1)});
+  }
+}
+inline void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  add_products_of_pairs<c10::BFloat16>(c, a, b0, b1);
+}
+inline void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  add_products_of_pairs<c10::Half>(c, a, b0, b1);
+}
+
+template <typename Word>
+void load_fragment(Word (&a)[4], const Word* matrix, int row, int rows = 16) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i)
+    a[i] = matrix[std::min(g + i % 2 * 8, rows - 1) * row + q + i / 2 * 4];
+}
+inline void load_paired_fragment(float (&a)[4], const float* matrix, int row) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i)
+    a[i] = matrix[(2 * g + i % 2) * row + q + i / 2 * 4];
+}
+inline void load_halves_fragment(float (&a)[4], const float* matrix, int row, int distance) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i)
+    a[i] = matrix[g * row + i % 2 * distance + q + i / 2 * 4];
+}
+inline void load_transposed_fragment(uint32_t (&a)[4], const uint32_t* matrix, int row) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const uint16_t* const values = reinterpret_cast<const uint16_t*>(matrix);
+  for (int i = 0; i < 4; ++i) {
+    const uint16_t* const own = values + 2 * (2 * q + i / 2 * 8) * row + g + i % 2 * 8;
+    a[i] = own[0] | static_cast<uint32_t>(own[2 * row]) << 16;
+  }
+}
+
+inline void end_basic_block(bool never) {
+  if (never)
+    std::abort();
+}
+inline int thread_index_again() {
+  return threadIdx.x;
+}
 inline int warp_index() {
   return threadIdx.x / 32;
 }

@@ -81,20 +81,100 @@ __device__ __forceinline__ void multiply_tf32(float (&c)[4], const float (&a)[4]
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
+// The same product alone.
+__device__ __forceinline__ void multiply_first_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])), "f"(0.f));
+}
+
+// Four parts of 8 rows and 16 bytes of shared memory, the rows of the i-th given by lanes 8 i to 8 i + 7; lane 4 g + q
+// receives the q-th word of row g of each.
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
 // The fragment a of multiply_tf32 from a (16, 8) part of a matrix in shared memory, whose rows lie `row` floats apart,
 // at multiples of 16 bytes.
 __device__ __forceinline__ void load_fragment(float (&a)[4], const float* matrix, int row) {
   const int lane = threadIdx.x % 32;
-  // Lanes 8 i to 8 i + 7 give the rows of the i-th quarter, of 8 rows and 4 columns.
-  const float* own = matrix + (lane % 16) * row + lane / 16 * 4;
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(own));
   uint32_t bits[4];
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
-               : "r"(address)
-               : "memory");
+  load_matrices(bits, matrix + lane % 16 * row + lane / 16 * 4);
   for (int i = 0; i < 4; ++i)
     a[i] = __uint_as_float(bits[i]);
+}
+
+// The same where rows of the fragment are alternate rows of the matrix: its rows g and g + 8 are 2g and 2g + 1.
+__device__ __forceinline__ void load_paired_fragment(float (&a)[4], const float* matrix, int row) {
+  const int lane = threadIdx.x % 32;
+  uint32_t bits[4];
+  load_matrices(bits, matrix + (lane % 8 * 2 + lane / 8 % 2) * row + lane / 16 * 4);
+  for (int i = 0; i < 4; ++i)
+    a[i] = __uint_as_float(bits[i]);
+}
+
+// The same where the fragment's rows g + 8 are what lies `distance` floats behind its rows g.
+__device__ __forceinline__ void load_halves_fragment(float (&a)[4], const float* matrix, int row, int distance) {
+  const int lane = threadIdx.x % 32;
+  uint32_t bits[4];
+  load_matrices(bits, matrix + lane % 8 * row + lane / 8 % 2 * distance + lane / 16 * 4);
+  for (int i = 0; i < 4; ++i)
+    a[i] = __uint_as_float(bits[i]);
+}
+
+// c += a b for a (16, 16), b (16, 8), c (16, 8) as above, a and b in pairs of 16-bit values: a[g][2q], a[g + 8][2q],
+// a[g][2q + 8], a[g + 8][2q + 8]; b[2q][g], b[2q + 8][g]; each with the one that follows in its row of a, or column of
+// b.
+__device__ __forceinline__ void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Its fragment a from a (16, 16) part of a matrix of pairs in shared memory, whose rows lie `row` pairs apart. Only so
+// many rows are read, the last one also in place of the others.
+__device__ __forceinline__ void load_fragment(uint32_t (&a)[4], const uint32_t* matrix, int row, int rows) {
+  const int lane = threadIdx.x % 32;
+  load_matrices(a, matrix + min(lane % 16, rows - 1) * row + lane / 16 * 4);
+}
+
+// The same from the transpose of such a part.
+__device__ __forceinline__ void load_transposed_fragment(uint32_t (&a)[4], const uint32_t* matrix, int row) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t* const own = matrix + (lane / 16 * 8 + lane % 8) * row + lane / 8 % 2 * 4;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own)))
+               : "memory");
+}
+
+// A branch that must never be taken. ptxas does not move instructions across; it would put sums off till the end, and
+// hold all that goes into them in registers.
+__device__ __forceinline__ void end_basic_block(bool never) {
+  if (never)
+    __trap();
+}
+
+// The thread's place in its block: read again, so that nothing that follows from it is held in registers till then.
+__device__ __forceinline__ int thread_index_again() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
 }
 
 // The thread's warp, in a register that the warp shares.

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstdint>
 
 #include "scan/cuda/chunks.h"
 #include "scan/cuda/norm.cuh"
@@ -107,6 +108,7 @@ struct Instance {
 // Call `function` with the instance of the kernel for these sequences; return whether there is one.
 template <typename T, typename Function>
 bool with_instance(const BackwardArguments<T>& p, Function&& function) {
+  const int64_t padded_rows = static_cast<int64_t>(p.batch) * p.length + kBlockChunks * kTileRows;
   const auto can_run = [&](auto instance) {
     using Own = decltype(instance);
     const Division division(p.length, Own::kChunk);
@@ -118,10 +120,11 @@ bool with_instance(const BackwardArguments<T>& p, Function&& function) {
     const bool is_width = p.channels == Own::kChannels && p.x_row == p.channels && p.grad_row == p.channels &&
                           p.rank == ceil_div(p.channels, 32);
     const bool is_length = division.step == Own::kChunk && (Own::Warp::kMayEndEarly || p.length % Own::kChunk == 0);
-    return is_width && is_length && (division.blocks == 1 || !is_block_an_image(Own::kChannels)) &&
+    const int64_t row = std::max(p.z_row, 2 * p.channels);
+    return is_width && is_length && padded_rows * row <= UINT32_MAX &&
+           (division.blocks == 1 || !is_block_an_image(Own::kChannels)) &&
            (division.are_independent || !is_chunk_an_image(Own::kChannels, Own::kChunk));
   };
-  const int64_t padded_rows = static_cast<int64_t>(p.batch) * p.length + kBlockChunks * kTileRows;
   if (p.channels % 2 != 0 || num_groups(p.channels) > kMaxBackwardWarps || padded_rows > INT_MAX)
     return false;
   const auto try_all = [&](auto... instances) { return ((can_run(instances) && (function(instances), true)) || ...); };
@@ -189,8 +192,8 @@ void run_instance(
 
   const Tensor prepared = empty_floats({groups, GroupLayout<Instance::NR>::kFloats}, like);
   launch(
-      prepare_kernel<Instance::NR, Shared::kExact>, dim3(groups), kParameterThreads, 0, parameters.pointers(),
-      Warp::kHasOnes, prepared.mutable_data_ptr<float>());
+      prepare_kernel<typename Instance::Element, Instance::NR>, dim3(groups), kParameterThreads, 0,
+      parameters.pointers(), Warp::kHasOnes, prepared.mutable_data_ptr<float>());
 
   const ShareLayout layout{Instance::NR, Warp::kHasOnes};
   const Tensor shares = empty_floats({blocks, groups, layout.group()}, like);

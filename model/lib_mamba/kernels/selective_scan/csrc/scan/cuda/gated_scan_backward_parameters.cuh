@@ -5,6 +5,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include "scan/cuda/pairs.cuh"
 #include "scan/cuda/tile.cuh"
 
 namespace mobilemamba {
@@ -48,10 +49,11 @@ struct AnyParameters {
 // where dt has a column of ones, the bias is a weight too.
 template <int NR>
 struct GroupLayout {
-  static constexpr int kProject = 0;                      // for dt . dt_weight^T: [NR][4][32][4]
-  static constexpr int kTranspose = kProject + 512 * NR;  // for d(dt) = draw . dt_weight: [NR][4][32][4]
-  static constexpr int kBias = kTranspose + 512 * NR;     // [4][32][4]
-  static constexpr int kA = kBias + 512;                  // -exp(A_log), [32][4], of which the first two
+  static constexpr int kProject = 0;  // for dt . dt_weight^T: [NR][4][32][4]
+  // For d(dt) = draw . dt_weight: [NR][4][32][4]; where the product is of 16-bit values, pairs of them, [NR][2][32][4].
+  static constexpr int kTranspose = kProject + 512 * NR;
+  static constexpr int kBias = kTranspose + 512 * NR;  // [4][32][4]
+  static constexpr int kA = kBias + 512;               // -exp(A_log), [32][4], of which the first two
   static constexpr int kDirection = kA + 4 * kLanes;
   static constexpr int kSkip = 2 * kDirection;  // D_skip, both directions added, likewise
   static constexpr int kNormWeight = kSkip + 4 * kLanes;
@@ -63,9 +65,10 @@ struct GroupLayout {
 };
 
 // Grid (groups), into (groups, kFloats).
-template <int NR, bool kExact>
+template <typename T, int NR>
 __global__ void prepare_kernel(const AnyParameters p, bool has_ones, float* prepared) {
   using Layout = GroupLayout<NR>;
+  constexpr bool kExact = sizeof(T) == sizeof(float);
   float* const group = prepared + static_cast<int64_t>(blockIdx.x) * Layout::kFloats;
   const int first = blockIdx.x * kGroup;
   const auto weight = [&](int direction, int channel, int rank) {
@@ -81,8 +84,16 @@ __global__ void prepare_kernel(const AnyParameters p, bool has_ones, float* prep
       const int i = item % 4, lane = item / 4 % kLanes, pair = item / 128 % 4, block = item / 512;
       const int g = lane / 4, q = lane % 4 + i % 2 * 4, column = 8 * (2 * pair + i / 2);
       own[Layout::kProject + item] = weight(direction, column + g, 8 * block + q);
-      own[Layout::kTranspose + item] = weight(direction, column + q, 8 * block + g);
+      if (kExact)
+        own[Layout::kTranspose + item] = weight(direction, column + q, 8 * block + g);
     }
+    if constexpr (!kExact)
+      for (int item = threadIdx.x; item < 256 * NR; item += blockDim.x) {
+        const int i = item % 4, lane = item / 4 % kLanes, pair = item / 128 % 2, rank = item / 256 * 8 + lane / 4;
+        const int channel = 16 * (2 * pair + i / 2) + i % 2 * 8 + lane % 4 * 2;
+        const float2 two = make_float2(weight(direction, channel, rank), weight(direction, channel + 1, rank));
+        own[Layout::kTranspose + item] = __uint_as_float(pack<T>(two).bits);
+      }
     for (int item = threadIdx.x; item < 512; item += blockDim.x) {
       const int i = item % 4, q = item / 4 % 4, pair = item / 128;
       const int channel = first + 8 * (2 * pair + i / 2) + 2 * q + i % 2;

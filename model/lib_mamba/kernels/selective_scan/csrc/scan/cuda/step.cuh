@@ -41,14 +41,14 @@ __device__ __forceinline__ float softplus2(float w) {
   return softplus2_of<std::conditional_t<kExact, float, c10::Half>>(w);
 }
 
-// Derivative of the softplus, 1 - 2^-s, relatively accurate for any s.
+// Derivative of the softplus, 1 - 2^-s, relatively accurate for any s; times a factor.
 template <bool kExact>
-__device__ __forceinline__ float softplus2_slope(float s) {
+__device__ __forceinline__ float softplus2_slope(float s, float factor = 1.f) {
   if constexpr (kExact)
-    return -expm1f(-s * kLn2);
+    return -expm1f(-s * kLn2) * factor;
   // The difference is too large by more than it errs; where that matters, s ln 2 is smaller, and nearly the same.
   constexpr float kAboveOne = 1.f + 0x1p-22f;
-  return fminf(s * kLn2, kAboveOne - fast_exp2(-s));
+  return fminf(s * (kLn2 * factor), fmaf(-factor, fast_exp2_down(s), kAboveOne * factor));
 }
 
 __device__ __forceinline__ float decay_of(float s, float A) {
