@@ -520,6 +520,8 @@ struct BackwardWarp {
     float2 own_dweight = dnorm_weight(), own_dbias = dnorm_bias();
     float2 scaled[kChunk];  // gradient of the normalised value
     float4 two;
+    if constexpr (kChunk % 2)
+      two = make_float4(0.f, 0.f, 0.f, 0.f);  // the last pair has one position
     Pair<T> dz[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
@@ -689,6 +691,8 @@ struct BackwardWarp {
     const float2 skip = parameter(Layout::kSkip) * scale;
     float2 own_dskip = make_float2(0.f, 0.f), own_dA = own_dskip;
     float4 dBC;
+    if constexpr (kChunk % 2)
+      dBC = make_float4(0.f, 0.f, 0.f, 0.f);  // the last pair has one position
     const int count = !exists ? 0 : kMayEndEarly ? valid(chunk) : kChunk;
     T* const to = p.dx + row_of(chunk) * channels + readable;
 #pragma unroll
