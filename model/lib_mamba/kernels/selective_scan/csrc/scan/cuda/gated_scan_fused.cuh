@@ -9,11 +9,7 @@
 
 namespace mobilemamba {
 
-// Two blocks share a multiprocessor up to kSharingThreads; from kRoomyThreads on, with fewer registers than they would
-// take otherwise.
 constexpr int kFusedThreads = 576;
-constexpr int kSharingThreads = 448;
-constexpr int kRoomyThreads = 320;
 
 template <int NR>
 __host__ __device__ constexpr int fused_shared_floats(int warps) {
@@ -184,8 +180,8 @@ struct FusedWarp {
 };
 
 // Grid (B), a warp for every 32 channels.
-template <typename T, int NR, int kThreads>
-__global__ void __launch_bounds__(kThreads, kThreads == kSharingThreads ? 2 : 1)
+template <typename T, int NR>
+__global__ void __launch_bounds__(kFusedThreads)
     fused_kernel(const ScanInputs<T> p, const NormInputs<T> norm, T* result, float2* statistics) {
   FusedWarp<T, NR> warp{p, norm, result, statistics};
   warp.run();

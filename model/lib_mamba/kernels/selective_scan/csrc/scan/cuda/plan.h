@@ -55,15 +55,9 @@ void run_split(const ScanTensors& scan, Tensor& sum) {
 
 template <typename T, int NR>
 void launch_fused(const ScanTensors& scan, const NormTensors& norm, Tensor& y, float2* statistics) {
-  const int threads = scan.groups() * kLanes;
-  auto kernel = fused_kernel<T, NR, kFusedThreads>;
-  if constexpr (sizeof(T) < sizeof(float)) {
-    if (threads > kRoomyThreads && threads <= kSharingThreads)
-      kernel = fused_kernel<T, NR, kSharingThreads>;
-  }
   launch(
-      kernel, dim3(scan.batch), threads, fused_shared_floats<NR>(scan.groups()), scan.inputs<T>(), norm.inputs<T>(),
-      y.mutable_data_ptr<T>(), statistics);
+      fused_kernel<T, NR>, dim3(scan.batch), scan.groups() * kLanes, fused_shared_floats<NR>(scan.groups()),
+      scan.inputs<T>(), norm.inputs<T>(), y.mutable_data_ptr<T>(), statistics);
 }
 
 }  // namespace mobilemamba
