@@ -14,7 +14,7 @@ from doc_blocks import ROOT, Block, blocks_of, play
 from PIL import Image
 
 PACKAGES = ("configs", "data", "downstream", "loss", "model", "optim", "trainer", "util", "weights")
-NOT_COPIED = ("*.pth", "__pycache__", "imagenet", "digits", "csrc", "build")
+NOT_COPIED = ("*.pth", "__pycache__", "imagenet", "digits", "build")
 
 
 @pytest.fixture
