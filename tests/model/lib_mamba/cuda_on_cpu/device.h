@@ -22,9 +22,6 @@ inline float fast_exp2_down(float value) {
 inline float fast_tanh(float value) {
   return std::tanh(value) * (1.f - 0x1p-12f);
 }
-inline float fast_log2(float value) {
-  return std::log2(flush(value));
-}
 inline float fast_reciprocal(float value) {
   return flush(1.f / flush(value));
 }

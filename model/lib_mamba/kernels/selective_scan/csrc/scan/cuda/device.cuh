@@ -23,12 +23,6 @@ __device__ __forceinline__ float fast_exp2_down(float value) {
   return result;
 }
 
-__device__ __forceinline__ float fast_log2(float value) {
-  float result;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-  return result;
-}
-
 __device__ __forceinline__ float fast_reciprocal(float value) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));

@@ -144,18 +144,6 @@ __device__ __forceinline__ void scan_chunk(
   }
 }
 
-// Sums over the lanes for each position, of which lanes 2p and 2p + 1 receive position p.
-__device__ __forceinline__ float row_sum(const float* tile) {
-  const float4* row = reinterpret_cast<const float4*>(tile + lane_index() / 2 * kTileRow + lane_index() % 2 * 16);
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float4 part = row[i];
-    sum += (part.x + part.y) + (part.z + part.w);
-  }
-  return sum + __shfl_xor_sync(kWarp, sum, 1);
-}
-
 // Mean and sum of squared deviations over the first `columns` lanes, to the same lanes. Deviations are taken from one
 // of the values, so that a mean far from zero costs no accuracy.
 __device__ __forceinline__ float2 row_moments(const float* tile, int columns) {
