@@ -55,11 +55,6 @@ inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2
   cuda_on_cpu::multiply_tf32(c, a, b);
 }
 
-inline void multiply_first_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
-  std::fill_n(c, 4, 0.f);
-  multiply_tf32(c, a, b);
-}
-
 // Of pairs, the first ones and the second ones are a product of their own each.
 template <typename T>
 void add_products_of_pairs(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -165,17 +165,6 @@ __device__ __forceinline__ void multiply_rounded(float (&c)[4], const float (&a)
     multiply_tf32(c, a, b);
 }
 
-template <bool kExact>
-__device__ __forceinline__ void multiply_first(float (&c)[4], const float (&a)[4], float b0, float b1) {
-  const float b[2] = {b0, b1};
-  if constexpr (kExact) {
-    c[0] = c[1] = c[2] = c[3] = 0.f;
-    multiply<true>(c, a, b);
-  } else {
-    multiply_first_tf32(c, a, b);
-  }
-}
-
 template <typename T>
 __device__ __forceinline__ void multiply_pairs(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, c10::Half>)
@@ -416,7 +405,7 @@ struct BackwardWarp {
     float4* const to = reinterpret_cast<float4*>(tile + g * kPairedRow) + q;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float left[4], right[4];
+      float left[4] = {}, right[4] = {};
       if (!kHasOnes) {
         const float4 bias = biases[j * kLanes];
         left[0] = left[2] = bias.x, left[1] = left[3] = bias.y;
@@ -425,13 +414,8 @@ struct BackwardWarp {
 #pragma unroll
       for (int k = 0; k < NR; ++k) {
         const float4 b = weights[(4 * k + j) * kLanes];
-        if (kHasOnes && k == 0) {
-          multiply_first<kExact>(left, a[k], b.x, b.y);
-          multiply_first<kExact>(right, a[k], b.z, b.w);
-        } else {
-          multiply_rounded<kExact>(left, a[k], b.x, b.y);
-          multiply_rounded<kExact>(right, a[k], b.z, b.w);
-        }
+        multiply_rounded<kExact>(left, a[k], b.x, b.y);
+        multiply_rounded<kExact>(right, a[k], b.z, b.w);
       }
       to[8 * j] = make_float4(left[0], left[1], left[2], left[3]);
       to[8 * j + 4] = make_float4(right[0], right[1], right[2], right[3]);
